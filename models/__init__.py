@@ -1,1 +1,1 @@
-"""See DESIGN."""
+"""The decoder, and one file per model family in `families/`."""

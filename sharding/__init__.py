@@ -1,1 +1,1 @@
-"""See DESIGN."""
+"""Meshes, plans and logical axis rules: where every array lives."""

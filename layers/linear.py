@@ -1,0 +1,54 @@
+"""Linear layer.
+
+Shapes: I inputs, O outputs.
+
+The weight is kept as [O, I], the layout of Hugging Face files: conversion then moves bytes and nothing else, and a
+checkpoint can be memory-mapped. It has a second reason: on XLA:CPU a row of `x @ w.T` has the same bits whatever the
+number of rows from two up, which `x @ w` has not, and a server needs that to answer alike at every batch size.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+
+def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
+    """Full precision for float32 and wider (TPUs would round to bfloat16), the native one for narrower types."""
+    return lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else lax.Precision.DEFAULT
+
+
+def linear(x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
+    """`x @ weight.T + bias` in the dtype of `x`, shape [..., I] to [..., O]."""
+    dtype = x.dtype
+    y = jnp.einsum("...i,oi->...o", x, weight_OI.astype(dtype), precision=matmul_precision(dtype))
+    return y if bias_O is None else y + bias_O.astype(dtype)
+
+
+class Linear(nnx.Module):
+    """`y = x W^T + b`, [..., I] to [..., O], computed in the dtype of the input.
+
+    Args:
+        in_features, out_features: I and O.
+        axes: the logical names of O and I.
+        scale: standard deviation of the initial weights times sqrt(I).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str, str],
+        bias: bool = False,
+        scale: float = 1.0,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        deviation = scale * in_features**-0.5
+        draw = jax.random.normal(rngs.params(), (out_features, in_features), param_dtype)
+        self.weight = nnx.Param(draw * jnp.asarray(deviation, param_dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=axes[:1]) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])

@@ -1,0 +1,281 @@
+"""The decoder: token embedding, a stack of pre-norm blocks, a final norm and the unembedding.
+
+Shapes: B rows, T tokens, D width, V vocabulary, L layers. Tokens are [B, T] in training and [T] in serving; every
+layer works on [..., D] and the context alone knows the difference.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from ..layers.attention import Attention
+from ..layers.embedding import Embedding
+from ..layers.linear import matmul_precision
+from ..layers.mlp import SwiGLU
+from ..layers.norm import RMSNorm
+from ..layers.rope import angles
+from ..sharding.rules import constrain, parameter_sharding
+from .config import DecoderConfig
+
+Params = dict[str, jax.Array]
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer block: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        norm = partial(RMSNorm, config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype)
+        # Two additions a layer: scaled so that the residual stream's variance does not grow with depth (GPT-2).
+        out_scale = (2 * config.num_layers) ** -0.5
+        self.attention_norm = norm()
+        self.attention = Attention(
+            config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            bias=config.attention_bias,
+            out_scale=out_scale,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.mlp_norm = norm()
+        self.mlp = SwiGLU(
+            config.hidden_size,
+            config.intermediate_size,
+            bias=config.mlp_bias,
+            out_scale=out_scale,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array, rope: Any, context: Any, cache: Any, layer: Any) -> tuple[jax.Array, Any]:
+        mixed, cache = self.attention(self.attention_norm(x), rope, context, cache, layer)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model.
+
+    Args:
+        config: sizes.
+        rngs: source of the initial weights.
+        dtype: compute dtype; parameters are cast to it where they are used.
+        param_dtype: dtype of the parameters.
+        remat: what the backward pass recomputes: "none", "full" (whole blocks) or "dots" (all but matrix products).
+        stacked: blocks as one stack [L, ...] run by `scan`, so that compile time does not grow with depth; or one by
+            one, which XLA:CPU needs when it serves: it copies each slice of a stack, which doubles a decode step.
+        mesh: pins activations to it.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        remat: str = "none",
+        stacked: bool = True,
+        mesh: Mesh | None = None,
+    ):
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is one of {', '.join(REMAT_POLICIES)}; got {remat!r}.")
+        self.config, self.dtype, self.remat, self.mesh = config, jnp.dtype(dtype), remat, mesh
+        self.embed = Embedding(config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
+        make = partial(Block, config, param_dtype=param_dtype)
+        if stacked:
+            self.blocks = nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(config.num_layers))
+        else:
+            self.blocks = nnx.List([make(rngs=rngs) for _ in range(config.num_layers)])
+        self.final_norm = RMSNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype)
+        self.unembed_table = (
+            None
+            if config.tie_embeddings
+            else Embedding(config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
+        )
+
+    def __call__(self, tokens: jax.Array, context: Any, cache: Any = None) -> tuple[jax.Array, Any]:
+        """Tokens [...] int32 to final hidden states [..., D] in the compute dtype, and the cache after them."""
+        # A served batch is flat and has no rows to spread: [T, D] stays where it is.
+        pin = partial(constrain, axes=("batch", "sequence", "embed"), mesh=self.mesh if tokens.ndim == 2 else None)
+        rope = angles(self.config.rope, self.config.head_dim, context.positions)
+        x = pin(self.embed(tokens, self.dtype))
+        if isinstance(self.blocks, nnx.List):
+            for layer, block in enumerate(self.blocks):
+                x, cache = block(x, rope, context, cache, layer)
+        else:
+            block_def, block_state = nnx.split(self.blocks)
+
+            def body(carry: Any, scanned: Any) -> tuple[Any, None]:
+                x, cache = carry
+                state, layer = scanned
+                x, cache = nnx.merge(block_def, state)(x, rope, context, cache, layer)
+                return (pin(x), cache), None
+
+            policy = REMAT_POLICIES[self.remat]
+            if policy is not None:
+                body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+            layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+            (x, cache), _ = jax.lax.scan(body, (x, cache), (block_state, layers))
+        return self.final_norm(x), cache
+
+    def unembedding_weight(self) -> jax.Array:
+        """The output projection, [V, D]."""
+        return (self.embed if self.unembed_table is None else self.unembed_table).weight[...]
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] of hidden states [..., D], accumulated and returned in float32 or wider."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        weight_VD = self.unembedding_weight().astype(hidden.dtype)
+        return jnp.einsum(
+            "...d,vd->...v", hidden, weight_VD, preferred_element_type=wide, precision=matmul_precision(hidden.dtype)
+        )
+
+    def params(self) -> Params:
+        """The parameters by dotted name, such as "blocks.attention.query.weight" [L, H * head_dim, D]."""
+        return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(self, nnx.Param))}
+
+    def load_params(self, params: Mapping[str, jax.Array]) -> None:
+        """Puts `params` in place of the module's own; raises ValueError unless names and shapes agree."""
+        own = self.params()
+        check_params(params, {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in own.items()})
+        nnx.update(self, _state(nnx.to_flat_state(nnx.state(self, nnx.Param)), params))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path).replace("unembed_table.", "unembed.")
+
+
+def _state(template: Any, params: Mapping[str, jax.Array]) -> nnx.State:
+    return nnx.from_flat_state([(path, leaf.replace(params[_name(path)])) for path, leaf in template])
+
+
+def check_params(params: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises ValueError that lists every missing, unknown or wrongly shaped parameter."""
+    wrong = [f"missing {name}" for name in expected if name not in params]
+    wrong += [f"unknown {name}" for name in params if name not in expected]
+    wrong += [
+        f"{name} has shape {tuple(params[name].shape)}, the model wants {tuple(expected[name].shape)}"
+        for name in expected
+        if name in params and tuple(params[name].shape) != tuple(expected[name].shape)
+    ]
+    if wrong:
+        raise ValueError("The parameters do not fit the model: " + "; ".join(wrong) + ".")
+
+
+class FunctionalDecoder:
+    """The decoder as pure functions of a flat dict of parameters: what training differentiates and serving compiles.
+
+    With `stacked=False` the dict has one entry a layer, "blocks.3.mlp.up.weight"; `unstack_params` makes it.
+    """
+
+    def __init__(self, config: DecoderConfig, **options: Any):
+        self.config = config
+        model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
+        self._graph, state = nnx.split(model)
+        self._template = nnx.to_flat_state(state)
+
+    def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
+        """The module over these arrays."""
+        return nnx.merge(self._graph, _state(self._template, params))
+
+    def hidden(self, params: Mapping[str, jax.Array], tokens: jax.Array, context: Any, cache: Any = None):
+        """See `Decoder.__call__`."""
+        return self.bind(params)(tokens, context, cache)
+
+    def unembed(self, params: Mapping[str, jax.Array], hidden: jax.Array) -> jax.Array:
+        """See `Decoder.unembed`."""
+        return self.bind(params).unembed(hidden)
+
+    def unembedding_weight(self, params: Mapping[str, jax.Array]) -> jax.Array:
+        """[V, D]."""
+        return params["embed.weight" if self.config.tie_embeddings else "unembed.weight"]
+
+
+@lru_cache(maxsize=32)
+def functional(
+    config: DecoderConfig,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    stacked: bool = True,
+    mesh: Mesh | None = None,
+) -> FunctionalDecoder:
+    """The decoder of `config` as pure functions; options as in `Decoder`."""
+    return FunctionalDecoder(config, dtype=dtype, remat=remat, stacked=stacked, mesh=mesh)
+
+
+def _abstract(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=param_dtype))
+    return nnx.to_flat_state(nnx.state(model, nnx.Param))
+
+
+def param_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter, by name."""
+    return {_name(path): jax.ShapeDtypeStruct(leaf.get_value().shape, dtype) for path, leaf in _abstract(config)}
+
+
+def param_axes(config: DecoderConfig) -> dict[str, tuple[str | None, ...]]:
+    """The logical axes of every parameter, by name; stacked ones begin with "layers"."""
+    axes = {}
+    for path, leaf in _abstract(config):
+        own = tuple(leaf.get_metadata()["axes"])
+        axes[_name(path)] = ("layers", *own) if path[0] == "blocks" else own
+    return axes
+
+
+def param_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, jax.sharding.NamedSharding]:
+    """Where every parameter lives on `mesh`; raises ValueError where a size does not divide."""
+    shapes = param_shapes(config)
+    return {name: parameter_sharding(axes, mesh, shapes[name].shape) for name, axes in param_axes(config).items()}
+
+
+def init_params(config: DecoderConfig, seed: int, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Params:
+    """Fresh parameters, created in their place on `mesh`; the values depend on the seed alone, not on the mesh."""
+
+    def make() -> Params:
+        return Decoder(config, rngs=nnx.Rngs(seed), param_dtype=dtype).params()
+
+    shardings = None if mesh is None else param_shardings(config, mesh)
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def unstack_params(params: Mapping[str, jax.Array]) -> Params:
+    """The same parameters with one array a layer, for `stacked=False`."""
+    flat: Params = {}
+    for name, value in params.items():
+        if name.startswith("blocks."):
+            rest = name.removeprefix("blocks.")
+            for layer in range(value.shape[0]):
+                flat[f"blocks.{layer}.{rest}"] = value[layer]
+        else:
+            flat[name] = value
+    return flat
+
+
+__all__ = [
+    "Block",
+    "Decoder",
+    "DecoderConfig",
+    "FunctionalDecoder",
+    "Params",
+    "check_params",
+    "functional",
+    "init_params",
+    "param_axes",
+    "param_shapes",
+    "param_shardings",
+    "unstack_params",
+]
