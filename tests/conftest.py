@@ -1,0 +1,30 @@
+"""What every test shares: JAX on the CPU with four simulated devices, a compile cache, repeatable Hypothesis."""
+
+import os
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Before JAX is imported, and inherited by the processes that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 4)
+# A second run of the suite finds its compiled programs here. Only those that took a while: reading one costs too.
+jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+# The same examples on every run, and no time limits: the suite must say the same on a slow machine.
+hypothesis.settings.register_profile("twinax", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("twinax")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository that the tests belong to."""
+    return REPOSITORY
