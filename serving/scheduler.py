@@ -6,7 +6,9 @@ A step mixes one token for every request that generates ("decodes") with pieces 
    and is later recomputed from its prompt and the tokens it has already produced, which are kept.
 2. Oldest first, the running requests with more left share the step's `chunk_tokens`.
 3. While budget remains, the head of the queue is admitted if a slot is free and so are pages for all its tokens plus
-   one. Nobody overtakes the head. A step that preempted admits nobody.
+   one, and beside them a page for each running request that may still grow: without that watermark a preempted request
+   comes back too early, only to be preempted again (a fifth more tokens computed in a crowded cache). Nobody overtakes
+   the head. A step that preempted admits nobody.
 
 Invariants:
 - every running request is older than every waiting one, so the oldest always progresses, and nobody starves;
@@ -51,7 +53,7 @@ class Sequence:
     """One request's state. The scheduler writes it; the engine reads it to pack a step.
 
     - `output_ids`: sampled tokens, as committed. Kept over preemptions.
-    - `max_output`: `params.max_tokens`, capped by the context.
+    - `max_output`: `params.max_tokens`, capped by the context; `max_pages`: the most pages it ever holds.
     - `slot`: stable while running, -1 while waiting. `pages[i]` holds positions `i * page_size ...`.
     - `num_computed`: positions in the cache, as committed; `num_scheduled`: the same, with steps still in flight.
     - `in_flight`: tokens being sampled by steps that aren't committed.
@@ -60,6 +62,7 @@ class Sequence:
     request: Request
     prompt_ids: list[int]
     max_output: int
+    max_pages: int
     output_ids: list[int] = field(default_factory=list)
     slot: int = -1
     pages: list[int] = field(default_factory=list)
@@ -171,17 +174,20 @@ class Scheduler:
                 f"prompt must have from 1 to {config.max_model_len - 1} tokens (the context of {config.max_model_len} "
                 f"less one to generate), got {prompt}; shorten it or serve with a longer max_model_len",
             )
-        sequence = Sequence(request, request.prompt_ids, min(request.params.max_tokens, config.max_model_len - prompt))
-        if sequence.max_output < 1:
-            raise InvalidRequest("max_tokens", f"max_tokens must be at least 1, got {sequence.max_output}; raise it")
-        if self.allocator.pages_for(_positions(sequence)) > config.num_pages:
+        max_output = min(request.params.max_tokens, config.max_model_len - prompt)
+        if max_output < 1:
+            raise InvalidRequest("max_tokens", f"max_tokens must be at least 1, got {max_output}; raise it")
+        # The last token that may be generated is never an input, so it takes no place in the cache.
+        max_pages = self.allocator.pages_for(prompt + max_output - 1)
+        if max_pages > config.num_pages:
             raise InvalidRequest(
                 "max_tokens",
                 f"prompt and output must fit the cache of {config.num_pages * config.page_size} tokens, got {prompt} + "
-                f"{sequence.max_output}; lower max_tokens, shorten the prompt or serve with more pages",
+                f"{max_output}; lower max_tokens, shorten the prompt or serve with more pages",
             )
         if len(self.waiting) >= config.max_waiting:
             raise QueueFull(f"{len(self.waiting)} requests are waiting, the most allowed; try again later")
+        sequence = Sequence(request, request.prompt_ids, max_output, max_pages)
         self._sequences[request.id] = sequence
         self.waiting.append(sequence)
         return sequence
@@ -289,8 +295,9 @@ class Scheduler:
             # One that was preempted in flight waits for its token, whose value the recomputation needs.
             if sequence.in_flight or (sequence.num_tokens > 1 and budget < 2):
                 return
-            pages = self.allocator.pages_for(min(sequence.num_tokens + 1, _positions(sequence)))
-            if pages > self.allocator.free_pages:
+            pages = min(self.allocator.pages_for(sequence.num_tokens + 1), sequence.max_pages)
+            growing = sum(len(other.pages) < other.max_pages for other in self.running)
+            if pages + growing > self.allocator.free_pages:
                 return
             self.waiting.popleft()
             self.running.append(sequence)
@@ -327,8 +334,3 @@ class Scheduler:
         sequence.pages = []
         sequence.slot = -1
         sequence.num_computed = sequence.num_scheduled = 0
-
-
-def _positions(sequence: Sequence) -> int:
-    """The most positions that the sequence ever computes: the last token it may generate is never an input."""
-    return len(sequence.prompt_ids) + sequence.max_output - 1
