@@ -1,0 +1,176 @@
+"""One step folder: its arrays written by Orbax, its state read back, the names and kinds of what may be stored."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import files, manifest
+from .arrays import StoredArray, open_array
+from .errors import CheckpointError, DamagedCheckpoint, MismatchedCheckpoint, SaveError, first_few
+from .manifest import ArraySpec, Description, Manifest
+
+# Arrays are cut into files of at most this many bytes, so that checksums and reads are parallel.
+_CHUNK_BYTES = 256 << 20
+
+
+def flatten(state: Any) -> dict[str, Any]:
+    """The leaves of a pytree by dotted path: {"params": {"embed.weight": x}} gives {"params.embed.weight": x}."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(flat) != len(leaves):
+        raise CheckpointError("two leaves of the state have the same dotted path; rename one")
+    return flat
+
+
+def spec_of(name: str, leaf: Any) -> ArraySpec:
+    """Shape and dtype of a leaf. `CheckpointError` for what is not an array of numbers."""
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise CheckpointError(f"{name} is a {type(leaf).__name__}; a state holds arrays only (np.int32(3), not 3)")
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise CheckpointError(f"{name} is a typed random key; store jax.random.key_data(key)")
+    if 0 in leaf.shape:
+        raise CheckpointError(f"{name} has shape {tuple(leaf.shape)}: arrays without elements cannot be stored")
+    if "/" in name or name.startswith("."):
+        raise CheckpointError(f"{name!r} cannot be stored: paths must not begin with a dot or contain a slash")
+    return ArraySpec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
+
+
+def to_device(stored: StoredArray, sharding: jax.sharding.Sharding | None, dtype: Any = None) -> jax.Array:
+    """A stored array on its devices; each reads only its part. Cast to `dtype` on the way, when one is given."""
+
+    def part(index: Any) -> np.ndarray:
+        return np.array(stored.read(index), dtype)  # a copy: the file must not be aliased by a buffer
+
+    if sharding is None:
+        return jax.device_put(part(()))
+    return jax.make_array_from_callback(stored.shape, sharding, part)
+
+
+def snapshot(leaf: Any) -> Any:
+    """A leaf that stays as it is when `leaf` is donated during a save."""
+    # On a CPU Orbax would keep a view of the device's buffer; elsewhere its copy to the host is the snapshot.
+    if isinstance(leaf, jax.Array) and next(iter(leaf.sharding.device_set)).platform == "cpu":
+        return jax.device_put(leaf, leaf.sharding, may_alias=False)
+    return leaf
+
+
+class _QuietOrbax(logging.Filter):
+    """Drops what Orbax logs during our saves: its warnings do not apply, and its errors are raised as `SaveError`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+
+class StepWriter:
+    """Writes one step folder under a hidden name beside it. For `CheckpointStore` and conversion."""
+
+    def __init__(self, final: Path):
+        self.final = final
+        self.tmp = final.with_name(f"{files.TMP_PREFIX}{final.name}")
+        try:
+            if self.tmp.exists() and files.is_abandoned(self.tmp):
+                shutil.rmtree(self.tmp)
+            self._lock = files.make_locked(self.tmp)
+        except FileExistsError:
+            raise SaveError(f"{self.tmp} is being written by another process; one run per output folder") from None
+        except OSError as error:
+            raise SaveError(f"{self.tmp} cannot be made: {error.strerror}") from error
+
+    def start_arrays(self, flat: Mapping[str, Any], *, copy_host_arrays: bool = True) -> Callable[[], None]:
+        """Begin to write `flat` in the background. Gives the function that waits for it to be done.
+
+        NumPy arrays are copied first, unless `copy_host_arrays=False`: then they must stay until it is done.
+        """
+        import orbax.checkpoint as ocp  # here, because it takes a second
+
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, ocp.type_handlers.ArrayHandler()),
+            (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=copy_host_arrays)),
+        )
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_zarr3=False, use_compression=False, type_handler_registry=registry
+        )
+        checkpointer = ocp.AsyncCheckpointer(handler)
+        tree = {name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for name, leaf in flat.items()}
+        save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tree}
+        quiet = _QuietOrbax()
+        logging.getLogger("absl").addFilter(quiet)
+
+        def close() -> None:
+            checkpointer.close()
+            logging.getLogger("absl").removeFilter(quiet)
+
+        def finish() -> None:
+            try:
+                checkpointer.wait_until_finished()
+            finally:
+                close()
+
+        try:
+            checkpointer.save(self.tmp / manifest.ARRAYS, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+        except BaseException:
+            close()
+            raise
+        return finish
+
+    def commit(self, step: int, description: Description, arrays: Mapping[str, ArraySpec]) -> None:
+        """Add the tokenizer and the manifest, force all to the disk, and give the folder its name."""
+        if description.tokenizer_files:
+            (self.tmp / manifest.TOKENIZER).mkdir()
+        for name, data in description.tokenizer_files.items():
+            (self.tmp / manifest.TOKENIZER / name).write_bytes(data)
+        manifest.write(self.tmp, step, description, arrays)
+        files.fsync_tree(self.tmp)
+        files.commit(self.tmp, self.final)
+        os.close(self._lock)
+
+    def abandon(self) -> None:
+        """Remove what has been written."""
+        shutil.rmtree(self.tmp, ignore_errors=True)
+        os.close(self._lock)
+
+
+def read_state(found: Manifest, like: Any) -> Any:
+    """The arrays of a verified step in the structure of `like`. `MismatchedCheckpoint` when they do not fit it."""
+    wanted = {name: (spec_of(name, leaf), leaf) for name, leaf in flatten(like).items()}
+    stored = found.arrays
+    differences = [
+        f"{name}: {stored.get(name, 'absent')} in the checkpoint, wanted {spec}"
+        for name, (spec, _) in wanted.items()
+        if stored.get(name) != spec
+    ]
+    extra = [name for name in stored if name not in wanted]
+    differences += [f"{name}: {stored[name]} in the checkpoint, not wanted" for name in extra]
+    if differences:
+        raise MismatchedCheckpoint(
+            f"{found.folder} is a checkpoint of another model or training set-up; {len(differences)} arrays differ:\n"
+            f"{first_few(differences)}\nUse the recipe it was trained with, or another output folder."
+        )
+    flat = [_restore_leaf(found, name, leaf) for name, (_, leaf) in wanted.items()]
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), flat)
+
+
+def _restore_leaf(found: Manifest, name: str, leaf: Any) -> Any:
+    stored = open_stored(found, name)
+    if isinstance(leaf, np.ndarray | np.generic):
+        return np.array(stored.read())
+    restored = to_device(stored, getattr(leaf, "sharding", None))
+    if restored.dtype != stored.dtype:
+        raise MismatchedCheckpoint(f"{name} is {stored.dtype}, and would become {restored.dtype}: set jax_enable_x64")
+    return restored
+
+
+def open_stored(found: Manifest, name: str) -> StoredArray:
+    """Array `name` of a step. `DamagedCheckpoint` when its file and the manifest disagree."""
+    stored = open_array(found.folder / manifest.ARRAYS / name)
+    if ArraySpec(stored.shape, stored.dtype.name) != found.arrays[name]:
+        raise DamagedCheckpoint(f"{stored.folder} is not the {found.arrays[name]} that {manifest.NAME} describes")
+    return stored
