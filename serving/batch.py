@@ -1,0 +1,91 @@
+"""The one array a step sends to the device. Many small transfers would cost more than the step's Python.
+
+Shapes: T token rows, R request rows, M pages a request. The array is int32, in three parts: [TOKEN_FIELDS, T],
+[ROW_FIELDS, R] and the page table [R, M]; float fields travel as their bits.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..layers.contexts import PagedContext
+from .sampling import SamplingRows
+
+# token: -1 takes the slot's last sampled token. slot: S for rows that are padding. next: the prompt token whose
+# log-probability is wanted, or -1. generated: 1 for tokens that the model produced.
+TOKEN_FIELDS = ("token", "position", "slot", "next", "generated")
+INT_FIELDS = (
+    "slot", "flags", "position", "seed_high", "seed_low", "top_k",
+    "length", "query_start", "query_length", "sample_row",
+)  # fmt: skip
+FLOAT_FIELDS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+ROW_FIELDS = INT_FIELDS + FLOAT_FIELDS
+ROW = {name: index for index, name in enumerate(ROW_FIELDS)}
+TOKEN = {name: index for index, name in enumerate(TOKEN_FIELDS)}
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Bucket:
+    """A static shape: `rows` requests, of which each may decode, and `chunk` rows of prompt tokens after them."""
+
+    rows: int
+    chunk: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows + self.chunk
+
+    def size(self, pages: int) -> int:
+        """int32 numbers in the array."""
+        return len(TOKEN_FIELDS) * self.tokens + (len(ROW_FIELDS) + pages) * self.rows
+
+
+class HostBatch:
+    """Views into one numpy array, to be filled for a step. Starts as an idle batch."""
+
+    def __init__(self, bucket: Bucket, pages: int, slots: int):
+        self.array = np.zeros(bucket.size(pages), np.int32)
+        split = len(TOKEN_FIELDS) * bucket.tokens
+        table = split + len(ROW_FIELDS) * bucket.rows
+        self.tokens = self.array[:split].reshape(len(TOKEN_FIELDS), bucket.tokens)
+        self.rows = self.array[split:table].reshape(len(ROW_FIELDS), bucket.rows)
+        self.floats = self.rows.view(np.float32)
+        self.page_table = self.array[table:].reshape(bucket.rows, pages)
+        self.tokens[TOKEN["slot"]] = slots
+        self.tokens[TOKEN["next"]] = -1
+        self.rows[ROW["slot"]] = slots
+        self.floats[ROW["top_p"]] = 1.0
+        self.floats[ROW["repetition"]] = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceBatch:
+    """The same inside the compiled step."""
+
+    tokens: dict[str, jax.Array]
+    rows: SamplingRows
+    context: PagedContext
+    sample_row: jax.Array
+
+
+def unpack(array: jax.Array, bucket: Bucket, pages: int) -> DeviceBatch:
+    """Takes the array apart (free: slices and bit casts)."""
+    split = len(TOKEN_FIELDS) * bucket.tokens
+    table = split + len(ROW_FIELDS) * bucket.rows
+    tokens = dict(zip(TOKEN_FIELDS, array[:split].reshape(len(TOKEN_FIELDS), bucket.tokens), strict=True))
+    rows = dict(zip(ROW_FIELDS, array[split:table].reshape(len(ROW_FIELDS), bucket.rows), strict=True))
+    for name in FLOAT_FIELDS:
+        rows[name] = lax.bitcast_convert_type(rows[name], jnp.float32)
+    context = PagedContext(
+        positions_T=tokens["position"],
+        page_table_RM=array[table:].reshape(bucket.rows, pages),
+        lengths_R=rows.pop("length"),
+        query_start_R=rows.pop("query_start"),
+        query_length_R=rows.pop("query_length"),
+        decode_rows=bucket.rows,
+    )
+    sample_row = rows.pop("sample_row")
+    return DeviceBatch(tokens, SamplingRows(**rows), context, sample_row)

@@ -1,0 +1,213 @@
+"""Sampling on the device.
+
+Shapes: R rows of the batch, S slots, V vocabulary, N stop tokens kept a slot.
+
+Invariants:
+- a row's token depends on that row alone: a branch that another row switches on leaves it as it was, bit by bit;
+- randomness is keyed by (seed, position of the token), so a seed means the same in any batch, slot or replay;
+- filters need no sort: a threshold is found by bisection over the ordered bits of the logits. Tokens exactly as likely
+  as the last one kept are kept too.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MAX_TOP = 20  # likeliest tokens reported at most, as in OpenAI's API
+MAX_BIAS = 1024  # entries of logit_bias a request may have
+MAX_STOPS = 80  # end-of-sequence and stop tokens that min_tokens can hold back
+# What a row switches on.
+LOGPROBS, PENALTIES, BIAS, HOLD_STOPS, RESET = 1, 2, 4, 8, 16
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["last_token_S", "seen_SV", "counts_SV", "bias_SV", "stops_SN"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class SlotState:
+    """What sampling keeps on the device for each slot between steps.
+
+    Attributes:
+        last_token_S: int32; the token sampled last, so that the next step need not wait for the host to see it.
+        seen_SV: bool; tokens of the prompt (repetition penalty).
+        counts_SV: int32; how often each token was generated.
+        bias_SV: float32; logit_bias.
+        stops_SN: int32; tokens that min_tokens holds back, padded with V.
+    """
+
+    last_token_S: jax.Array
+    seen_SV: jax.Array
+    counts_SV: jax.Array
+    bias_SV: jax.Array
+    stops_SN: jax.Array
+
+    @classmethod
+    def empty(cls, slots: int, vocab_size: int) -> "SlotState":
+        return cls(
+            jnp.zeros((slots,), jnp.int32),
+            jnp.zeros((slots, vocab_size), bool),
+            jnp.zeros((slots, vocab_size), jnp.int32),
+            jnp.zeros((slots, vocab_size), jnp.float32),
+            jnp.full((slots, MAX_STOPS), vocab_size, jnp.int32),
+        )
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "slot", "flags", "position", "seed_high", "seed_low", "top_k",
+        "temperature", "top_p", "min_p", "repetition", "presence", "frequency",
+    ],
+    meta_fields=[],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class SamplingRows:
+    """Parameters of each row, all [R]; int32, and float32 from `temperature` on. `position`: of the token sampled."""
+
+    slot: jax.Array
+    flags: jax.Array
+    position: jax.Array
+    seed_high: jax.Array
+    seed_low: jax.Array
+    top_k: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+
+    def has(self, flag: int) -> jax.Array:
+        return (self.flags & flag) != 0
+
+
+def record_tokens(
+    state: SlotState, rows: SamplingRows, token_T: jax.Array, slot_T: jax.Array, generated_T: jax.Array
+) -> SlotState:
+    """Counts the tokens that a step feeds, for the penalties. `slot_T` is S or more for tokens not to be counted."""
+
+    def count(state: SlotState) -> SlotState:
+        slots = state.last_token_S.shape[0]
+        fresh = jnp.where(rows.has(RESET) & rows.has(PENALTIES), rows.slot, slots)
+        seen = state.seen_SV.at[fresh].set(False, mode="drop")
+        counts = state.counts_SV.at[fresh].set(0, mode="drop")
+        seen = seen.at[jnp.where(generated_T, slots, slot_T), token_T].set(True, mode="drop")
+        counts = counts.at[jnp.where(generated_T, slot_T, slots), token_T].add(1, mode="drop")
+        return dataclasses.replace(state, seen_SV=seen, counts_SV=counts)
+
+    return lax.cond(jnp.any(rows.has(PENALTIES)), count, lambda state: state, state)
+
+
+def setup_slot(
+    state: SlotState, slot: jax.Array, bias_ids: jax.Array, bias_values: jax.Array, stops_N: jax.Array
+) -> SlotState:
+    """Gives a slot its logit bias ([MAX_BIAS] ids, padded with V, and values) and held-back stop tokens."""
+    row = jnp.zeros(state.bias_SV.shape[1:], jnp.float32).at[bias_ids].add(bias_values, mode="drop")
+    return dataclasses.replace(
+        state, bias_SV=state.bias_SV.at[slot].set(row), stops_SN=state.stops_SN.at[slot].set(stops_N)
+    )
+
+
+def ordered_bits(x: jax.Array) -> jax.Array:
+    """int32 that compare as the float32 `x` do."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _largest(condition, rows: int) -> jax.Array:
+    """For each row, the largest int32 t with condition(t); the condition falls with t and holds at the smallest."""
+
+    def halve(_, bounds):
+        low, high = bounds  # condition(low) holds, condition(high) does not
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
+        holds = condition(middle)
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    low = jnp.full((rows,), jnp.iinfo(jnp.int32).min)
+    high = jnp.full((rows,), jnp.iinfo(jnp.int32).max)
+    return lax.fori_loop(0, 32, halve, (low, high))[0]
+
+
+def filter_logits(logits_RV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    """-inf for what top-k, then top-p (Holtzman et al., 2020), then min-p (Nguyen et al., 2024) leave out."""
+    rows, vocab_size = logits_RV.shape
+    bits = ordered_bits(logits_RV)
+    top = jnp.max(logits_RV, axis=-1, keepdims=True)
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab_size), vocab_size)
+    at_k = _largest(lambda t: jnp.sum(bits >= t[:, None], axis=-1) >= k, rows)
+    mass = jnp.where(bits >= at_k[:, None], jnp.exp(logits_RV - top), 0.0)
+    wanted = top_p * jnp.sum(mass, axis=-1)
+    at_p = _largest(lambda t: jnp.sum(jnp.where(bits >= t[:, None], mass, 0.0), axis=-1) >= wanted, rows)
+    at_p = jnp.where(top_p < 1, at_p, at_k)
+    at_min = jnp.where(min_p > 0, ordered_bits(top[:, 0] + jnp.log(min_p)), at_k)
+    keep = bits >= jnp.maximum(jnp.maximum(at_k, at_p), at_min)[:, None]
+    return jnp.where(keep, logits_RV, -jnp.inf)
+
+
+def _penalised(logits_RV: jax.Array, rows: SamplingRows, state: SlotState) -> jax.Array:
+    counts = state.counts_SV[rows.slot]
+    met = state.seen_SV[rows.slot] | (counts > 0)
+    repetition = rows.repetition[:, None]
+    out = jnp.where(met, jnp.where(logits_RV > 0, logits_RV / repetition, logits_RV * repetition), logits_RV)
+    out = out - rows.frequency[:, None] * counts - rows.presence[:, None] * (counts > 0)
+    return jnp.where(rows.has(PENALTIES)[:, None], out, logits_RV)
+
+
+def _biased(logits_RV: jax.Array, rows: SamplingRows, state: SlotState) -> jax.Array:
+    out = jnp.where(rows.has(BIAS)[:, None], logits_RV + state.bias_SV[rows.slot], logits_RV)
+    row = jnp.arange(out.shape[0])[:, None]
+    held = out.at[row, state.stops_SN[rows.slot]].set(-jnp.inf, mode="drop")
+    return jnp.where(rows.has(HOLD_STOPS)[:, None], held, out)
+
+
+def _noise(rows: SamplingRows, vocab_size: int) -> jax.Array:
+    def one(high: jax.Array, low: jax.Array, position: jax.Array) -> jax.Array:
+        words = lax.bitcast_convert_type(jnp.stack([high, low]), jnp.uint32)
+        key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)
+        return jax.random.gumbel(key, (vocab_size,), jnp.float32)
+
+    return jax.vmap(one)(rows.seed_high, rows.seed_low, rows.position)
+
+
+def sample(logits_RV: jax.Array, rows: SamplingRows, state: SlotState) -> jax.Array:
+    """Draws a token for every row: int32 [R]; -1 where the model's logits are not finite."""
+    finite = jnp.all(jnp.isfinite(logits_RV), axis=-1)
+    logits = lax.cond(
+        jnp.any(rows.has(PENALTIES)), lambda x: _penalised(x, rows, state), lambda x: x, logits_RV.astype(jnp.float32)
+    )
+    logits = lax.cond(jnp.any(rows.has(BIAS | HOLD_STOPS)), lambda x: _biased(x, rows, state), lambda x: x, logits)
+    random = rows.temperature > 0
+
+    def draw(logits: jax.Array) -> jax.Array:
+        scaled = logits / jnp.where(random, rows.temperature, 1.0)[:, None]
+        # A tiny temperature may overflow; the likeliest token still has to win.
+        scaled = jnp.clip(scaled, jnp.finfo(jnp.float32).min, jnp.finfo(jnp.float32).max)
+        scaled = jnp.where(jnp.isneginf(logits), -jnp.inf, scaled)
+        filtered = random & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
+
+        def cut(x: jax.Array) -> jax.Array:
+            return jnp.where(filtered[:, None], filter_logits(x, rows.top_k, rows.top_p, rows.min_p), x)
+
+        scaled = lax.cond(jnp.any(filtered), cut, lambda x: x, scaled)
+        return jnp.where(random[:, None], scaled + _noise(rows, logits.shape[-1]), logits)
+
+    logits = lax.cond(jnp.any(random), draw, lambda x: x, logits)
+    return jnp.where(finite, jnp.argmax(logits, axis=-1).astype(jnp.int32), -1)
+
+
+def top_logprobs(logits_RV: jax.Array, token_R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The model's own log-probabilities, before any penalty or temperature: the trainer's numbers.
+
+    Returns float32 [R] of `token_R`, int32 [R, n] of the likeliest tokens and float32 [R, n] of theirs; n is MAX_TOP
+    or V.
+    """
+    logits = logits_RV.astype(jnp.float32)
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(token_R, 0)[:, None], axis=-1)
+    top, ids = lax.top_k(logits, min(MAX_TOP, logits.shape[-1]))
+    return (chosen - normaliser)[:, 0], ids.astype(jnp.int32), top - normaliser
