@@ -1,0 +1,79 @@
+"""Request bodies: bounded in size, strict JSON objects, read from a raw ASGI `receive`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.types import Receive, Scope
+
+from .errors import ApiError, show
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its request was complete."""
+
+
+async def read_json(scope: Scope, receive: Receive, limit: int) -> dict[str, Any]:
+    """Read the body as one JSON object. Raises ApiError (400, 413, 415) or ClientGone."""
+    headers = {name: value for name, value in scope["headers"]}
+    kind = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        # Also keeps web pages of other origins from posting here without the browser asking first.
+        message = f"The body must be sent with the header 'Content-Type: application/json', got {show(kind)}."
+        raise ApiError(415, message, code="unsupported_media_type")
+    declared = headers.get(b"content-length", b"")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(limit)
+    return parse_json(await _read(receive, limit))
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Decode strictly: UTF-8, no repeated keys, an object on the outside.
+
+    NaN and Infinity, which Python's own encoder writes, are let through as floats so that the check of the field they
+    sit in can name it; every number field demands a finite value.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} is {data[error.start]:#04x}"
+        raise ApiError(400, f"The body is not valid UTF-8: {where}.", code="invalid_utf8") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ApiError(400, "The body is not acceptable JSON: it is nested too deeply.", code="invalid_json") from None
+    except ValueError as error:  # JSONDecodeError, or an integer with thousands of digits
+        raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, f"The body must be a JSON object, got {show(value)}.", code="invalid_json")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ApiError(400, f"The field {show(twice)} is given twice.", param=twice, code="invalid_json")
+    return out
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    chunks, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _too_large(limit: int) -> ApiError:
+    message = f"The body is larger than {limit} bytes, the most this server reads (max_body_bytes)."
+    return ApiError(413, message, code="body_too_large")

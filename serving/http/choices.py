@@ -1,0 +1,151 @@
+"""One choice of an answer while it grows, and the log-probabilities of its tokens as the API writes them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...checkpoints.tokenizer import Tokenizer
+from ..request import Output, TokenLogprob
+
+_LEAST_LOGPROB = -9999.0  # how the API writes the probability zero
+
+
+@dataclass(frozen=True)
+class TokenEntry:
+    """A token with its log-probability (None: nothing predicts it) and where its text begins in the choice's text."""
+
+    id: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+    offset: int
+
+
+@dataclass
+class Delta:
+    """What one output adds to a choice."""
+
+    text: str
+    entries: list[TokenEntry]
+    finish_reason: str | None
+
+
+@dataclass
+class Choice:
+    """Accumulates a choice. Text and log-probabilities are released together: the engine holds back text that may be
+    the beginning of a stop string, and the tokens of that text are held back with it, and dropped with it."""
+
+    index: int
+    tokenizer: Tokenizer
+    want_logprobs: bool
+    drop_output: bool = False  # max_tokens 0 with echo: the engine generates one token that nobody asked for
+    text: str = ""
+    entries: list[TokenEntry] = field(default_factory=list)
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_logprob: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._stream = self.tokenizer.stream()
+        self._offset = 0  # characters decoded so far
+        self._released = 0  # characters of text the engine has given out
+        self._held: deque[TokenEntry] = deque()
+
+    def begin(self, prompt_text: str, prompt_entries: list[TokenEntry]) -> None:
+        """Echo: the choice starts with the prompt."""
+        self.text += prompt_text
+        self.entries += prompt_entries
+        self._offset = self._released = len(prompt_text)
+
+    def feed(self, output: Output) -> Delta:
+        self.prompt_tokens = output.prompt_tokens
+        if self.drop_output:
+            self.finish_reason = "length"
+            return Delta("", [], "length")
+        self.completion_tokens = output.completion_tokens
+        self.finish_reason = output.finish_reason
+        self.text += output.text
+        self._released += len(output.text)
+        for item in output.logprobs or ():
+            self.total_logprob += item.logprob
+            if self.want_logprobs:
+                self._held.append(TokenEntry(item.id, item.logprob, item.top, self._offset))
+                self._offset += len(self._stream.step(item.id) or "")
+        entries = self._release(output)
+        self.entries += entries
+        return Delta(output.text, entries, output.finish_reason)
+
+    def _release(self, output: Output) -> list[TokenEntry]:
+        done = output.finish_reason is not None
+        stopped_by_string = done and isinstance(output.stop_reason, str)
+        entries = []
+        while self._held and (self._held[0].offset < self._released or (done and not stopped_by_string)):
+            entries.append(self._held.popleft())
+        return entries
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.total_logprob / max(self.completion_tokens, 1)
+
+
+def prompt_entries(
+    tokenizer: Tokenizer, ids: list[int], logprobs: Iterable[TokenLogprob | None] | None
+) -> list[TokenEntry]:
+    """Entries for the tokens of an echoed prompt."""
+    stream, offset, out = tokenizer.stream(), 0, []
+    for token, item in zip(ids, logprobs or (), strict=True):
+        out.append(TokenEntry(token, item.logprob if item else None, item.top if item else [], offset))
+        offset += len(stream.step(token) or "")
+    return out
+
+
+def completion_logprobs(tokenizer: Tokenizer, entries: list[TokenEntry], count: int) -> dict[str, Any]:
+    """The `logprobs` object of /v1/completions: parallel lists; the chosen token joins its `count` likeliest."""
+
+    def top(entry: TokenEntry) -> dict[str, float] | None:
+        if entry.logprob is None:
+            return None
+        out: dict[str, float] = {}
+        for token, logprob in [*entry.top[:count], (entry.id, entry.logprob)]:
+            name = token_text(tokenizer, token, "bytes:")
+            out[name] = max(out.get(name, _LEAST_LOGPROB), finite(logprob))
+        return out
+
+    return {
+        "tokens": [token_text(tokenizer, entry.id, "bytes:") for entry in entries],
+        "token_logprobs": [None if entry.logprob is None else finite(entry.logprob) for entry in entries],
+        "top_logprobs": [top(entry) for entry in entries] if count else None,
+        "text_offset": [entry.offset for entry in entries],
+    }
+
+
+def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenEntry], count: int) -> dict[str, Any]:
+    """The `logprobs` object of /v1/chat/completions."""
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token)
+        return {"token": token_text(tokenizer, token), "logprob": finite(logprob), "bytes": list(data)}
+
+    content = []
+    for entry in entries:
+        assert entry.logprob is not None  # only the first token of a prompt has none
+        top = [one(token, logprob) for token, logprob in entry.top[:count]]
+        content.append(one(entry.id, entry.logprob) | {"top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def token_text(tokenizer: Tokenizer, token: int, prefix: str = "") -> str:
+    """A token as text; `\\xe2\\x82` (after `prefix`) when its bytes are only a part of a character."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB

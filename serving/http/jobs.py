@@ -1,0 +1,42 @@
+"""A job: one HTTP request that generates, as a group of engine requests, and the shape of its answer."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from ..request import Output, Request
+from .errors import bad
+from .service import Service
+
+
+class Job(Protocol):
+    """`feed` each output and take the `body`; or, when `stream`, send the `events` of each, and the `last_events`."""
+
+    id: str
+    stream: bool
+    requests: list[Request]
+
+    def first_events(self) -> Iterator[dict[str, Any]]:
+        """Sent as soon as the job is admitted."""
+        return iter(())
+
+    def events(self, output: Output) -> Iterator[dict[str, Any]]: ...
+
+    def last_events(self) -> Iterator[dict[str, Any]]: ...
+
+    def feed(self, output: Output) -> None: ...
+
+    def body(self) -> dict[str, Any]: ...
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(16)}"
+
+
+def check_count(service: Service, count: int, param: str) -> None:
+    """Refuse for good what could never be admitted, instead of answering "queue full" for ever."""
+    most = service.engine.info.max_waiting
+    if count > most:
+        raise bad(param, f"This request asks for {count} completions; the server's queue holds {most}. Ask for fewer.")
