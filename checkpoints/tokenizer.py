@@ -8,7 +8,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -241,12 +241,15 @@ class Tokenizer:
 
         The byte-level tokenizer takes any bytes as they are; others see U+FFFD where the bytes are not UTF-8.
         """
+        return self.encode_bytes_batch([data])[0]
+
+    def encode_bytes_batch(self, texts: Sequence[Bytes | bytearray | memoryview]) -> list[np.ndarray]:
+        """`encode_bytes` of each text (in parallel where the tokenizers library can)."""
         if self.is_bytes:
-            return np.frombuffer(data, dtype=np.uint8).astype(np.int32)
-        text = str(data, "utf-8", "replace")
-        return np.asarray(
-            self._plain_backend.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int32
-        )
+            return [np.frombuffer(data, dtype=np.uint8).astype(np.int32) for data in texts]
+        decoded = [str(data, "utf-8", "replace") for data in texts]
+        encoded = self._plain_backend.encode_batch_fast(decoded, add_special_tokens=False)
+        return [np.asarray(found.ids, dtype=np.int32) for found in encoded]
 
     # Ids to text
 
@@ -297,29 +300,6 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"vocab_size >= {tokenizer.vocab_size}, but it has {vocab_size}; use the model's own tokenizer, "
             f"or a model with vocab_size={tokenizer.vocab_size}"
         )
-
-
-def train_bpe_from_texts(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE; `vocab_size` counts the 256 bytes and our three special tokens (so 259 at least).
-
-    A text too small to give so many merges gives a smaller vocabulary; see `.vocab_size` of the result.
-    """
-    from tokenizers import trainers
-
-    least = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < least:
-        raise TokenizerError(f"a BPE vocabulary holds 256 bytes and {len(SPECIAL_TOKENS)} special tokens, so vocab_size "
-                             f"must be at least {least}, but it is {vocab_size}")  # fmt: skip
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(  # type: ignore[call-arg]
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        show_progress=False,
-        initial_alphabet=list(byte_alphabet()),
-    )
-    backend.train_from_iterator(texts, trainer)
-    return Tokenizer.from_backend(backend)
 
 
 def _parse(data: bytes, where: str) -> dict[str, Any]:
