@@ -126,8 +126,8 @@ def check_description(description: Description) -> None:
     for name in ("model", "data", "recipe", "plan", "generation"):
         check_json(getattr(description, name), f"description.{name}")
     for name in description.tokenizer_files:
-        if name != Path(name).name or name in ("", ".", ".."):
-            raise CheckpointError(f"description.tokenizer_files: {name!r} must be a plain file name")
+        if name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
+            raise CheckpointError(f"description.tokenizer_files: {name!r} must be a path inside the tokenizer's folder")
 
 
 def write(folder: Path, step: int, description: Description, arrays: Mapping[str, ArraySpec]) -> None:
@@ -192,11 +192,12 @@ def read(folder: Path) -> Manifest:
     )
 
 
-def read_tokenizer_files(manifest: Manifest) -> dict[str, bytes]:
-    """The tokenizer's files, by name. Call `verify` first."""
+def with_tokenizer(manifest: Manifest) -> Description:
+    """The description with the tokenizer's files read in. Call `verify` first."""
     prefix = f"{TOKENIZER}/"
-    return {
+    tokenizer_files = {
         name.removeprefix(prefix): (manifest.folder / name).read_bytes()
         for name in manifest.files
         if name.startswith(prefix)
     }
+    return dataclasses.replace(manifest.description, tokenizer_files=tokenizer_files)

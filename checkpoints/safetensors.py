@@ -313,10 +313,13 @@ def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, 
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
     shards: list[list[TensorSpec]] = [[]]
+    size = 0
     for spec in specs:
-        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
+        if shards[-1] and size + spec.nbytes > max_shard_bytes:
             shards.append([])
+            size = 0
         shards[-1].append(spec)
+        size += spec.nbytes
     if len(shards) == 1:
         return {SINGLE_NAME: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}

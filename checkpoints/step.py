@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -43,7 +43,15 @@ def spec_of(name: str, leaf: Any) -> ArraySpec:
     return ArraySpec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
 
 
-def to_device(stored: StoredArray, sharding: jax.sharding.Sharding | None, dtype: Any = None) -> jax.Array:
+class Readable(Protocol):
+    """What has a shape and gives the numbers at an index: a `StoredArray`, or several tensors as one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray: ...
+
+
+def to_device(stored: Readable, sharding: jax.sharding.Sharding | None, dtype: Any = None) -> jax.Array:
     """A stored array on its devices; each reads only its part. Cast to `dtype` on the way, when one is given."""
 
     def part(index: Any) -> np.ndarray:
@@ -123,10 +131,10 @@ class StepWriter:
 
     def commit(self, step: int, description: Description, arrays: Mapping[str, ArraySpec]) -> None:
         """Add the tokenizer and the manifest, force all to the disk, and give the folder its name."""
-        if description.tokenizer_files:
-            (self.tmp / manifest.TOKENIZER).mkdir()
         for name, data in description.tokenizer_files.items():
-            (self.tmp / manifest.TOKENIZER / name).write_bytes(data)
+            path = self.tmp / manifest.TOKENIZER / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
         manifest.write(self.tmp, step, description, arrays)
         files.fsync_tree(self.tmp)
         files.commit(self.tmp, self.final)

@@ -16,7 +16,7 @@ import shutil
 import threading
 import warnings
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +165,9 @@ class CheckpointStore:
                 self._bad.add(candidate)
                 skipped.append((candidate, str(error)))
                 continue
-            tokenizer = manifest.read_tokenizer_files(found)
             if skipped:
                 _report(skipped, candidate)
-            return Restored(candidate, state, replace(found.description, tokenizer_files=tokenizer), tuple(skipped))
+            return Restored(candidate, state, manifest.with_tokenizer(found), tuple(skipped))
         tried, reasons = [bad for bad, _ in skipped], "\n".join(reason for _, reason in skipped)
         raise DamagedCheckpoint(f"no good checkpoint among steps {tried} of {self.directory}:\n{reasons}")
 

@@ -1,0 +1,223 @@
+"""Any folder that holds a model, as parameters on devices: a step, a run (its newest good step), a Hugging Face folder.
+
+Files are memory mapped and go to the devices tensor by tensor: the host never holds a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ..models.config import DecoderConfig
+from ..models.decoder import param_shapes, param_shardings
+from ..sharding.plan import Plan
+from . import files, hf, manifest
+from .errors import DamagedCheckpoint, MismatchedCheckpoint, NoCheckpoint, first_few
+from .manifest import Description, Manifest
+from .step import open_stored, to_device
+from .tokenizer import Tokenizer, check_vocabulary
+
+CHECKPOINTS = "checkpoints"  # the folder of steps in a run's output folder
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to use.
+
+    Attributes:
+        config: the decoder's config.
+        params: the parameters by dotted name, as `models.decoder` takes them.
+        tokenizer: None where the folder has none.
+        family: name of the model family.
+        generation: contents of generation_config.json ({} when there was none).
+        source: the folder that was read (of a run, the step folder).
+        kind: "step" or "hugging_face".
+        step: the training step, None for a Hugging Face folder.
+        description: what a step says of itself, None for a Hugging Face folder.
+    """
+
+    config: DecoderConfig
+    params: dict[str, jax.Array]
+    tokenizer: Tokenizer | None
+    family: str
+    generation: dict[str, Any]
+    source: Path
+    kind: str
+    step: int | None = None
+    description: Description | None = None
+
+
+def locate(path: str | os.PathLike[str]) -> tuple[str, Path]:
+    """("step", folder), ("run", folder of steps) or ("hugging_face", folder); `NoCheckpoint` says what was missing."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise NoCheckpoint(f"{folder} does not exist. {files.nearest_existing(folder)}")
+    if not folder.is_dir():
+        raise NoCheckpoint(f"{folder} is a file; give the folder that it is in: {folder.parent}")
+    if (folder / manifest.NAME).exists() or manifest.step_of(folder.name) is not None:
+        return "step", folder
+    if (folder / hf.CONFIG).exists():
+        return "hugging_face", folder
+    for steps in (folder, folder / CHECKPOINTS):
+        if manifest.step_folders(steps):
+            return "run", steps
+    names = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+    if (folder / CHECKPOINTS).is_dir():
+        raise NoCheckpoint(f"{folder} is a run that has not saved a step yet: its {CHECKPOINTS}/ has none")
+    raise NoCheckpoint(
+        f"{folder} holds no model. Looked for {manifest.NAME} (a Twinax step), {manifest.step_name(10)} or "
+        f"{CHECKPOINTS}/{manifest.step_name(10)} (a training run), {hf.CONFIG} (a Hugging Face folder); found {names}."
+    )
+
+
+def open_step(path: Path, kind: str, under: tuple[str, ...]) -> Manifest:
+    """The verified manifest of a step, or of the newest good one of a run (warns about those passed over).
+
+    `under` limits which files are verified, by the beginnings of their paths; `()` verifies the manifest alone.
+    """
+
+    def good(folder: Path) -> Manifest:
+        found = manifest.read(folder)
+        if under:
+            found.verify(under)
+        return found
+
+    if kind == "step":
+        return good(path)
+    problems = []
+    for folder in reversed(manifest.step_folders(path).values()):
+        try:
+            found = good(folder)
+        except DamagedCheckpoint as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            text = f"damaged checkpoints were passed over; {found.folder.name} is used instead:\n" + "\n".join(problems)
+            _log.warning("%s", text)
+            warnings.warn(text, stacklevel=3)
+        return found
+    raise DamagedCheckpoint(f"{path} has no good checkpoint:\n" + "\n".join(problems))
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    plan: Plan | str | None = None,
+    verify: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> LoadedModel:
+    """Load a model from a Twinax step folder, a run's output folder (its newest good step) or a Hugging Face folder.
+
+    Args:
+        path: the folder.
+        dtype: cast the parameters to it; None keeps what is stored.
+        mesh, plan: where the parameters live (one of the two); by default on the first device.
+        verify: compare a step's files with their checksums first.
+        progress: called with (parameter name, parameters done, parameters in all).
+
+    Raises `NoCheckpoint`, `DamagedCheckpoint`, `MismatchedCheckpoint`, other `CheckpointError`s, `TokenizerError`: all
+    `ValueError`s that say what to do.
+    """
+    if plan is not None:
+        mesh = (Plan.parse(plan) if isinstance(plan, str) else plan).mesh()
+    kind, folder = locate(path)
+    if kind == "hugging_face":
+        return _load_hugging_face(folder, dtype, mesh, progress)
+    return _load_step(folder, kind, dtype, mesh, verify, progress)
+
+
+def _shardings(config: DecoderConfig, mesh: Mesh | None) -> dict[str, Any]:
+    return {} if mesh is None else dict(param_shardings(config, mesh))
+
+
+def _load_step(folder: Path, kind: str, dtype: Any, mesh: Mesh | None, verify: bool, progress: Any) -> LoadedModel:
+    under = (f"{manifest.ARRAYS}/params.", f"{manifest.TOKENIZER}/") if verify else ()
+    found = open_step(folder, kind, under)
+    description = manifest.with_tokenizer(found)
+    config = DecoderConfig.from_dict(description.model)
+    stored = {name.removeprefix("params."): spec for name, spec in found.arrays.items() if name.startswith("params.")}
+    wanted = {name: shape.shape for name, shape in param_shapes(config).items()}
+    problems = [f"{name}: absent, the config makes it {list(s)}" for name, s in wanted.items() if name not in stored]
+    problems += [f"{name}: not a parameter of this config" for name in stored if name not in wanted]
+    problems += [
+        f"{name}: {stored[name]}, the config makes it {list(shape)}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    if problems:
+        raise MismatchedCheckpoint(
+            f"the parameters in {found.folder} do not fit its config; it may come from another version of Twinax:\n"
+            f"{first_few(problems)}"
+        )
+    tokenizer = None
+    if description.tokenizer_files:
+        tokenizer = Tokenizer.from_files(description.tokenizer_files, str(found.folder / manifest.TOKENIZER))
+        check_vocabulary(tokenizer, config.vocab_size)
+    shardings = _shardings(config, mesh)
+    params = {}
+    for name in wanted:
+        params[name] = to_device(open_stored(found, f"params.{name}"), shardings.get(name), dtype)
+        if progress:
+            progress(name, len(params), len(wanted))
+    return LoadedModel(
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        family=config.family,
+        generation=description.generation,
+        source=found.folder,
+        kind="step",
+        step=found.step,
+        description=description,
+    )
+
+
+def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | None, progress: Any) -> LoadedModel:
+    opened = hf.open_folder(folder)
+    config = opened.config
+    tokenizer = opened.tokenizer()
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config.vocab_size)
+    shapes = {name: shape.shape for name, shape in param_shapes(config).items()}
+    shardings = _shardings(config, mesh)
+    params = {}
+    with opened.open_tensors() as tensors:
+        for name, parts in hf.match_tensors(tensors, config, shapes).items():
+            params[name] = to_device(_Stack(tensors, parts, shapes[name]), shardings.get(name), dtype)
+            if progress:
+                progress(name, len(params), len(shapes))
+    return LoadedModel(
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        family=config.family,
+        generation=opened.generation,
+        source=folder,
+        kind="hugging_face",
+    )
+
+
+class _Stack:
+    """A parameter whose layers are tensors of their own, read like a `StoredArray`."""
+
+    def __init__(self, tensors: Any, parts: list[str], shape: tuple[int, ...]):
+        self._tensors, self._parts, self.shape = tensors, parts, shape
+        self._stacked = tensors.specs()[parts[0]].shape != shape
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        if not self._stacked:
+            return self._tensors.read(self._parts[0])[index]
+        layers, rest = (index[0], index[1:]) if index else (slice(None), ())
+        return np.stack([self._tensors.read(part)[rest] for part in self._parts[layers]])
