@@ -12,11 +12,14 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TypeVar
 
 from .. import wire
 from ..request import Output, Request
 from .errors import ApiError, engine_down, queue_full, unavailable
 from .metrics import Metrics
+
+T = TypeVar("T")
 
 TAIL_LINES = 30
 _LONGEST_SOCKET_PATH = 100  # the kernel's limit is 108 bytes
@@ -149,7 +152,7 @@ class EngineClient:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _unless_died(self, future: asyncio.Future) -> object:
+    async def _unless_died(self, future: asyncio.Future[T]) -> T:
         died = asyncio.create_task(self.died.wait())
         try:
             await asyncio.wait([future, died], return_when=asyncio.FIRST_COMPLETED)

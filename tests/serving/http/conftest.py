@@ -1,0 +1,171 @@
+"""A real server, engine process and all, for a tiny random Llama with the byte tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import safetensors.numpy
+
+MODEL = "tiny"
+CONTEXT = 192
+MAX_RUNNING = 4
+MAX_WAITING = 12
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message.content == 'forbidden' %}{{ raise_exception('not that word') }}"
+    "{% endif %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+# What the command line does with `serve`, without the command line.
+RUNNER = """
+import json, sys
+from twinax.serving.http.server import ServeConfig, serve
+try:
+    serve(ServeConfig(**json.loads(sys.argv[1])))
+except (ValueError, OSError) as error:
+    sys.exit(f"twinax: error: {error}")
+"""
+
+
+@dataclass
+class Server:
+    """A server in a process of its own. `lines` collects what it prints."""
+
+    process: subprocess.Popen[str]
+    lines: list[str]
+    reader: threading.Thread
+    url: str = ""
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        defaults = {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 60}
+        return openai.OpenAI(**(defaults | options))
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **options)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample that has no other labels than the model's, by name."""
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        samples = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        suffix = f'{{engine="0",model_name="{MODEL}"}}'
+        return {name.removesuffix(suffix): float(value) for name, value in samples if name.endswith(suffix)}
+
+    def output(self) -> str:
+        """All it printed; to be called once it has ended."""
+        self.reader.join(timeout=30)
+        return "\n".join(self.lines)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from twinax.checkpoints.tokenizer import Tokenizer
+    from twinax.layers.rope_config import RopeConfig
+    from twinax.models import families
+    from twinax.models.config import DecoderConfig
+    from twinax.models.decoder import init_params
+
+    config = DecoderConfig(
+        family="llama",
+        vocab_size=Tokenizer.bytes().vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rope=RopeConfig(theta=10000.0),
+        norm_eps=1e-5,
+        tie_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+        max_position_embeddings=CONTEXT,
+    )
+    family, params = families.load("llama"), init_params(config, 0)
+    # Larger logits than an untrained model has, so that likely and unlikely tokens differ.
+    params["unembed.weight"] = params["unembed.weight"] * 8
+    tensors = {}
+    for entry in family.tensor_table(config):
+        array = np.asarray(params[entry.name])
+        tensors[entry.hf_name] = np.ascontiguousarray(array if entry.layer is None else array[entry.layer])
+    folder = tmp_path_factory.mktemp("models") / MODEL
+    folder.mkdir()
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(family.to_hf(config)))
+    Tokenizer.bytes().save(folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start_server(model_folder: Path, repository: Path) -> Callable[..., Server]:
+    """Starts a server; `ready=False` returns at once, else when it takes requests."""
+
+    def start(*, ready: bool = True, environment: dict[str, str] | None = None, **changes: Any) -> Server:
+        config = {
+            "model": str(model_folder),
+            "port": 0,
+            "max_running": MAX_RUNNING,
+            "max_waiting": MAX_WAITING,
+            "page_size": 16,
+            "chunk_tokens": 32,
+            "compile_cache": str(repository / ".cache" / "serving"),
+        }
+        config = {name: value for name, value in (config | changes).items() if value is not None}
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUNNER, json.dumps(config)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | (environment or {}),
+        )
+        lines: list[str] = []
+        found = threading.Event()
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line.rstrip("\n"))
+                if line.startswith("twinax: ready at "):
+                    found.set()
+            found.set()
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        server = Server(process, lines, reader)
+        if ready:
+            assert found.wait(timeout=120), "not ready:\n" + "\n".join(lines)
+            line = next((line for line in lines if line.startswith("twinax: ready at ")), None)
+            assert line is not None, "not ready:\n" + "\n".join(lines)
+            server.url = line.split()[3].removesuffix("/v1")
+        return server
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def server(start_server: Callable[..., Server]) -> Iterator[Server]:
+    """The server that most tests share; they leave it idle."""
+    server = start_server()
+    yield server
+    server.process.terminate()
+    try:
+        assert server.process.wait(timeout=60) == 0, server.output()
+    finally:
+        server.process.kill()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with server.client() as client:
+        yield client
