@@ -1,7 +1,7 @@
-"""Chat templates: Jinja in a sandbox, with what Hugging Face gives them, so that the same template gives the same prompt.
+"""Chat templates: Jinja in a sandbox, with what Hugging Face gives them, so that the same template gives the same text.
 
-A template comes with a model, so it is a program by a stranger. It runs in Jinja's immutable sandbox, and sees plain JSON
-values only: no objects, hence no methods but those of str, int, float, list and dict.
+A template comes with a model, so it is a program by a stranger. It runs in Jinja's immutable sandbox, and sees plain
+JSON values only: no objects, hence no methods but those of str, int, float, list and dict.
 """
 
 import json
@@ -22,7 +22,7 @@ class ChatTemplateError(ValueError):
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the assistant wrote; the text in it is rendered as it is."""
+    """`{% generation %} ... {% endgeneration %}` marks what the assistant wrote; rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -103,7 +103,7 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [_plain(item, f"{where}[{n}]") for n, item in enumerate(value)]
     raise ChatTemplateError(
-        f"a chat template takes JSON values only (text, numbers, lists, objects), but {where} is a {type(value).__name__}"
+        f"a chat template takes JSON values (text, numbers, lists, objects), but {where} is a {type(value).__name__}"
     )
 
 

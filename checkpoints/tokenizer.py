@@ -19,26 +19,20 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from .chat_template import ChatTemplateError, render
 from .detokenize import ByteStream, Detokenizer, WindowStream, byte_alphabet
+from .tokenizer_files import (
+    CONFIG,
+    MAIN,
+    SPECIAL_MAP,
+    TEMPLATE,
+    TokenizerError,
+    default_config,
+    parse,
+    read_files,
+    read_templates,
+)
 
-_MAIN = "tokenizer.json"
-_CONFIG = "tokenizer_config.json"
-_SPECIAL_MAP = "special_tokens_map.json"
-_TEMPLATE = "chat_template.jinja"
-_MORE_TEMPLATES = "additional_chat_templates"
-# Files that belong to a tokenizer and travel with it; only the first is needed.
-_FILES = (_MAIN, _CONFIG, _SPECIAL_MAP, _TEMPLATE, "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
-# What a special token is for, guessed by name only where there is no tokenizer_config.json.
-_KNOWN_NAMES = {
-    "bos_token": ("<|bos|>", "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
-    "eos_token": ("<|eos|>", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
-    "pad_token": ("<|pad|>", "<pad>", "[PAD]"),
-}
 Bytes = bytes  # inside the class below, `bytes` is the method
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")  # of the tokenizers that we make
-
-
-class TokenizerError(ValueError):
-    """A tokenizer's files are missing or wrong, or a text cannot be encoded."""
 
 
 class Tokenizer:
@@ -53,27 +47,25 @@ class Tokenizer:
     def __init__(self, files: Mapping[str, Bytes], where: str = "tokenizer"):
         self._files = dict(files)
         self._where = where
-        if _MAIN not in self._files:
-            raise TokenizerError(
-                f"{where}: a tokenizer needs the file {_MAIN}, but there is only {sorted(self._files)}"
-            )
-        spec = _parse(self._files[_MAIN], f"{where}/{_MAIN}")
+        if MAIN not in self._files:
+            raise TokenizerError(f"{where}: a tokenizer needs the file {MAIN}, but there is only {sorted(self._files)}")
+        spec = parse(self._files[MAIN], f"{where}/{MAIN}")
         if not isinstance(spec.get("model"), dict):
             raise TokenizerError(
-                f'{where}/{_MAIN}: not a tokenizer (it has no "model"); its keys are {sorted(spec)[:8]}'
+                f'{where}/{MAIN}: not a tokenizer (it has no "model"); its keys are {sorted(spec)[:8]}'
             )
         self._backend = self._make_backend()
-        if _CONFIG not in self._files:
-            self._files[_CONFIG] = _default_config(spec)
-        self._config = _parse(self._files[_CONFIG], f"{where}/{_CONFIG}")
-        if _SPECIAL_MAP in self._files:
-            self._config = _parse(self._files[_SPECIAL_MAP], f"{where}/{_SPECIAL_MAP}") | self._config
+        if CONFIG not in self._files:
+            self._files[CONFIG] = default_config(spec)
+        self._config = parse(self._files[CONFIG], f"{where}/{CONFIG}")
+        if SPECIAL_MAP in self._files:
+            self._config = parse(self._files[SPECIAL_MAP], f"{where}/{SPECIAL_MAP}") | self._config
         self._add_config_tokens(self._backend)
 
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id, self.eos_id = self._special("bos_token"), self._special("eos_token")
         self.pad_id = self._special("pad_token", required=False)
-        self._templates = _read_templates(self._files, self._config, where)
+        self._templates = read_templates(self._files, self._config, where)
         added = self._backend.get_added_tokens_decoder()
         self._added_texts = tuple(token.content for token in added.values())
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -100,28 +92,12 @@ class Tokenizer:
     def from_backend(cls, backend: tokenizers.Tokenizer) -> "Tokenizer":
         """Wraps a tokenizer of the `tokenizers` library, adding our three special tokens where they are missing."""
         backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
-        return cls({_MAIN: backend.to_str(pretty=True).encode()})
+        return cls({MAIN: backend.to_str(pretty=True).encode()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Reads a folder with tokenizer.json, or such a file itself (the files beside a `tokenizer.json` are read too)."""
-        path = Path(path).expanduser()
-        try:
-            if path.is_dir() or path.name == _MAIN:
-                folder = path if path.is_dir() else path.parent
-                names = [name for name in _FILES if (folder / name).is_file()]
-                names += [f"{_MORE_TEMPLATES}/{p.name}" for p in sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))]
-                if _MAIN not in names:
-                    raise TokenizerError(_missing(folder))
-                return cls({name: (folder / name).read_bytes() for name in names}, str(folder))
-            if not path.exists():
-                raise TokenizerError(
-                    f"no tokenizer at {path}: give a folder that holds {_MAIN}, such a file, or the word 'bytes' "
-                    "for the byte-level tokenizer"
-                )
-            return cls({_MAIN: path.read_bytes()}, str(path))
-        except OSError as error:
-            raise TokenizerError(f"cannot read the tokenizer at {path}: {error.strerror or error}") from error
+        """Reads a folder that holds tokenizer.json, or such a file (and those beside it if that is its name)."""
+        return cls(*read_files(Path(path).expanduser()))
 
     @classmethod
     def from_files(cls, files: Mapping[str, Bytes], where: str = "tokenizer") -> "Tokenizer":
@@ -141,9 +117,9 @@ class Tokenizer:
 
     def _make_backend(self) -> tokenizers.Tokenizer:
         try:
-            backend = tokenizers.Tokenizer.from_buffer(self._files[_MAIN])
+            backend = tokenizers.Tokenizer.from_buffer(self._files[MAIN])
         except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{self._where}/{_MAIN}: the tokenizers library cannot read it: {error}") from error
+            raise TokenizerError(f"{self._where}/{MAIN}: the tokenizers library cannot read it: {error}") from error
         # Settings left over from someone's training run would cut or pad texts silently.
         backend.no_truncation()
         backend.no_padding()
@@ -151,15 +127,24 @@ class Tokenizer:
 
     def _add_config_tokens(self, backend: tokenizers.Tokenizer) -> None:
         """Some folders name added tokens in tokenizer_config.json only."""
-        for key, entry in sorted(self._config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
-            text = entry["content"]
+        try:
+            named = self._config.get("added_tokens_decoder", {})
+            entries = sorted(
+                ((int(key), entry["content"], entry) for key, entry in named.items()), key=lambda item: item[0]
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise TokenizerError(
+                f'{self._where}/{CONFIG}: "added_tokens_decoder" must map ids to objects with "content"; '
+                f"it does not ({type(error).__name__}: {error})"
+            ) from error
+        for key, text, entry in entries:
             if backend.token_to_id(text) is not None:
                 continue
             flags = {k: entry.get(k, False) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
             backend.add_tokens([AddedToken(text, **flags)])
-            if backend.token_to_id(text) != int(key):
+            if backend.token_to_id(text) != key:
                 raise TokenizerError(
-                    f"{self._where}: {_CONFIG} gives {text!r} the id {key}, but {_MAIN} leaves it "
+                    f"{self._where}: {CONFIG} gives {text!r} the id {key}, but {MAIN} leaves it "
                     f"{backend.token_to_id(text)}; the two files are of different tokenizers"
                 )
 
@@ -168,7 +153,7 @@ class Tokenizer:
         found = None if text is None else self._backend.token_to_id(text)
         if text is not None and found is None and required:
             raise TokenizerError(
-                f"{self._where}: {_CONFIG} names {key} = {text!r}, which is not in the vocabulary of {_MAIN}; "
+                f"{self._where}: {CONFIG} names {key} = {text!r}, which is not in the vocabulary of {MAIN}; "
                 "the two files are of different tokenizers"
             )
         return found
@@ -195,7 +180,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of what decides the ids of a text; keys caches of tokens."""
-        parts = [self._files[_MAIN], json.dumps([self.bos_id, self.eos_id, self.vocab_size]).encode()]
+        parts = [self._files[MAIN], json.dumps([self.bos_id, self.eos_id, self.vocab_size]).encode()]
         return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
 
     def token_to_id(self, text: str) -> int | None:
@@ -220,7 +205,7 @@ class Tokenizer:
         Args:
           text: any Unicode text; a lone surrogate is an error.
           add_bos: put `bos_id` first (an error where there is none).
-          special: read "<|eos|>" in the text as that token (as Hugging Face does); else as five plain characters.
+          special: read "<|eos|>" in the text as that token, as Hugging Face does; else as plain text.
         """
         return self.encode_batch([text], add_bos, special=special)[0]
 
@@ -287,7 +272,7 @@ class Tokenizer:
         source = source or self.chat_template
         if source is None:
             raise ChatTemplateError(
-                f"{self._where} has no chat template; put one in {_TEMPLATE} beside {_MAIN}, or send a plain completion"
+                f"{self._where} has no chat template; put one in {TEMPLATE} beside {MAIN}, or send a plain completion"
             )
         return render(source, messages, tools, add_generation_prompt, **{**self.special_tokens, **variables})
 
@@ -300,52 +285,6 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"vocab_size >= {tokenizer.vocab_size}, but it has {vocab_size}; use the model's own tokenizer, "
             f"or a model with vocab_size={tokenizer.vocab_size}"
         )
-
-
-def _parse(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(data)
-    except ValueError as error:
-        raise TokenizerError(
-            f"{where} is not JSON ({error}); it may be truncated or not the file it should be"
-        ) from error
-    if not isinstance(parsed, dict):
-        raise TokenizerError(f"{where} must hold a JSON object, but holds a {type(parsed).__name__}")
-    return parsed
-
-
-def _missing(folder: Path) -> str:
-    old = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
-    if old:
-        return (
-            f"{folder} has {old[0]} but no {_MAIN}: this is a tokenizer in an older form; convert it once with "
-            "transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-        )
-    return f"{folder} holds no {_MAIN}; give a folder that does, or the word 'bytes' for the byte-level tokenizer"
-
-
-def _default_config(spec: dict[str, Any]) -> bytes:
-    special = [token["content"] for token in spec.get("added_tokens", []) if token.get("special")]
-    named = {key: next((n for n in names if n in special), None) for key, names in _KNOWN_NAMES.items()}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    return (json.dumps(config | {key: text for key, text in named.items() if text}, indent=2) + "\n").encode()
-
-
-def _read_templates(files: Mapping[str, bytes], config: dict[str, Any], where: str) -> dict[str, str]:
-    found = config.get("chat_template") or {}
-    if isinstance(found, str):
-        found = {"default": found}
-    elif isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}
-    templates = dict(found)
-    for name, data in files.items():
-        key = "default" if name == _TEMPLATE else Path(name).stem if name.startswith(_MORE_TEMPLATES + "/") else None
-        if key is not None:
-            try:
-                templates[key] = data.decode()
-            except UnicodeDecodeError as error:
-                raise TokenizerError(f"{where}/{name} is not UTF-8 text: {error}") from error
-    return templates
 
 
 def _is_byte_vocabulary(spec: dict[str, Any]) -> bool:
@@ -366,8 +305,8 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise TokenizerError(
-            f"the text has a lone surrogate ({text[error.start]!r}) at character {error.start}, which is not valid Unicode; "
-            "remove it or replace it by U+FFFD"
+            f"the text has a lone surrogate ({text[error.start]!r}) at character {error.start}, which is not valid "
+            "Unicode; remove it or replace it by U+FFFD"
         ) from error
     except AttributeError as error:
         raise TokenizerError(f"a tokenizer encodes str, but was given {type(text).__name__}") from error

@@ -21,7 +21,7 @@ def train_bpe(
     """Trains a byte-level BPE and writes it as a Hugging Face tokenizer folder.
 
     Args:
-      files: a file, folder or pattern, or several, as `DataConfig.path`; or a whole DataConfig (its tokenizer is ignored).
+      files: a file, folder or pattern, or several, as `DataConfig.path`; or a whole DataConfig.
       vocab_size: counts the 256 bytes and our three special tokens, so 259 at least. A small text may not give so many
         merges; `.vocab_size` of the result says how many there are.
       out_folder: made if missing; gets tokenizer.json and tokenizer_config.json.

@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -34,6 +34,7 @@ from .files import SourceFile, find_files
 _FORMAT = 1
 _BATCH = 4 << 20  # bytes of text tokenised at once
 _QUIET = 8 << 20  # bytes of text below which no progress bar is shown
+_ABANDONED = 86_400  # seconds without a write, after which nobody is still making a folder
 _SETTLED_NS = 2_000_000_000  # a file changed more recently than this may change again within one tick of its clock
 
 
@@ -103,8 +104,9 @@ def _open(
             raise DataError(f"the tokens in {root / key} vanished or changed while they were made; run again")
     # As git does: a time stamp too close to now cannot tell a later change in the same tick.
     if all(began - source.mtime_ns > _SETTLED_NS for source in sources):
-        known.parent.mkdir(exist_ok=True)
-        _write_atomically(known, key.encode())
+        with suppress(OSError):  # it only saves time; the cache may be shared and read-only
+            known.parent.mkdir(exist_ok=True)
+            _write_atomically(known, key.encode())
     return cache
 
 
@@ -170,6 +172,7 @@ def _write(
     progress: bool,
 ) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    _remove_abandoned(root)
     folder = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
     try:
         with (
@@ -178,6 +181,10 @@ def _write(
         ):
             lengths, hashes = _tokenise(sources, config, tokenizer, file, dtype, bar)
             _flush(file)
+        for source in sources:
+            status = os.stat(source.path)
+            if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
+                raise DataError(f"{source.path} changed while it was being read; run again when it is finished")
         if not lengths:
             raise DataError(f"the {len(sources)} files hold no document with any text under {config.text_key!r}")
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -196,6 +203,14 @@ def _write(
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Removes what processes that were killed left behind."""
+    for folder in root.glob(".*-*"):
+        with suppress(FileNotFoundError):  # another process removed it
+            if time.time() - max(path.stat().st_mtime for path in [folder, *folder.iterdir()]) > _ABANDONED:
+                shutil.rmtree(folder)
 
 
 def _tokenise(

@@ -151,7 +151,7 @@ class Dataset:
             raise DataError(f"a batch needs step >= 0 and batch_size >= 1, not step={step}, batch_size={batch_size}")
         if not 0 <= part < parts or batch_size % parts:
             raise DataError(
-                f"shard={shard} of batch_size={batch_size}: it must be (i, n), 0 <= i < n, n dividing the batch"
+                f"shard={shard} of batch_size={batch_size} must be (i, n), 0 <= i < n, n dividing the batch"
             )
         size = batch_size // parts
         first = step * batch_size + part * size

@@ -4,6 +4,7 @@ import fnmatch
 import glob
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def find_files(config: DataConfig) -> list[SourceFile]:
             elif mode is None:
                 raise DataError(f"no such file or folder: {given}{_nearest(path)}")
             elif stat.S_ISDIR(mode):
-                names, named = _walk(path, config.exclude), False
+                names, named = sorted(_expand(path, ("**",), config.exclude)), False
                 if not names:
                     raise DataError(
                         f"the folder {given} holds no files (hidden ones and {config.exclude} are left out)"
@@ -88,34 +89,50 @@ def _excluded(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _walk(folder: str, exclude: tuple[str, ...]) -> list[str]:
-    """All files under a folder. Unlike `os.walk` by default, a folder that may not be read is an error."""
+def _expand(folder: str, pattern: tuple[str, ...], exclude: tuple[str, ...]) -> Iterator[str]:
+    """The files under a folder that match a pattern, given in parts; "**" stands for any folders.
 
-    def fail(error: OSError) -> None:
-        raise error
+    Unlike `glob`, a folder that may not be read is an error, and folders that are left out are not looked into. Names
+    that the pattern spells out are the user's own choice and never left out.
+    """
+    head, rest = pattern[0], pattern[1:]
+    if head == "**":
+        if rest:
+            yield from _expand(folder, rest, exclude)
+        for entry in _entries(folder):
+            if _fits(entry.name, exclude):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _expand(entry.path, pattern, exclude)
+            elif not rest and entry.is_file():
+                yield entry.path
+        return
+    for entry in _entries(folder):
+        if fnmatch.fnmatchcase(entry.name, head) and not (glob.has_magic(head) and _fits(entry.name, exclude)):
+            if rest and entry.is_dir():
+                yield from _expand(entry.path, rest, exclude)
+            elif not rest and entry.is_file():
+                yield entry.path
 
-    names: list[str] = []
-    for where, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not _excluded(name, exclude))
-        paths = (os.path.join(where, name) for name in sorted(files) if not _excluded(name, exclude))
-        names += [path for path in paths if os.path.exists(path)]  # a link to nothing is no file
-    return sorted(names)
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as found:
+        return list(found)
+
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _matches(given: str, pattern: str, exclude: tuple[str, ...]) -> list[str]:
-    # Names in the fixed part of the pattern are the user's own choice: only what the wildcards matched is excluded.
     parts = Path(pattern).parts
     fixed = next(n for n, part in enumerate(parts) if glob.has_magic(part))
     root = str(Path(*parts[:fixed]))
     if _mode(root) is None:
         raise DataError(f"no files match {given}: the folder {root} does not exist{_nearest(root)}")
-    os.scandir(root).close()  # glob takes a folder that it may not read for an empty one
-    hits = (path for path in glob.glob(pattern, recursive=True, include_hidden=True) if os.path.isfile(path))
-    names = sorted(p for p in hits if not any(_excluded(part, exclude) for part in Path(p).parts[fixed:]))
+    names = sorted(set(_expand(root, parts[fixed:], exclude)))
     if not names:
-        raise DataError(
-            f"no files match {given} (names like {', '.join(exclude)} are left out; '**' goes into folders)"
-        )
+        raise DataError(f"no files match {given} ({', '.join(exclude)} are left out; '**' goes into folders)")
     return names
 
 

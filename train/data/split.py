@@ -1,7 +1,7 @@
 """Which documents are held out for evaluation.
 
-- Whole documents, chosen by the hash of their text: the choice does not depend on the seed, on the other documents or on
-  the order of files, and copies of a document are on one side.
+- Whole documents, chosen by the hash of their text: the choice does not depend on the seed, on the other documents or
+  on the order of files, and copies of a document are on one side.
 - Where that gives less than half or more than twice the share asked for (one document, or a few of very different
   lengths), the end of the tokens is held out instead, cutting one document in two.
 """
