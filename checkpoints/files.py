@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .errors import SaveError
+
 _CHUNK = 1 << 20
 TMP_PREFIX = ".tmp_"
 
@@ -88,6 +90,38 @@ def make_locked(folder: Path) -> int:
     descriptor = os.open(folder, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
+
+
+class NewFolder:
+    """A folder under a hidden name beside `final`, which becomes `final` when it is complete.
+
+    Raises `SaveError` when it cannot be made, or another process is making it.
+    """
+
+    def __init__(self, final: Path):
+        self.final = final
+        self.tmp = final.with_name(f"{TMP_PREFIX}{final.name}")
+        try:
+            if self.tmp.exists() and is_abandoned(self.tmp):
+                shutil.rmtree(self.tmp)
+            self._lock = make_locked(self.tmp)
+        except FileExistsError:
+            raise SaveError(
+                f"{self.tmp} is being written by another process; wait for it, or use another name"
+            ) from None
+        except OSError as error:
+            raise SaveError(f"{self.tmp} cannot be made: {error.strerror}; choose a folder you can write to") from error
+
+    def commit(self) -> None:
+        """Force everything to the disk and give the folder its name, replacing what has it."""
+        fsync_tree(self.tmp)
+        commit(self.tmp, self.final)
+        os.close(self._lock)
+
+    def abandon(self) -> None:
+        """Remove what has been written."""
+        shutil.rmtree(self.tmp, ignore_errors=True)
+        os.close(self._lock)
 
 
 def is_abandoned(folder: Path) -> bool:

@@ -60,8 +60,8 @@ def open_folder(path: Path) -> HuggingFaceFolder:
         pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
         if pickled:
             raise CheckpointError(
-                f"{path} has its weights only as pickles ({', '.join(pickled[:4])}), which can run any code when "
-                "they are opened, and are refused. Get the safetensors version of the model, or, if you trust it, make one: "
+                f"{path} has its weights only as pickles ({', '.join(pickled[:4])}), which can run any code when they "
+                "are opened, and are refused. Get the safetensors version of the model, or, if you trust it, make one: "
                 f'transformers.AutoModelForCausalLM.from_pretrained("{path}").save_pretrained("NEW_FOLDER")'
             )
         others = sorted(file.name for file in path.glob("*.safetensors"))

@@ -107,6 +107,11 @@ def step_folders(directory: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def is_inside(name: str) -> bool:
+    """Whether a relative POSIX path stays in the folder that it is relative to."""
+    return not any(part in ("", ".", "..") for part in name.split("/")) and "\0" not in name and "\\" not in name
+
+
 def check_json(value: Any, where: str) -> None:
     """Raise `CheckpointError` naming the place in `value` that JSON would lose or change."""
     if isinstance(value, Mapping):
@@ -126,7 +131,7 @@ def check_description(description: Description) -> None:
     for name in ("model", "data", "recipe", "plan", "generation"):
         check_json(getattr(description, name), f"description.{name}")
     for name in description.tokenizer_files:
-        if name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
+        if not is_inside(name):
             raise CheckpointError(f"description.tokenizer_files: {name!r} must be a path inside the tokenizer's folder")
 
 
@@ -174,11 +179,21 @@ def read(folder: Path) -> Manifest:
     body = raw[:-_TAIL_LENGTH]
     if checksum_bytes(body) != tail[1].decode():
         raise DamagedCheckpoint(f"{path} has changed since it was written: its digest does not match")
-    content = json.loads(body + b"}")
+    try:
+        return _parse(folder, json.loads(body + b"}"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path} was not written by Twinax: {type(error).__name__} {error}") from error
+
+
+def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
+    path = folder / NAME
     if content["format"] != FORMAT:
         raise DamagedCheckpoint(f"{path} has format {content['format']}; this version reads {FORMAT}: upgrade twinax")
     if folder.name != step_name(content["step"]) and step_of(folder.name) is not None:
         raise DamagedCheckpoint(f"{folder} holds step {content['step']}: it was renamed; give it its own name back")
+    outside = [name for name in (*content["files"], *content["arrays"]) if not is_inside(name)]
+    if outside:
+        raise DamagedCheckpoint(f"{path} names files outside of its folder: {outside[:3]}; it is refused")
     names = {f.name for f in dataclasses.fields(Description)} - {"tokenizer_files"}
     return Manifest(
         folder=folder,

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -14,7 +11,7 @@ import numpy as np
 
 from . import files, manifest
 from .arrays import StoredArray, open_array
-from .errors import CheckpointError, DamagedCheckpoint, MismatchedCheckpoint, SaveError, first_few
+from .errors import CheckpointError, DamagedCheckpoint, MismatchedCheckpoint, first_few
 from .manifest import ArraySpec, Description, Manifest
 
 # Arrays are cut into files of at most this many bytes, so that checksums and reads are parallel.
@@ -77,25 +74,14 @@ class _QuietOrbax(logging.Filter):
         return "orbax" not in record.pathname
 
 
-class StepWriter:
-    """Writes one step folder under a hidden name beside it. For `CheckpointStore` and conversion."""
-
-    def __init__(self, final: Path):
-        self.final = final
-        self.tmp = final.with_name(f"{files.TMP_PREFIX}{final.name}")
-        try:
-            if self.tmp.exists() and files.is_abandoned(self.tmp):
-                shutil.rmtree(self.tmp)
-            self._lock = files.make_locked(self.tmp)
-        except FileExistsError:
-            raise SaveError(f"{self.tmp} is being written by another process; one run per output folder") from None
-        except OSError as error:
-            raise SaveError(f"{self.tmp} cannot be made: {error.strerror}") from error
+class StepWriter(files.NewFolder):
+    """Writes one step folder. For `CheckpointStore` and conversion."""
 
     def start_arrays(self, flat: Mapping[str, Any], *, copy_host_arrays: bool = True) -> Callable[[], None]:
         """Begin to write `flat` in the background. Gives the function that waits for it to be done.
 
-        NumPy arrays are copied first, unless `copy_host_arrays=False`: then they must stay until it is done.
+        NumPy arrays are copied first, unless `copy_host_arrays=False`: then they must stay until it is done,
+        and at most a gigabyte more than the largest is in memory at once.
         """
         import orbax.checkpoint as ocp  # here, because it takes a second
 
@@ -103,11 +89,16 @@ class StepWriter:
             (jax.Array, ocp.type_handlers.ArrayHandler()),
             (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=copy_host_arrays)),
         )
+        tree = {name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for name, leaf in flat.items()}
+        in_flight = None if copy_host_arrays else max(leaf.nbytes for leaf in tree.values()) // 10**9 + 1
         handler = ocp.PyTreeCheckpointHandler(
-            use_ocdbt=False, use_zarr3=False, use_compression=False, type_handler_registry=registry
+            save_concurrent_gb=in_flight,
+            use_ocdbt=False,
+            use_zarr3=False,
+            use_compression=False,
+            type_handler_registry=registry,
         )
         checkpointer = ocp.AsyncCheckpointer(handler)
-        tree = {name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for name, leaf in flat.items()}
         save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tree}
         quiet = _QuietOrbax()
         logging.getLogger("absl").addFilter(quiet)
@@ -129,21 +120,14 @@ class StepWriter:
             raise
         return finish
 
-    def commit(self, step: int, description: Description, arrays: Mapping[str, ArraySpec]) -> None:
+    def finish(self, step: int, description: Description, arrays: Mapping[str, ArraySpec]) -> None:
         """Add the tokenizer and the manifest, force all to the disk, and give the folder its name."""
         for name, data in description.tokenizer_files.items():
             path = self.tmp / manifest.TOKENIZER / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         manifest.write(self.tmp, step, description, arrays)
-        files.fsync_tree(self.tmp)
-        files.commit(self.tmp, self.final)
-        os.close(self._lock)
-
-    def abandon(self) -> None:
-        """Remove what has been written."""
-        shutil.rmtree(self.tmp, ignore_errors=True)
-        os.close(self._lock)
+        self.commit()
 
 
 def read_state(found: Manifest, like: Any) -> Any:

@@ -104,7 +104,7 @@ class CheckpointStore:
         def commit() -> None:
             try:
                 finish()
-                writer.commit(step, description, specs)
+                writer.finish(step, description, specs)
             except Exception as error:
                 writer.abandon()
                 self._failure = self._explain(step, error)
