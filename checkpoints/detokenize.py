@@ -176,6 +176,8 @@ class WindowStream:
 
     def _advance(self, text: str) -> str:
         new = text[len(self._given) :]
+        if not new:
+            return ""  # the next token still joins to the last one with a text
         self._window = self._window[self._known :]
         self._known = len(self._window)
         self._given = self._detokenizer.decode_generic(self._window)

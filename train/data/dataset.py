@@ -151,7 +151,7 @@ class Dataset:
             raise DataError(f"a batch needs step >= 0 and batch_size >= 1, not step={step}, batch_size={batch_size}")
         if not 0 <= part < parts or batch_size % parts:
             raise DataError(
-                f"shard={shard} of batch_size={batch_size} must be (i, n), 0 <= i < n, n dividing the batch"
+                f"shard={shard} of batch_size={batch_size}: (i, n) needs 0 <= i < n, n dividing the batch"
             )
         size = batch_size // parts
         first = step * batch_size + part * size
@@ -168,7 +168,7 @@ class Dataset:
             yield _stack([self._row(n) for n in range(first, first + size)])
 
     def targets(self, chunk: int = 1 << 20) -> Iterator[np.ndarray]:
-        """All targets of an epoch in order, in arrays of at most `chunk`: every token but the first of each document."""
+        """All targets of an epoch, in order: every token but the first of each document. At most `chunk` an array."""
         for low in range(0, self.num_tokens, chunk):
             high = min(low + chunk, self.num_tokens)
             _, _, where = self.split.spans(low, high)
