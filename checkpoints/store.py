@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 import threading
 import warnings
@@ -63,6 +65,8 @@ class CheckpointStore:
             self.directory.mkdir(parents=True, exist_ok=True)
             for done in files.recover(self.directory):
                 _log.warning("%s: %s, left by a run that was killed", self.directory, done)
+            if not os.access(self.directory, os.W_OK | os.X_OK):  # said now, and not after the first thousand steps
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.directory))
         except OSError as error:
             raise SaveError(
                 f"checkpoints cannot be kept in {self.directory}: {error.strerror or error} ({error.filename}); "

@@ -1,0 +1,253 @@
+"""What a folder holds: `inspect` gives a dict of plain values, `render` the same for people. Nothing is changed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models import families
+from ..models.config import DecoderConfig
+from . import files, hf, manifest, safetensors
+from .arrays import open_array
+from .errors import CheckpointError, DamagedCheckpoint
+from .manifest import Manifest
+from .tokenizer import Tokenizer, check_vocabulary
+
+_NOT_VERIFIED = "not verified (--verify compares every file)"
+
+
+def inspect(path: str | os.PathLike[str], verify: bool = False) -> dict[str, Any]:
+    """Describe a step folder, a run (its steps, and the newest) or a Hugging Face folder.
+
+    `verify` reads every file: steps are compared with their checksums, and parameters are searched for NaN and
+    infinities. What is wrong with a folder is in the result's "odd" and does not raise; `NoCheckpoint` when there is
+    nothing to describe.
+    """
+    from .load import locate
+
+    kind, folder = locate(path)
+    if kind == "hugging_face":
+        return _inspect_hugging_face(folder, verify)
+    if kind == "step":
+        return _inspect_step(folder, verify)
+    return _inspect_run(folder, verify)
+
+
+def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
+    steps = {step: _inspect_step(path, verify) for step, path in manifest.step_folders(folder).items()}
+    good = [step for step, found in steps.items() if "damaged" not in found["checksums"]]
+    odd = [f"step {step}: {text}" for step, found in steps.items() for text in found["odd"]]
+    odd += [f"{p.name}: left by a save that was killed" for p in sorted(folder.glob(f"{files.TMP_PREFIX}*"))]
+    newest = steps[good[-1]] if good else {}
+    return {
+        **newest,
+        "kind": "Twinax training run",
+        "path": str(folder),
+        "steps": list(steps),
+        "newest_good_step": good[-1] if good else None,
+        "bytes": sum(found["bytes"] for found in steps.values()),
+        "odd": odd,
+    }
+
+
+def _inspect_step(folder: Path, verify: bool) -> dict[str, Any]:
+    odd: list[str] = []
+    result: dict[str, Any] = {"kind": "Twinax step", "path": str(folder), "bytes": files.size_on_disk(folder)}
+    try:
+        found = manifest.read(folder)
+        if verify:
+            found.verify()
+        missing = sorted(name for name in found.files if not (folder / name).is_file())
+        if missing:
+            raise DamagedCheckpoint(f"{folder} lacks files: {', '.join(missing[:5])}")
+        config = DecoderConfig.from_dict(found.description.model)
+    except ValueError as error:
+        return {**result, "checksums": "damaged", "odd": [str(error)]}
+    description = manifest.with_tokenizer(found)
+    params = {n.removeprefix("params."): s for n, s in found.arrays.items() if n.startswith("params.")}
+    extra = sorted(set(files.list_files(folder)) - set(found.files) - {manifest.NAME})
+    if extra:
+        odd.append(f"files that are not part of the checkpoint: {', '.join(extra[:5])}")
+    if verify:
+        for name in params:
+            odd += _not_finite(name, open_array(folder / manifest.ARRAYS / f"params.{name}").read())
+    result |= {
+        "holds": "parameters and training state" if found.kind == "training" else "parameters",
+        "step": found.step,
+        "created": found.created,
+        **_model(config, odd),
+        "parameters": _count({name: spec.shape for name, spec in params.items()}),
+        "dtypes": dict(Counter(spec.dtype for spec in params.values())),
+        "state_arrays": len(found.arrays) - len(params),
+        **_tokenizer(_load_tokenizer(found, description.tokenizer_files, odd), config.vocab_size, odd),
+        "data": description.data,
+        "seed": description.seed,
+        "plan": description.plan,
+        "recipe": description.recipe,
+        "versions": found.versions,
+        "files": len(found.files) + 1,
+        "checksums": "verified" if verify else _NOT_VERIFIED,
+    }
+    return {**result, "odd": odd}
+
+
+def _load_tokenizer(found: Manifest, tokenizer_files: dict[str, bytes], odd: list[str]) -> Tokenizer | None:
+    if not tokenizer_files:
+        return None
+    try:
+        return Tokenizer.from_files(tokenizer_files, str(found.folder / manifest.TOKENIZER))
+    except ValueError as error:
+        odd.append(str(error))
+        return None
+
+
+def _inspect_hugging_face(folder: Path, verify: bool) -> dict[str, Any]:
+    odd: list[str] = []
+    result: dict[str, Any] = {"kind": "Hugging Face folder", "path": str(folder), "bytes": files.size_on_disk(folder)}
+    tokenizer = None
+    try:
+        opened = hf.open_folder(folder)
+        tokenizer = opened.tokenizer()
+    except ValueError as error:
+        return {**result, "checksums": "none", "odd": [str(error)]}
+    try:
+        with opened.open_tensors() as tensors:
+            specs = tensors.specs()
+            shards = [path.name for path in tensors.files]
+            odd += _match(tensors, opened.config)
+            if verify:
+                for name in specs:
+                    odd += _not_finite(name, tensors.read(name))
+    except (CheckpointError, OSError) as error:
+        return {**result, **_model(opened.config, odd), "checksums": "damaged", "odd": [*odd, str(error)]}
+    odd += [
+        f"{path.name}: a pickle, which is never opened"
+        for pattern in ("*.bin", "*.pt")
+        for path in folder.glob(pattern)
+    ]
+    result |= {
+        "holds": "parameters",
+        "step": None,
+        **_model(opened.config, odd),
+        "parameters": _count({name: spec.shape for name, spec in specs.items()}),
+        "dtypes": dict(Counter(spec.dtype.name for spec in specs.values())),
+        **_tokenizer(tokenizer, opened.config.vocab_size, odd),
+        "generation": opened.generation,
+        "files": len(shards),
+        "checksums": "headers and sizes agree; safetensors files carry no checksums",
+    }
+    return {**result, "odd": odd}
+
+
+def _match(tensors: safetensors.SafetensorsFolder, config: DecoderConfig) -> list[str]:
+    from ..models.decoder import param_shapes
+
+    shapes = {name: shape.shape for name, shape in param_shapes(config).items()}
+    try:
+        parts = hf.match_tensors(tensors, config, shapes)
+    except CheckpointError as error:
+        return [str(error)]
+    used = {name for names in parts.values() for name in names}
+    return [f"{name}: not used, and provably without effect" for name in tensors.specs() if name not in used]
+
+
+def _model(config: DecoderConfig, odd: list[str]) -> dict[str, Any]:
+    if config.family not in families.names():
+        odd.append(f"this version knows no family {config.family!r}")
+    return {
+        "family": config.family,
+        "context": config.max_position_embeddings,
+        "vocabulary": config.vocab_size,
+        "model": config.to_dict(),
+    }
+
+
+def _tokenizer(tokenizer: Tokenizer | None, vocab_size: int, odd: list[str]) -> dict[str, Any]:
+    if tokenizer is None:
+        odd.append("there is no tokenizer")
+        return {"tokenizer": None}
+    try:
+        check_vocabulary(tokenizer, vocab_size)
+    except ValueError as error:
+        odd.append(str(error))
+    return {
+        "tokenizer": {
+            "vocabulary": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+            "chat_template": tokenizer.chat_template is not None,
+        }
+    }
+
+
+def _count(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Parameters by part: embedding, attention, feed-forward, norms, output; the rest by name."""
+    parts: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        parts[_part(name)] += math.prod(shape)
+    return {"total": sum(parts.values()), **dict(parts.most_common())}
+
+
+def _part(name: str) -> str:
+    if "norm" in name:
+        return "norms"
+    for part, marks in {
+        "attention": ("attention", "self_attn"),
+        "mlp": ("mlp",),
+        "output": ("unembed", "lm_head"),
+        "embedding": ("embed",),
+    }.items():
+        if any(mark in name for mark in marks):
+            return part
+    return name
+
+
+def _not_finite(name: str, array: np.ndarray) -> list[str]:
+    bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+    return [f"{name}: {bad:,} of {array.size:,} numbers are NaN or infinite"] if bad else []
+
+
+def render(found: dict[str, Any]) -> str:
+    """The result of `inspect` as lines of text."""
+    lines = [f"{found['kind']}: {found['path']}"]
+
+    def line(label: str, value: Any) -> None:
+        if value not in (None, {}, ""):
+            lines.append(f"  {label:<14}{value}")
+
+    if "steps" in found:
+        line("steps", ", ".join(map(str, found["steps"])) or "none")
+        line("newest good", found["newest_good_step"])
+    line("holds", found.get("holds"))
+    line("family", found.get("family"))
+    if model := found.get("model"):
+        heads = f"{model['num_heads']} heads ({model['num_kv_heads']} for keys and values) of {model['head_dim']}"
+        widths = f"width {model['hidden_size']}, mlp {model['intermediate_size']}"
+        line("shape", f"{model['num_layers']} layers, {widths}, {heads}")
+    if parameters := found.get("parameters"):
+        total = parameters["total"]
+        line("parameters", f"{total:,}")
+        for part, count in parameters.items():
+            if part != "total":
+                line("", f"{count:>15,}  {count / total:6.1%}  {part}")
+    if dtypes := found.get("dtypes"):
+        line("dtypes", ", ".join(f"{dtype} ({count} arrays)" for dtype, count in dtypes.items()))
+    line("context", f"{found['context']:,} tokens" if "context" in found else None)
+    line("vocabulary", f"{found['vocabulary']:,}" if "vocabulary" in found else None)
+    if tokenizer := found.get("tokenizer"):
+        template = "with" if tokenizer["chat_template"] else "without"
+        ids = f"{tokenizer['vocabulary']:,} ids, bos {tokenizer['bos_id']}, eos {tokenizer['eos_id']}"
+        line("tokenizer", f"{ids}, {template} a chat template")
+    for key in ("step", "created", "data", "seed", "plan"):
+        line(key, found.get(key))
+    line("on disk", f"{found['bytes']:,} bytes" + (f" in {found['files']} files" if "files" in found else ""))
+    line("checksums", found.get("checksums"))
+    lines += [f"  odd: {text}" for text in found["odd"]]
+    if not found["odd"]:
+        lines.append("  nothing odd")
+    return "\n".join(lines)
