@@ -138,7 +138,8 @@ def _forward(hidden_BTD, weight_VD, targets_BT, weights_BT, columns):
         )
         return _put(nll_BT, nll_BC, start), _put(dhidden_BTD, dhidden_BCD, start), dweight_VD
 
-    carry = jnp.zeros(targets_BT.shape, accumulator), jnp.zeros_like(hidden_BTD), jnp.zeros(weight_VD.shape, accumulator)
+    zeros = functools.partial(jnp.zeros, dtype=accumulator)
+    carry = zeros(targets_BT.shape), jnp.zeros_like(hidden_BTD), zeros(weight_VD.shape)
     nll_BT, dhidden_BTD, dweight_VD = _over_chunks(body, carry, targets_BT.shape[1], columns)
     # The weights ride along only for their dtype.
     residuals = dhidden_BTD, dweight_VD.astype(weight_VD.dtype), nll_BT, weights_BT

@@ -1,0 +1,34 @@
+"""Loss on held-out text: the same rows every time, so that evaluations compare."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ..models.config import DecoderConfig
+from ..models.decoder import functional
+from .data.dataset import Dataset
+from .step import loss_sums, put_batch
+
+
+def make_evaluate(
+    config: DecoderConfig, dataset: Dataset, batch_size: int, batches: int, mesh: Mesh, *, dtype: Any = jnp.float32
+) -> Callable[[dict[str, jax.Array]], float]:
+    """A function from parameters to the mean loss, nats per token, over the first `batches` of `dataset` (0: all)."""
+    model = functional(config, dtype=dtype, mesh=mesh)
+    sums = jax.jit(lambda params, batch: loss_sums(model, params, batch))
+    count = batches or None
+
+    def evaluate(params: dict[str, jax.Array]) -> float:
+        found = []
+        for batch in itertools.islice(dataset.one_pass(batch_size), count):
+            placed = put_batch(batch, 0, 1, mesh)
+            found.append(sums(params, {name: array[0] for name, array in placed.items() if array.ndim == 3}))
+        losses, weights = zip(*jax.device_get(found), strict=True)
+        return math.fsum(map(float, losses)) / max(math.fsum(map(float, weights)), 1.0)
+
+    return evaluate
