@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import importlib
 import json
 import os
 import shutil
@@ -134,6 +135,7 @@ def unprivileged() -> Iterator[Path]:
     """A folder as seen by a user who is not root (root may read anything)."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
+    importlib.import_module("mmap")  # NumPy loads it late, and that user may not be able to read Python's folder
     was = os.geteuid()
     if was == 0:
         shutil.chown(folder, 65534)
@@ -162,6 +164,14 @@ def test_folders_and_files_without_permission(unprivileged: Path):
     message = refuse(unprivileged / "c.txt", cache_dir=unprivileged / "cache2")
     assert "cannot keep tokens in" in message
     assert "data.cache_dir" in message
+
+
+def test_a_cache_that_may_only_be_read_is_enough(unprivileged: Path):
+    (unprivileged / "a.txt").write_text("one")
+    made = tokens_of(unprivileged / "a.txt", unprivileged / "cache")
+    os.utime(unprivileged / "a.txt", (1, 1))
+    (unprivileged / "cache").chmod(0o555)
+    assert tokens_of(unprivileged / "a.txt", unprivileged / "cache").key == made.key
 
 
 # Reading
@@ -389,6 +399,23 @@ def test_the_first_of_two_processes_that_make_the_same_cache_wins(
     (first, inode) = made[0]
     assert (late.key, (tmp_path / "cache" / late.key).stat().st_ino) == (first.key, inode)
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.name != "known"] == [first.key]
+
+
+def test_long_work_shows_a_bar_on_a_terminal(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(cache, "_QUIET", 3)
+    monkeypatch.setenv("TERM", "xterm")
+    (data / "a.txt").write_text("long")
+    tokens_of(data)
+    assert capsys.readouterr().err == ""  # not a terminal
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    (data / "a.txt").write_text("longer")
+    tokens_of(data)
+    shown = capsys.readouterr()
+    assert "Tokenising" in shown.err
+    assert "6/6 bytes" in shown.err
+    assert shown.out == ""
 
 
 # Other tokenizers, real text

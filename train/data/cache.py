@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -272,12 +273,14 @@ def _batches(pieces: Iterable[tuple[bytes, bool, int | None]]) -> Iterator[list[
 @contextmanager
 def _progress_bar(shown: bool, total: int) -> Iterator[_Progress]:
     """A bar on the terminal's stderr, for work that takes a while."""
+    if not (shown and sys.stderr.isatty()):
+        yield lambda done: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("Tokenising", total=total)
         yield lambda done: bar.advance(task, done)
 

@@ -150,9 +150,7 @@ class Dataset:
         if step < 0 or batch_size < 1:
             raise DataError(f"a batch needs step >= 0 and batch_size >= 1, not step={step}, batch_size={batch_size}")
         if not 0 <= part < parts or batch_size % parts:
-            raise DataError(
-                f"shard={shard} of batch_size={batch_size}: (i, n) needs 0 <= i < n, n dividing the batch"
-            )
+            raise DataError(f"shard={shard} of batch_size={batch_size}: (i, n) needs 0 <= i < n, n dividing the batch")
         size = batch_size // parts
         first = step * batch_size + part * size
         return _stack([self._row(int(n)) for n in self.row_numbers(np.arange(first, first + size))])
