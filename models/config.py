@@ -34,7 +34,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     attention_bias: bool = False
@@ -64,7 +64,11 @@ class DecoderConfig:
         """Raises ValueError on unknown or missing keys."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
-        required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        required = {
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.default is dataclasses.MISSING is field.default_factory
+        }
         missing = sorted(required - set(values))
         if unknown or missing:
             raise ValueError(

@@ -74,8 +74,6 @@ class Decoder(nnx.Module):
         dtype: compute dtype; parameters are cast to it where they are used.
         param_dtype: dtype of the parameters.
         remat: what the backward pass recomputes: "none", "full" (whole blocks) or "dots" (all but matrix products).
-        stacked: blocks as one stack [L, ...] run by `scan`, so that compile time does not grow with depth; or one by
-            one, which XLA:CPU needs when it serves: it copies each slice of a stack, which doubles a decode step.
         mesh: pins activations to it.
     """
 
@@ -87,18 +85,15 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         remat: str = "none",
-        stacked: bool = True,
         mesh: Mesh | None = None,
     ):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat is one of {', '.join(REMAT_POLICIES)}; got {remat!r}.")
         self.config, self.dtype, self.remat, self.mesh = config, jnp.dtype(dtype), remat, mesh
         self.embed = Embedding(config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
+        # One stack [L, ...] of all blocks, run by `scan`: compile time does not grow with depth.
         make = partial(Block, config, param_dtype=param_dtype)
-        if stacked:
-            self.blocks = nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(config.num_layers))
-        else:
-            self.blocks = nnx.List([make(rngs=rngs) for _ in range(config.num_layers)])
+        self.blocks = nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype)
         self.unembed_table = (
             None
@@ -108,28 +103,34 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: jax.Array, context: Any, cache: Any = None) -> tuple[jax.Array, Any]:
         """Tokens [...] int32 to final hidden states [..., D] in the compute dtype, and the cache after them."""
-        # A served batch is flat and has no rows to spread: [T, D] stays where it is.
-        pin = partial(constrain, axes=("batch", "sequence", "embed"), mesh=self.mesh if tokens.ndim == 2 else None)
-        rope = angles(self.config.rope, self.config.head_dim, context.positions)
-        x = pin(self.embed(tokens, self.dtype))
-        if isinstance(self.blocks, nnx.List):
-            for layer, block in enumerate(self.blocks):
-                x, cache = block(x, rope, context, cache, layer)
-        else:
-            block_def, block_state = nnx.split(self.blocks)
-
-            def body(carry: Any, scanned: Any) -> tuple[Any, None]:
-                x, cache = carry
-                state, layer = scanned
-                x, cache = nnx.merge(block_def, state)(x, rope, context, cache, layer)
-                return (pin(x), cache), None
-
-            policy = REMAT_POLICIES[self.remat]
-            if policy is not None:
-                body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-            layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-            (x, cache), _ = jax.lax.scan(body, (x, cache), (block_state, layers))
+        x, rope = self.begin(tokens, context)
+        x, cache = self.run_blocks(x, rope, context, cache)
         return self.final_norm(x), cache
+
+    def begin(self, tokens: jax.Array, context: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """What the blocks start from: embeddings [..., D], and the cosines and sines of the positions."""
+        rope = angles(self.config.rope, self.config.head_dim, context.positions)
+        return self._pin(self.embed(tokens, self.dtype)), rope
+
+    def run_blocks(self, x: jax.Array, rope: Any, context: Any, cache: Any) -> tuple[jax.Array, Any]:
+        """All blocks in turn; the cache is a carry, so that it is updated in place."""
+        block_def, block_state = nnx.split(self.blocks)
+
+        def body(carry: Any, scanned: Any) -> tuple[Any, None]:
+            x, cache = carry
+            state, layer = scanned
+            x, cache = nnx.merge(block_def, state)(x, rope, context, cache, layer)
+            return (self._pin(x), cache), None
+
+        policy = REMAT_POLICIES[self.remat]
+        if policy is not None:
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        return jax.lax.scan(body, (x, cache), (block_state, layers))[0]
+
+    def _pin(self, x: jax.Array) -> jax.Array:
+        # A served batch [T, D] is flat and has no rows to spread over a mesh.
+        return constrain(x, ("batch", "sequence", "embed"), self.mesh) if x.ndim == 3 else x
 
     def unembedding_weight(self) -> jax.Array:
         """The output projection, [V, D]."""
@@ -159,7 +160,9 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _state(template: Any, params: Mapping[str, jax.Array]) -> nnx.State:
-    return nnx.from_flat_state([(path, leaf.replace(params[_name(path)])) for path, leaf in template])
+    return nnx.from_flat_state(
+        [(path, leaf.replace(params.get(_name(path), leaf.get_value()))) for path, leaf in template]
+    )
 
 
 def check_params(params: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -178,18 +181,23 @@ def check_params(params: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtyp
 class FunctionalDecoder:
     """The decoder as pure functions of a flat dict of parameters: what training differentiates and serving compiles.
 
-    With `stacked=False` the dict has one entry a layer, "blocks.3.mlp.up.weight"; `unstack_params` makes it.
+    A function that uses a part of the model takes a dict with that part.
     """
 
     def __init__(self, config: DecoderConfig, **options: Any):
         self.config = config
-        model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
-        self._graph, state = nnx.split(model)
-        self._template = nnx.to_flat_state(state)
+        self._model = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
+        self._block = nnx.split(nnx.eval_shape(lambda: Block(config, param_dtype=jnp.float32, rngs=nnx.Rngs(0))))
 
     def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
-        """The module over these arrays."""
-        return nnx.merge(self._graph, _state(self._template, params))
+        """The module over these arrays; parameters left out stay abstract."""
+        graph, state = self._model
+        return nnx.merge(graph, _state(nnx.to_flat_state(state), params))
+
+    def block(self, params: Mapping[str, jax.Array]) -> Block:
+        """One block over the arrays of one layer, as `layer_params` gives them."""
+        graph, state = self._block
+        return nnx.merge(graph, _state(nnx.to_flat_state(state), params))
 
     def hidden(self, params: Mapping[str, jax.Array], tokens: jax.Array, context: Any, cache: Any = None):
         """See `Decoder.__call__`."""
@@ -210,11 +218,10 @@ def functional(
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
-    stacked: bool = True,
     mesh: Mesh | None = None,
 ) -> FunctionalDecoder:
     """The decoder of `config` as pure functions; options as in `Decoder`."""
-    return FunctionalDecoder(config, dtype=dtype, remat=remat, stacked=stacked, mesh=mesh)
+    return FunctionalDecoder(config, dtype=dtype, remat=remat, mesh=mesh)
 
 
 def _abstract(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
@@ -252,17 +259,12 @@ def init_params(config: DecoderConfig, seed: int, *, dtype: Any = jnp.float32, m
     return jax.jit(make, out_shardings=shardings)()
 
 
-def unstack_params(params: Mapping[str, jax.Array]) -> Params:
-    """The same parameters with one array a layer, for `stacked=False`."""
-    flat: Params = {}
-    for name, value in params.items():
-        if name.startswith("blocks."):
-            rest = name.removeprefix("blocks.")
-            for layer in range(value.shape[0]):
-                flat[f"blocks.{layer}.{rest}"] = value[layer]
-        else:
-            flat[name] = value
-    return flat
+def split_layers(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The parameters outside of the blocks by their names, and those of each layer, such as "mlp.up.weight" [F, D]."""
+    outside = {name: value for name, value in params.items() if not name.startswith("blocks.")}
+    stacks = {name.removeprefix("blocks."): value for name, value in params.items() if name.startswith("blocks.")}
+    count = len(next(iter(stacks.values())))
+    return outside, [{name: stack[layer] for name, stack in stacks.items()} for layer in range(count)]
 
 
 __all__ = [
@@ -277,5 +279,5 @@ __all__ = [
     "param_axes",
     "param_shapes",
     "param_shardings",
-    "unstack_params",
+    "split_layers",
 ]

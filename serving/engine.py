@@ -363,7 +363,7 @@ class Engine:
         ]
         if not wanting:
             return
-        arrays = [np.asarray(part) for part in flight.result.prompt_logprobs]
+        arrays = [np.asarray(part) for part in flight.result.prompt_logprobs()]
         for entry, token_row, collected in wanting:
             prompt, count = entry.sequence.prompt_ids, entry.sequence.request.params.prompt_logprobs or 0
             for offset in range(entry.length):

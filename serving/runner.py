@@ -1,14 +1,21 @@
-"""Runs steps on the device: compiles one program a bucket, ahead of time, and keeps cache and slot state there.
+"""Runs steps on the device: compiles its programs ahead of time, and keeps cache and slot state there.
 
-Shapes: T token rows, R request rows, S slots, V vocabulary, M pages a request.
+Shapes: T token rows, R request rows, S slots, V vocabulary, M pages a request, D width, L layers.
+
+A step is a few programs: `begin` (unpack, embed), the blocks, `select` (the rows that sample) and `finish` (unembed,
+sample), the last one for each number of request rows and not of tokens. On accelerators the blocks are one program, a scan over stacked weights. On a CPU they are one program called L times, as XLA:CPU copies each
+weight that a scan slices from a stack, which doubles the time of a decode step; unrolled into one program they
+run as fast, but compile L times as long.
 
 Invariants: after `warmup`, no step compiles; cache and state are donated, so they are updated in place; results stay on
 the device until someone asks, so that the next step can be sent while this one runs.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,24 +23,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..models.config import DecoderConfig
-from ..models.decoder import functional, unstack_params
+from ..models.decoder import functional, split_layers
 from ..pallas_kernels.paged_attention import init_pages
 from . import sampling
-from .batch import Bucket, HostBatch, unpack
+from .batch import Bucket, DeviceBatch, HostBatch, unpack
 
 # A chunk region of this and its multiples by four: short prompts need not pay for long ones.
-SMALLEST_CHUNK = 16
+SMALLEST_CHUNK = 64
 # From two rows up XLA:CPU gives a row the same bits at any batch size; one row takes another path.
 FEWEST_ROWS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What a step computed, still on the device: shapes as in `sampling.top_logprobs`, for rows and for tokens."""
+    """What a step computed, still on the device.
+
+    Attributes:
+        token_R: int32, the sampled tokens.
+        logprobs: of the rows that ask for them, as `sampling.top_logprobs` returns them.
+        prompt_logprobs: computes those of the prompt's next tokens, for all T rows.
+    """
 
     token_R: jax.Array
     logprobs: tuple[jax.Array, jax.Array, jax.Array]
-    prompt_logprobs: tuple[jax.Array, jax.Array, jax.Array]
+    prompt_logprobs: Callable[[], tuple[jax.Array, jax.Array, jax.Array]]
 
 
 def ladder(smallest: int, largest: int, factor: int) -> list[int]:
@@ -69,19 +82,22 @@ class Runner:
     ):
         self.config, self.slots, self.pages_per_request = config, slots, pages_per_request
         self.dtype = jnp.dtype(dtype)
-        stacked = jax.default_backend() != "cpu"  # see Decoder
-        self._model = functional(config, dtype=jnp.dtype(dtype), stacked=stacked)
-        held = {name: np.asarray(array) if not stacked else array for name, array in params.items()}
-        self._params = {
-            name: jax.device_put(jnp.asarray(array, dtype=dtype))
-            for name, array in (held if stacked else unstack_params(held)).items()
-        }
+        self._model = functional(config, dtype=self.dtype)
+        if jax.default_backend() == "cpu":
+            # Slices of a host array cost nothing; a compiled slice for each shape would.
+            outside, layers = split_layers({name: np.asarray(array) for name, array in params.items()})
+            self._layers = [jax.tree.map(self._place, layer) for layer in layers]
+            self._indices = [jnp.asarray(layer, jnp.int32) for layer in range(config.num_layers)]
+        else:
+            outside = {name: array for name, array in params.items() if not name.startswith("blocks.")}
+            self._layers = [{name: self._place(array) for name, array in params.items() if name not in outside}]
+            self._indices = [jnp.zeros((), jnp.int32)]
+        self._outside = jax.tree.map(self._place, outside)
         self._pages = init_pages(
             config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, jnp.dtype(dtype)
         )
         self._state = sampling.SlotState.empty(slots, config.vocab_size)
-        self._compiled: dict[Bucket, Any] = {}
-        self._setup: Any = None
+        self._programs: dict[tuple[str, Bucket | int | None], Any] = {}
         rows = ladder(FEWEST_ROWS, max(slots, FEWEST_ROWS), 4)
         chunks = ladder(SMALLEST_CHUNK, max(chunk_tokens, SMALLEST_CHUNK), 4)
         # A chunk dwarfs decode rows, so with one there is no gain from fewer of these.
@@ -92,21 +108,23 @@ class Runner:
         return next(b for b in self.buckets if b.rows >= rows and b.chunk >= chunk)
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles every program and runs each once. `progress(done, total)` is called after each."""
-        total = len(self.buckets) + 1
+        """Compiles every program and runs each bucket once. `progress(done, total)` is called after each program."""
+        wanted: list[tuple[str, Any]] = [("finish", rows) for rows in sorted({bucket.rows for bucket in self.buckets})]
+        # The slowest to compile go first, so that the two threads end together.
+        wanted += itertools.product(("blocks", "begin", "prompt", "select"), reversed(self.buckets))
+        wanted.append(("setup", None))
+        # Tracing holds the interpreter, compiling does not: two threads keep two cores busy.
         with ThreadPoolExecutor(2) as pool:
-            pending = {pool.submit(self._compile, bucket): bucket for bucket in self.buckets}
-            pending[pool.submit(self._compile_setup)] = None
+            pending = {
+                pool.submit(getattr(self, f"_compile_{name}"), bucket): (name, bucket) for name, bucket in wanted
+            }
             for done, future in enumerate(as_completed(pending), 1):
-                bucket, compiled = pending[future], future.result()
-                if bucket is None:
-                    self._setup = compiled
-                else:
-                    self._compiled[bucket] = compiled
+                self._programs[pending[future]] = future.result()
                 if progress:
-                    progress(done, total)
+                    progress(done, len(wanted))
         for bucket in self.buckets:
-            jax.block_until_ready(self.dispatch(bucket, self.batch(bucket)).token_R)
+            result = self.dispatch(bucket, self.batch(bucket))
+            jax.block_until_ready((result.token_R, result.prompt_logprobs()))
 
     def batch(self, bucket: Bucket) -> HostBatch:
         """A fresh batch to fill. Never reused: the device may still be reading the last one."""
@@ -114,8 +132,16 @@ class Runner:
 
     def dispatch(self, bucket: Bucket, batch: HostBatch) -> StepResult:
         """Sends a step and returns at once."""
-        self._pages, self._state, result = self._compiled[bucket](self._params, self._pages, self._state, batch.array)
-        return StepResult(*result)
+        program = self._programs
+        self._state, rows, begun = program["begin", bucket](self._outside, self._state, batch.array)
+        x, *given = begun
+        blocks, pages = program["blocks", bucket], self._pages
+        for layer, index in zip(self._layers, self._indices, strict=True):
+            x, pages = blocks(layer, index, x, pages, *given)
+        self._pages = pages
+        x_RD = program["select", bucket](batch.array, x)
+        self._state, token_R, logprobs = program["finish", bucket.rows](self._outside, self._state, rows, x_RD)
+        return StepResult(token_R, logprobs, lambda: program["prompt", bucket](self._outside, batch.array, x))
 
     def setup_slot(self, slot: int, bias: dict[int, float], stops: list[int]) -> None:
         """Prepares what is kept for a slot, ahead of the step that admits its request."""
@@ -126,57 +152,94 @@ class Runner:
         values[: len(bias)] = list(bias.values())
         held = np.full((sampling.MAX_STOPS,), vocab_size, np.int32)
         held[: len(stops)] = stops
-        self._state = self._setup(self._state, np.int32(slot), ids, values, held)
+        self._state = self._programs["setup", None](self._state, np.int32(slot), ids, values, held)
 
-    def _compile(self, bucket: Bucket) -> Any:
-        array = jax.ShapeDtypeStruct((bucket.size(self.pages_per_request),), jnp.int32)
-        step = jax.jit(self._step(bucket), donate_argnums=(1, 2))
-        return step.lower(*jax.tree.map(_abstract, (self._params, self._pages, self._state)), array).compile()
+    def _place(self, array: Any) -> jax.Array:
+        return jax.device_put(jnp.asarray(array, self.dtype))
 
-    def _compile_setup(self) -> Any:
-        shapes = (
-            jax.ShapeDtypeStruct((), jnp.int32),
-            jax.ShapeDtypeStruct((sampling.MAX_BIAS,), jnp.int32),
-            jax.ShapeDtypeStruct((sampling.MAX_BIAS,), jnp.float32),
-            jax.ShapeDtypeStruct((sampling.MAX_STOPS,), jnp.int32),
-        )
-        setup = jax.jit(sampling.setup_slot, donate_argnums=0)
-        return setup.lower(jax.tree.map(_abstract, self._state), *shapes).compile()
+    # -- programs: what they compute, and the shapes they are compiled for --------------------------------------------
 
-    def _step(self, bucket: Bucket) -> Callable[..., Any]:
-        model, slots = self._model, self.slots
+    def _unpack(self, bucket: Bucket, array: jax.Array) -> DeviceBatch:
+        return unpack(array, bucket, self.pages_per_request)
+
+    def _begin(self, bucket: Bucket, outside: Any, state: sampling.SlotState, array: jax.Array) -> Any:
+        batch = self._unpack(bucket, array)
+        slot_T, given_T = batch.tokens["slot"], batch.tokens["token"]
+        token_T = jnp.where(given_T < 0, state.last_token_S[jnp.minimum(slot_T, self.slots - 1)], given_T)
+        # A request whose logits were not finite "sampled" -1; it ends when the host sees that, and must not crash here.
+        token_T = jnp.maximum(token_T, 0)
+        state = sampling.record_tokens(state, batch.rows, token_T, slot_T, batch.tokens["generated"] == 1)
+        x_TD, rope = self._model.bind(outside).begin(token_T, batch.context)
+        return state, batch.rows, (x_TD, rope, batch.context)
+
+    def _blocks(self, layer: Any, index: Any, x_TD: jax.Array, pages: Any, rope: Any, context: Any) -> Any:
+        if jax.default_backend() == "cpu":
+            return self._model.block(layer)(x_TD, rope, context, pages, index)
+        return self._model.bind(layer).run_blocks(x_TD, rope, context, pages)
+
+    def _select(self, bucket: Bucket, array: jax.Array, x_TD: jax.Array) -> jax.Array:
+        return x_TD[self._unpack(bucket, array).sample_row]
+
+    def _finish(self, outside: Any, state: sampling.SlotState, rows: sampling.SamplingRows, x_RD: jax.Array) -> Any:
+        model = self._model.bind(outside)
+        logits_RV = model.unembed(model.final_norm(x_RD))
+        token_R = sampling.sample(logits_RV, rows, state)
+        last = state.last_token_S.at[rows.slot].set(token_R, mode="drop")
         top = min(sampling.MAX_TOP, self.config.vocab_size)
+        count = len(x_RD)
+        nothing = (jnp.zeros(count), jnp.zeros((count, top), jnp.int32), jnp.zeros((count, top)))
+        logprobs = jax.lax.cond(
+            jnp.any(rows.has(sampling.LOGPROBS)),
+            lambda: sampling.top_logprobs(logits_RV, token_R),
+            lambda: nothing,
+        )
+        return dataclasses.replace(state, last_token_S=last), token_R, logprobs
 
-        def nothing(rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-            return jnp.zeros((rows,)), jnp.zeros((rows, top), jnp.int32), jnp.zeros((rows, top))
+    def _prompt(self, bucket: Bucket, outside: Any, array: jax.Array, x_TD: jax.Array) -> Any:
+        model = self._model.bind(outside)
+        logits_TV = model.unembed(model.final_norm(x_TD))
+        return sampling.top_logprobs(logits_TV, self._unpack(bucket, array).tokens["next"])
 
-        def step(params: Any, pages: Any, state: sampling.SlotState, array: jax.Array) -> Any:
-            batch = unpack(array, bucket, self.pages_per_request)
-            slot_T, next_T = batch.tokens["slot"], batch.tokens["next"]
-            given_T = batch.tokens["token"]
-            token_T = jnp.where(given_T < 0, state.last_token_S[jnp.minimum(slot_T, slots - 1)], given_T)
-            # Not a number that any row could read: a row whose logits were not finite ends before it is fed again.
-            token_T = jnp.maximum(token_T, 0)
-            state = sampling.record_tokens(state, batch.rows, token_T, slot_T, batch.tokens["generated"] == 1)
-            hidden_TD, pages = model.hidden(params, token_T, batch.context, pages)
-            logits_RV = model.unembed(params, hidden_TD[batch.sample_row])
-            token_R = sampling.sample(logits_RV, batch.rows, state)
-            last = state.last_token_S.at[batch.rows.slot].set(token_R, mode="drop")
-            state = dataclasses.replace(state, last_token_S=last)
-            logprobs = jax.lax.cond(
-                jnp.any(batch.rows.has(sampling.LOGPROBS)),
-                lambda: sampling.top_logprobs(logits_RV, token_R),
-                lambda: nothing(bucket.rows),
-            )
-            prompt_logprobs = jax.lax.cond(
-                jnp.any(next_T >= 0),
-                lambda: sampling.top_logprobs(model.unembed(params, hidden_TD), next_T),
-                lambda: nothing(bucket.tokens),
-            )
-            return pages, state, (token_R, logprobs, prompt_logprobs)
+    def _begun(self, bucket: Bucket) -> Any:
+        """Shapes of what `begin` returns, without the state."""
+        return jax.eval_shape(
+            partial(self._begin, bucket), *_abstract((self._outside, self._state)), self._array(bucket)
+        )[1:]
 
-        return step
+    def _array(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((bucket.size(self.pages_per_request),), jnp.int32)
+
+    def _compile_begin(self, bucket: Bucket) -> Any:
+        program = jax.jit(partial(self._begin, bucket), donate_argnums=1)
+        return program.lower(*_abstract((self._outside, self._state)), self._array(bucket)).compile()
+
+    def _compile_blocks(self, bucket: Bucket) -> Any:
+        x_TD, *given = self._begun(bucket)[1]
+        program = jax.jit(self._blocks, donate_argnums=(2, 3))
+        return program.lower(
+            *_abstract((self._layers[0], self._indices[0])), x_TD, _abstract(self._pages), *given
+        ).compile()
+
+    def _compile_select(self, bucket: Bucket) -> Any:
+        return jax.jit(partial(self._select, bucket)).lower(self._array(bucket), self._begun(bucket)[1][0]).compile()
+
+    def _compile_finish(self, count: int) -> Any:
+        rows = self._begun(Bucket(count, 0))[0]
+        x_RD = jax.ShapeDtypeStruct((count, self.config.hidden_size), self.dtype)
+        program = jax.jit(self._finish, donate_argnums=1)
+        return program.lower(*_abstract((self._outside, self._state)), rows, x_RD).compile()
+
+    def _compile_prompt(self, bucket: Bucket) -> Any:
+        program = jax.jit(partial(self._prompt, bucket))
+        return program.lower(_abstract(self._outside), self._array(bucket), self._begun(bucket)[1][0]).compile()
+
+    def _compile_setup(self, _: None) -> Any:
+        program = jax.jit(sampling.setup_slot, donate_argnums=0)
+        ids = jax.ShapeDtypeStruct((sampling.MAX_BIAS,), jnp.int32)
+        values = jax.ShapeDtypeStruct((sampling.MAX_BIAS,), jnp.float32)
+        stops = jax.ShapeDtypeStruct((sampling.MAX_STOPS,), jnp.int32)
+        return program.lower(_abstract(self._state), jax.ShapeDtypeStruct((), jnp.int32), ids, values, stops).compile()
 
 
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

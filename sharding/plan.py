@@ -30,7 +30,7 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
-        """Reads `"fsdp=4,data=2"`; the empty text is one device. Raises ValueError that names the nearest right axis."""
+        """Reads `"fsdp=4,data=2"`; empty text is one device. ValueError names the nearest right axis."""
         names = [field.name for field in dataclasses.fields(cls)]
         sizes: dict[str, int] = {}
         for part in filter(None, (piece.strip() for piece in text.split(","))):

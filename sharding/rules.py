@@ -54,7 +54,7 @@ def partition_spec(
             fitting = max(n for n in range(1, parts + 1) if shape[dimension] % n == 0)
             raise ValueError(
                 f"Axis {axis!r} has size {shape[dimension]}, which does not divide over {parts} devices "
-                f"(mesh axes {'x'.join(mesh_axes)}). Use {fitting} devices there, or a size that is a multiple of {parts}."
+                f"(mesh axes {'x'.join(mesh_axes)}). Use {fitting} devices there, or a multiple of {parts}."
             )
         entries.append(mesh_axes or None)
     return PartitionSpec(*entries)
