@@ -4,9 +4,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from . import __version__, commands
 from .overrides import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from .parser import Parser
 
 _HEAD = """\
 usage: twinax COMMAND ...
@@ -57,15 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, words: list[str]) -> int:
-    from .parser import Parser
-
     if command not in commands.names():
         raise UsageError(f"There is no command {command!r}.{did_you_mean(command, commands.names())}")
+    options, given = make_parser(command).parse(words)
+    return commands.load(command).run(options, given) or 0
+
+
+def make_parser(command: str) -> "Parser":
+    """The parser of one command."""
+    from .parser import Parser
+
     module = commands.load(command)
-    parser = Parser(f"twinax {command}", (module.__doc__ or "").strip(), getattr(module, "USAGE", None))
+    parser = Parser(f"twinax {command}", (module.__doc__ or "").strip(), module.USAGE)
     module.add_arguments(parser)
-    options, given = parser.parse(words)
-    return module.run(options, given) or 0
+    return parser
 
 
 def _summary(name: str) -> str:

@@ -136,16 +136,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def spell(hint: Any, text: str) -> str:
     """A list may be written `a,b` on the command line; the parser wants JSON."""
     if is_list(hint) and not text.lstrip().startswith("["):
-        return json.dumps([_number(part) for part in text.split(",")])
-    return text
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+        return json.dumps(text.split(",")) if typing.get_args(hint)[0] is str else f"[{text}]"
     return text
 
 

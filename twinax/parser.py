@@ -86,7 +86,7 @@ class Parser(jsonargparse.ArgumentParser):
                 continue
             given.add(leaf.path)
             if not equals:
-                if leaf.type is bool and (not queue or queue[0].lower() not in ("true", "false", "yes", "no")):
+                if leaf.type is bool and (not queue or queue[0].startswith("-")):
                     value = "true"
                 elif not queue or queue[0] in self.leaves:
                     raise UsageError(f"{flag} takes {describe(leaf.type)}, but no value was given.")

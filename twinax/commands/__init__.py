@@ -2,8 +2,10 @@
 
 A command's module holds, and imports nothing heavy before `run`:
 - a docstring: its first line is the summary in `twinax --help`, all of it the beginning of `twinax NAME --help`;
+- `USAGE`: the usage line, with what matters most;
 - `add_arguments(parser)`: its options;
-- `run(options)`: does it; may return an exit status. A ValueError or OSError of ours is printed as one message.
+- `run(options, given)`: does it, and may return an exit status; `given` names the dataclass's settings that were given.
+  A ValueError or OSError of ours is printed as one message.
 """
 
 import importlib
