@@ -129,7 +129,9 @@ def build(settings: wire.EngineSettings, channel: wire.BlockingChannel) -> tuple
     engine.warmup(progress)
     end = time.perf_counter()
     config, stats = engine.config, engine.stats()
-    identity = f"{loaded.source} {loaded.config} {settings.dtype} {jax.__version__} {jax.default_backend()}"
+    # What decides the numbers, beside the weights themselves.
+    identity = f"{loaded.config} {loaded.tokenizer.fingerprint} {settings.dtype} {jax.__version__} "
+    identity += jax.default_backend()
     ready = wire.Ready(
         model=settings.model,
         family=loaded.family,

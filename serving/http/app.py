@@ -12,11 +12,10 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import metrics, tokenize
@@ -44,9 +43,8 @@ def create_app(service: Service, api_key: str | None) -> ASGIApp:
         Route("/tokenize", Call(service, tokenize.tokenize), methods=["POST"]),
         Route("/detokenize", Call(service, tokenize.detokenize), methods=["POST"]),
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
-    app.router.redirect_slashes = False
-    return Gate(app, api_key)
+    # A bare router: Starlette's own layers would answer errors in their way before they reach the gate.
+    return Gate(Router(routes, redirect_slashes=False), api_key)
 
 
 def json_response(status: int, body: Any, headers: dict[str, str] | None = None) -> Response:
@@ -80,13 +78,18 @@ class Gate:
 
         try:
             self._check_key(scope)
-            await self._app(scope, receive, send_with_id)
+            # With an "app" in the scope the router raises what it can't route, instead of answering in plain text.
+            await self._app(scope | {"app": self}, receive, send_with_id)
         except ClientGone:
             return
         except ApiError as error:
             await error_response(error)(scope, receive, send_with_id)
+        except HTTPException as error:
+            await _http_error(scope, error)(scope, receive, send_with_id)
         except Exception:
-            print(f"error in {scope['method']} {scope['path']}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            print(
+                f"error in {scope['method']} {scope['path']!r}:\n{traceback.format_exc()}", file=sys.stderr, flush=True
+            )
             if started:
                 raise  # the server closes the connection: a cut answer must not look complete
             await error_response(ApiError(500, "The server failed on this request; its log says how."))(
@@ -105,9 +108,8 @@ class Gate:
             raise ApiError(401, message, code="invalid_api_key")
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    method, path = request.method, request.url.path
+def _http_error(scope: Scope, error: HTTPException) -> Response:
+    method, path = scope["method"], scope["path"]
     if error.status_code == 404:
         return error_response(ApiError(404, f"There is no route {method} {path}.", code="not_found"))
     if error.status_code == 405:

@@ -33,6 +33,24 @@ class Delta:
     finish_reason: str | None
 
 
+class _TokenStream:
+    """Finds where the text of each token begins. `length`: characters decoded so far."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = tokenizer.stream()
+        self.length = 0
+
+    def entry(self, token: int, item: TokenLogprob | None) -> TokenEntry:
+        text = self._stream.step(token) or ""
+        offset = self.length
+        own = self._tokenizer.token_bytes(token).decode("utf-8", "ignore")
+        if own and text.endswith(own):
+            offset += len(text) - len(own)  # what comes before is the remains of earlier tokens
+        self.length += len(text)
+        return TokenEntry(token, item.logprob if item else None, item.top if item else [], offset)
+
+
 @dataclass
 class Choice:
     """Accumulates a choice. Text and log-probabilities are released together: the engine holds back text that may be
@@ -50,8 +68,7 @@ class Choice:
     total_logprob: float = 0.0
 
     def __post_init__(self) -> None:
-        self._stream = self.tokenizer.stream()
-        self._offset = 0  # characters decoded so far
+        self._tokens = _TokenStream(self.tokenizer)
         self._released = 0  # characters of text the engine has given out
         self._held: deque[TokenEntry] = deque()
 
@@ -59,7 +76,7 @@ class Choice:
         """Echo: the choice starts with the prompt."""
         self.text += prompt_text
         self.entries += prompt_entries
-        self._offset = self._released = len(prompt_text)
+        self._tokens.length = self._released = len(prompt_text)
 
     def feed(self, output: Output) -> Delta:
         self.prompt_tokens = output.prompt_tokens
@@ -73,8 +90,7 @@ class Choice:
         for item in output.logprobs or ():
             self.total_logprob += item.logprob
             if self.want_logprobs:
-                self._held.append(TokenEntry(item.id, item.logprob, item.top, self._offset))
-                self._offset += len(self._stream.step(item.id) or "")
+                self._held.append(self._tokens.entry(item.id, item))
         entries = self._release(output)
         self.entries += entries
         return Delta(output.text, entries, output.finish_reason)
@@ -96,11 +112,8 @@ def prompt_entries(
     tokenizer: Tokenizer, ids: list[int], logprobs: Iterable[TokenLogprob | None] | None
 ) -> list[TokenEntry]:
     """Entries for the tokens of an echoed prompt."""
-    stream, offset, out = tokenizer.stream(), 0, []
-    for token, item in zip(ids, logprobs or (), strict=True):
-        out.append(TokenEntry(token, item.logprob if item else None, item.top if item else [], offset))
-        offset += len(stream.step(token) or "")
-    return out
+    tokens = _TokenStream(tokenizer)
+    return [tokens.entry(token, item) for token, item in zip(ids, logprobs or (), strict=True)]
 
 
 def completion_logprobs(tokenizer: Tokenizer, entries: list[TokenEntry], count: int) -> dict[str, Any]:

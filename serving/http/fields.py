@@ -8,7 +8,6 @@ added to the API shows up as a failing test.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -67,11 +66,9 @@ def number(low: float, high: float, *, exclude_low: bool = False) -> Parser:
     def parse(param: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise bad(param, f"'{param}' must be a number, got {show(value)}.", "invalid_type")
-        inside = math.isfinite(value) and low <= value <= high and not (exclude_low and value == low)
-        if not inside:
+        if not low <= value <= high or (exclude_low and value == low):  # NaN is not in any range
             rule = f"above {low:g}" if exclude_low else f"at least {low:g}"
-            rule += f" and at most {high:g}" if math.isfinite(high) else " and finite"
-            raise bad(param, f"'{param}' must be a number {rule}, got {show(value)}.")
+            raise bad(param, f"'{param}' must be a number {rule} and at most {high:g}, got {show(value)}.")
         return float(value)
 
     return parse
@@ -174,7 +171,7 @@ COMMON: dict[str, Field] = {
     # Extensions of the OpenAI API, named as other open servers name them.
     "top_k": Field(integer(0), 0),
     "min_p": Field(number(0, 1), 0.0),
-    "repetition_penalty": Field(number(0, math.inf, exclude_low=True), 1.0),
+    "repetition_penalty": Field(number(0, 100, exclude_low=True), 1.0),
     "stop_token_ids": Field(token_ids, []),
     "ignore_eos": Field(boolean, False),
     "min_tokens": Field(integer(0), 0),

@@ -39,4 +39,6 @@ def check_count(service: Service, count: int, param: str) -> None:
     """Refuse for good what could never be admitted, instead of answering "queue full" for ever."""
     most = service.engine.info.max_waiting
     if count > most:
-        raise bad(param, f"This request asks for {count} completions; the server's queue holds {most}. Ask for fewer.")
+        raise bad(
+            param, f"'{param}' asks for {count} completions in all; the server's queue holds {most}. Ask for fewer."
+        )

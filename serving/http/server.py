@@ -183,6 +183,7 @@ class _Server:
                 log_level=config.log_level,
                 access_log=config.log_level in ("info", "debug", "trace"),
                 server_header=False,
+                timeout_keep_alive=65,  # longer than the idle time of proxies and clients, so that they close first
                 timeout_graceful_shutdown=int(config.drain_seconds + _LAST_SECONDS + 1),
             )
         )

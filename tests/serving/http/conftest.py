@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 import safetensors.numpy
 
 MODEL = "tiny"
-CONTEXT = 192
+CONTEXT = 4096
 MAX_RUNNING = 4
 MAX_WAITING = 12
 CHAT_TEMPLATE = (
@@ -46,20 +47,62 @@ class Server:
     lines: list[str]
     reader: threading.Thread
     url: str = ""
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60))
 
     def client(self, **options: Any) -> openai.OpenAI:
         defaults = {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 60}
         return openai.OpenAI(**(defaults | options))
 
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self.http.get(self.url + path, **options)
+
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **options)
+        return self.http.post(self.url + path, json=body, **options)
+
+    def post_bytes(self, path: str, content: Any, content_type: str = "application/json") -> httpx.Response:
+        return self.http.post(self.url + path, content=content, headers={"content-type": content_type})
 
     def metrics(self) -> dict[str, float]:
         """Every sample that has no other labels than the model's, by name."""
-        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        text = self.get("/metrics").text
         samples = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         suffix = f'{{engine="0",model_name="{MODEL}"}}'
         return {name.removesuffix(suffix): float(value) for name, value in samples if name.endswith(suffix)}
+
+    def finished(self, reason: str) -> float:
+        """How many requests have ended for a reason."""
+        name = f'vllm:request_success_total{{engine="0",finished_reason="{reason}",model_name="{MODEL}"}} '
+        text = self.get("/metrics").text
+        return next(float(line.removeprefix(name)) for line in text.splitlines() if line.startswith(name))
+
+    def wait_for(self, **expected: float) -> None:
+        """Until the metrics vllm:<name> have these values. Says what they are when that takes too long."""
+        deadline = time.monotonic() + 60
+        while True:
+            metrics = self.metrics()
+            found = {name: metrics[f"vllm:{name}"] for name in expected}
+            if found == expected:
+                return
+            assert time.monotonic() < deadline, found
+            time.sleep(0.02)
+
+    def wait_idle(self) -> None:
+        """Until nothing runs, nothing waits and no page of the cache is in use."""
+        self.wait_for(num_requests_running=0, num_requests_waiting=0, kv_cache_usage_perc=0)
+
+    def engine_pid(self) -> int:
+        """The process that the server has started."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        [pid] = [int(child) for child in children]
+        return pid
+
+    def stop(self) -> int:
+        """Terminate it and return its exit status."""
+        self.process.terminate()
+        try:
+            return self.process.wait(timeout=60)
+        finally:
+            self.process.kill()
 
     def output(self) -> str:
         """All it printed; to be called once it has ended."""
@@ -158,11 +201,9 @@ def server(start_server: Callable[..., Server]) -> Iterator[Server]:
     """The server that most tests share; they leave it idle."""
     server = start_server()
     yield server
-    server.process.terminate()
-    try:
-        assert server.process.wait(timeout=60) == 0, server.output()
-    finally:
-        server.process.kill()
+    metrics = server.metrics()
+    assert server.stop() == 0, server.output()
+    assert metrics["twinax_compiles_after_warmup_total"] == 0
 
 
 @pytest.fixture

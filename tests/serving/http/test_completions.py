@@ -1,4 +1,250 @@
-def test_smoke(server, client):
-    out = client.completions.create(model="tiny", prompt="hello", max_tokens=5, seed=1)
-    print(out)
-    print(server.lines)
+"""/v1/completions through the real client. The model is random, so texts are compared with each other."""
+
+import asyncio
+import math
+
+import httpx
+import pytest
+
+from .conftest import CONTEXT, MODEL, Server
+
+PROMPT = "def f(x):"
+
+
+def complete(client, prompt=PROMPT, **options):
+    return client.completions.create(model=MODEL, prompt=prompt, **options)
+
+
+def text(client, **options) -> str:
+    return complete(client, **options).choices[0].text
+
+
+def as_bytes(tokens: list[str]) -> bytes:
+    """The bytes of legacy token names, where parts of characters are written `bytes:\\xe2\\x82`."""
+    parts = []
+    for token in tokens:
+        hexadecimal = token.removeprefix("bytes:").replace("\\x", "")
+        parts.append(bytes.fromhex(hexadecimal) if token.startswith("bytes:") else token.encode())
+    return b"".join(parts)
+
+
+def test_answer_has_the_shape_of_the_api(client):
+    answer = complete(client, user="me")
+    assert answer.object == "text_completion"
+    assert answer.id.startswith("cmpl-")
+    assert answer.model == MODEL
+    assert answer.system_fingerprint.startswith("fp_")
+    [choice] = answer.choices
+    assert (choice.index, choice.logprobs) == (0, None)
+    assert answer.usage.prompt_tokens == len(PROMPT)
+    assert answer.usage.completion_tokens <= 16
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_max_tokens_defaults_to_16(client):
+    answer = complete(client, extra_body={"ignore_eos": True})
+    assert answer.usage.completion_tokens == 16
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_greedy_is_deterministic_and_ignores_the_seed(client):
+    assert text(client, temperature=0, seed=1) == text(client, temperature=0, seed=2)
+
+
+def test_all_forms_of_a_prompt_mean_the_same(client):
+    ids = list(PROMPT.encode())
+    expected = text(client, seed=3)
+    for prompt in (ids, [PROMPT], [ids]):
+        assert complete(client, prompt, seed=3).choices[0].text == expected
+    answer = complete(client, [PROMPT, "other", PROMPT], seed=3, n=2)
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    texts = [choice.text for choice in answer.choices]
+    assert texts[0] == texts[4] == expected
+    assert texts[1] == texts[5] == text(client, seed=4)
+    assert answer.usage.prompt_tokens == 2 * len(PROMPT) + len("other")
+
+
+def test_a_null_prompt_begins_a_document(server: Server):
+    first, second = (
+        server.post("/v1/completions", {"model": MODEL, "prompt": prompt, "seed": 1}).json() for prompt in (None, [256])
+    )
+    assert first["usage"]["prompt_tokens"] == 1
+    assert first["choices"] == second["choices"]
+
+
+def test_n_choices_are_seeded_one_after_the_other(client):
+    answer = complete(client, n=3, seed=2**63 - 1)
+    assert [choice.text for choice in answer.choices] == [
+        text(client, seed=seed) for seed in (2**63 - 1, -(2**63), -(2**63) + 1)
+    ]
+    assert answer.usage.prompt_tokens == len(PROMPT)
+    assert len({choice.text for choice in answer.choices}) == 3
+
+
+def test_a_seed_means_the_same_alone_and_among_neighbours(server: Server, client):
+    alone = {seed: text(client, seed=seed, max_tokens=40) for seed in range(4)}
+
+    async def together() -> dict[int, str]:
+        async with httpx.AsyncClient(timeout=60) as http:
+
+            async def one(seed: int, prompt: str, max_tokens: int) -> str:
+                body = {"model": MODEL, "prompt": prompt, "seed": seed, "max_tokens": max_tokens}
+                response = await http.post(f"{server.url}/v1/completions", json=body)
+                return response.json()["choices"][0]["text"]
+
+            neighbours = [one(100 + i, "noise " * i, 5 + 7 * i) for i in range(1, 5)]
+            wanted = [one(seed, PROMPT, 40) for seed in alone]
+            mixed = [task for pair in zip(neighbours, wanted, strict=True) for task in pair]
+            return dict(zip(alone, (await asyncio.gather(*mixed))[1::2], strict=True))
+
+    assert asyncio.run(together()) == alone
+
+
+def test_best_of_returns_the_likeliest(client):
+    candidates = []
+    for seed in range(5, 9):
+        [choice] = complete(client, seed=seed, logprobs=0).choices
+        logprobs = choice.logprobs.token_logprobs
+        candidates.append((sum(logprobs) / len(logprobs), choice.text))
+    best = [candidate for _, candidate in sorted(candidates, reverse=True)]
+    answer = complete(client, seed=5, best_of=4, n=2)
+    assert [choice.text for choice in answer.choices] == best[:2]
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert all(choice.logprobs is None for choice in answer.choices)
+
+
+def test_logprobs(client):
+    [choice] = complete(client, seed=1, logprobs=3, max_tokens=30, extra_body={"ignore_eos": True}).choices
+    found = choice.logprobs
+    count = len(found.tokens)
+    assert count == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset) == 30
+    assert as_bytes(found.tokens).decode(errors="replace") == choice.text
+    for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        assert 3 <= len(top) <= 4
+        assert top[token] == logprob <= max(top.values()) <= 0
+        assert sum(map(math.exp, top.values())) <= 1 + 1e-6
+    assert found.text_offset == sorted(found.text_offset)
+    for token, offset in zip(found.tokens, found.text_offset, strict=True):
+        if not token.startswith("bytes:"):
+            assert choice.text[offset] == token
+
+
+def test_logprobs_zero_gives_the_chosen_tokens_only(client):
+    [choice] = complete(client, seed=1, logprobs=0).choices
+    assert choice.logprobs.top_logprobs is None
+    assert len(choice.logprobs.token_logprobs) == len(choice.logprobs.tokens)
+
+
+def test_echo_gives_the_prompt_first(client):
+    continuation = text(client, seed=1)
+    for prompt in (PROMPT, list(PROMPT.encode())):
+        answer = complete(client, prompt, seed=1, echo=True)
+        assert answer.choices[0].text == PROMPT + continuation
+
+
+def test_echo_scores_what_was_generated_with_the_same_numbers(client):
+    """The promise of one set of numbers: a token's log-probability does not depend on how it got into the cache."""
+    prompt = "import os, sys\n" * 3
+    answer = complete(client, prompt, seed=1, logprobs=2, max_tokens=24, echo=True, extra_body={"ignore_eos": True})
+    full = answer.choices[0].logprobs
+    ids = list(as_bytes(full.tokens))
+    assert len(ids) == len(prompt) + 24
+    scored = complete(client, ids, echo=True, logprobs=2, max_tokens=0)
+    assert scored.usage.completion_tokens == 0
+    assert scored.choices[0].finish_reason == "length"
+    again = scored.choices[0].logprobs
+    assert again.tokens == full.tokens
+    assert again.token_logprobs[0] is None
+    assert again.top_logprobs[0] is None
+    assert again.token_logprobs[1:] == pytest.approx(full.token_logprobs[1:], abs=1e-4)
+
+
+def test_streamed_and_whole_answers_are_the_same(client):
+    options = {"seed": 7, "n": 2, "logprobs": 1, "max_tokens": 25, "echo": True}
+    whole = complete(client, **options)
+    texts, logprobs, reasons = ["", ""], [[], []], [None, None]
+    chunks = list(complete(client, **options, stream=True, stream_options={"include_usage": True}))
+    for chunk in chunks[:-1]:
+        assert chunk.usage is None
+        [choice] = chunk.choices
+        assert reasons[choice.index] is None
+        texts[choice.index] += choice.text
+        logprobs[choice.index] += choice.logprobs.token_logprobs
+        reasons[choice.index] = choice.finish_reason
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    assert len({chunk.id for chunk in chunks}) == 1
+    for choice in whole.choices:
+        assert texts[choice.index] == choice.text
+        assert logprobs[choice.index] == choice.logprobs.token_logprobs
+        assert reasons[choice.index] == choice.finish_reason
+
+
+def _inside(whole: str) -> str:
+    """A string of two characters that appears inside a text, not at its beginning."""
+    return next(
+        whole[i : i + 2]
+        for i in range(5, len(whole) - 2)
+        if whole[i : i + 2].isascii() and whole.index(whole[i : i + 2]) == i
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stop_strings_never_leak(client, seed):
+    options = {"seed": seed, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+    whole = text(client, **options)
+    stop = _inside(whole)
+    expected = whole[: whole.index(stop)]
+    [choice] = complete(client, **options, stop=["never there", stop], logprobs=0).choices
+    assert (choice.text, choice.finish_reason) == (expected, "stop")
+    assert all(offset < len(expected) for offset in choice.logprobs.text_offset)
+    pieces = [chunk.choices[0].text for chunk in complete(client, **options, stop=stop, stream=True)]
+    assert "".join(pieces) == expected
+
+
+def test_logit_bias_and_stop_token_ids(client):
+    assert text(client, logit_bias={"65": 100}, max_tokens=4) == "AAAA"
+    answer = complete(client, logit_bias={"65": 100}, max_tokens=8, extra_body={"stop_token_ids": [65]})
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("", "stop")
+    body = {"stop_token_ids": [65], "min_tokens": 3, "ignore_eos": True}
+    answer = complete(client, logit_bias={"65": 50}, max_tokens=8, extra_body=body)
+    assert answer.usage.completion_tokens == 4
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_sampling_options_reach_the_engine(client):
+    greedy = text(client, temperature=0, max_tokens=12)
+    assert text(client, temperature=1, seed=1, max_tokens=12) != greedy
+    assert text(client, temperature=1, seed=1, max_tokens=12, extra_body={"top_k": 1}) == greedy
+    assert text(client, temperature=1, seed=1, max_tokens=12, top_p=1e-6) == greedy
+    assert text(client, temperature=1, seed=1, max_tokens=12, extra_body={"min_p": 1.0}) == greedy
+    options = {"temperature": 0, "max_tokens": 48}
+    for penalty in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 2.0}}):
+        assert text(client, **options) != text(client, **options, **penalty)
+
+
+def test_a_prompt_may_fill_the_context_but_for_one_token(client):
+    answer = complete(client, "a" * (CONTEXT - 1))
+    assert answer.usage.completion_tokens == 1
+    assert answer.choices[0].finish_reason in ("length", "stop")
+
+
+def test_long_texts_are_tokenized_all_the_same(server: Server):
+    answer = server.post("/tokenize", {"prompt": "é" * 30_000}).json()
+    assert answer["count"] == 60_000
+    assert server.post("/detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": "é" * 30_000}
+
+
+def test_tokenize(server: Server):
+    answer = server.post("/tokenize", {"model": MODEL, "prompt": "aé", "return_token_strs": True}).json()
+    assert answer == {
+        "count": 3,
+        "max_model_len": CONTEXT,
+        "tokens": [97, 195, 169],
+        "token_strs": ["a", "\\xc3", "\\xa9"],
+    }
+
+
+def test_models(client):
+    [model] = client.models.list().data
+    assert (model.id, model.object, model.owned_by) == (MODEL, "model", "twinax")
+    assert client.models.retrieve(MODEL).id == MODEL

@@ -1,0 +1,155 @@
+"""Starts that can't succeed, and processes that die."""
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from twinax.serving.http.server import PortInUse, ServeConfig, listen, serve
+
+from .conftest import MODEL, Server
+
+
+def _gone(pid: int) -> bool:
+    """Whether the process has ended (a zombie has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def _wait_gone(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while not _gone(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.05)
+
+
+def test_a_port_in_use_is_noticed_before_the_model_is_loaded(model_folder):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(PortInUse, match=rf"port {port} on 127.0.0.1 is in use by another program.*--port 0"):
+            serve(ServeConfig(model=str(model_folder / "never looked at"), port=port))
+
+
+def test_a_port_can_be_used_again_at_once():
+    first = listen("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    first.close()
+    listen("127.0.0.1", port).close()
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
+def test_a_host_that_is_not_here(host):
+    with pytest.raises(OSError, match="can't listen on"):
+        listen(host, 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("port", -1),
+        ("port", 65536),
+        ("log_level", "loud"),
+        ("max_body_bytes", 0),
+        ("drain_seconds", -1),
+        ("drain_seconds", float("nan")),
+        ("api_key", ""),
+        ("api_key", " key"),
+        ("api_key", "ключ"),
+    ],
+)
+def test_bad_settings(field, value):
+    with pytest.raises(ValueError, match=field):
+        ServeConfig(model="m", **{field: value})
+
+
+def test_the_key_is_not_in_the_repr():
+    assert "secret" not in repr(ServeConfig(model="m", api_key="secret"))
+
+
+def test_model_names(tmp_path):
+    assert ServeConfig(model=str(tmp_path / "runs" / "demo")).model_id == "demo"
+    assert ServeConfig(model=str(tmp_path / "demo" / "step_00000010")).model_id == "demo-step_00000010"
+    assert ServeConfig(model="x", served_model_name="org/name").model_id == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": "/nothing/here"}, "/nothing/here"),
+        ({"max_model_len": 10**6}, "max_model_len"),
+    ],
+    ids=["no model", "limit too high"],
+)
+def test_an_engine_that_can_not_start_is_one_message(start_server, changes, said):
+    server = start_server(ready=False, **changes)
+    assert server.process.wait(timeout=120) == 1
+    *_, last = server.output().splitlines()
+    assert last.startswith("twinax: error: ")
+    assert said in last
+    assert "Traceback" not in server.output()
+
+
+def test_the_engine_leaves_when_its_parent_is_killed_while_loading(start_server):
+    server = start_server(ready=False)
+    deadline = time.monotonic() + 60
+    while "twinax: importing JAX" not in server.lines:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    pid = server.engine_pid()
+    server.process.kill()
+    _wait_gone(pid)
+
+
+def test_health_tells_loading_from_ready_and_a_signal_ends_the_start(start_server):
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    server = start_server(ready=False, port=port)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            health = httpx.get(f"{url}/health", timeout=60)
+            break
+        except httpx.ConnectError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert (health.status_code, health.json()["status"]) == (503, "loading")
+    answer = httpx.post(f"{url}/v1/completions", json={"model": MODEL, "prompt": "a"}, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+    assert answer.headers["retry-after"]
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(timeout=60) == 0
+
+
+def test_requests_end_with_an_error_when_the_engine_dies(start_server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t")
+    server: Server = start_server(environment={"TMPDIR": str(folder)})
+    pid = server.engine_pid()
+    with server.client() as client:
+        options = {"model": MODEL, "prompt": "a", "max_tokens": 4000, "extra_body": {"ignore_eos": True}}
+        stream = client.completions.create(**options, stream=True)
+        next(iter(stream))
+        os.kill(pid, signal.SIGSTOP)  # so that it is sure to be at work on the request when it is killed
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="engine died"):
+            list(stream)
+    assert server.process.wait(timeout=60) == 1
+    assert "twinax: error: the engine process was killed by SIGKILL" in server.output()
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_engine_leaves_when_its_parent_is_killed_while_serving(start_server):
+    server = start_server()
+    pid = server.engine_pid()
+    server.process.kill()
+    _wait_gone(pid)

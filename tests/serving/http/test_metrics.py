@@ -1,0 +1,64 @@
+"""/metrics: the names that dashboards know, with numbers that follow from what was asked."""
+
+from .conftest import MODEL, Server
+
+DASHBOARD = [
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:num_preemptions_total",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:time_to_first_token_seconds_count",
+    "vllm:inter_token_latency_seconds_count",
+    "vllm:e2e_request_latency_seconds_count",
+    "vllm:request_prompt_tokens_sum",
+    "vllm:request_generation_tokens_sum",
+    "twinax_engine_steps_total",
+    "twinax_engine_host_seconds_total",
+    "twinax_compiles_after_warmup_total",
+]
+
+
+def test_every_series_is_there_from_the_start(server: Server):
+    response = server.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert set(DASHBOARD) <= set(server.metrics())
+    for reason in ("stop", "length", "abort", "error"):
+        assert server.finished(reason) >= 0
+
+
+def test_counts_follow_from_the_requests(server: Server, client):
+    server.wait_idle()
+    before, finished = server.metrics(), server.finished("length")
+    client.completions.create(model=MODEL, prompt="12345", n=2, max_tokens=7, extra_body={"ignore_eos": True})
+    after = server.metrics()
+    difference = {name: after[name] - before[name] for name in DASHBOARD}
+    assert difference["vllm:prompt_tokens_total"] == 10
+    assert difference["vllm:generation_tokens_total"] == 14
+    assert difference["vllm:time_to_first_token_seconds_count"] == 2
+    assert difference["vllm:inter_token_latency_seconds_count"] == 12
+    assert difference["vllm:e2e_request_latency_seconds_count"] == 2
+    assert difference["vllm:request_prompt_tokens_sum"] == 10
+    assert difference["vllm:request_generation_tokens_sum"] == 14
+    assert difference["twinax_engine_steps_total"] >= 7
+    assert difference["twinax_engine_host_seconds_total"] > 0
+    assert server.finished("length") == finished + 2
+
+
+def test_an_idle_engine_sleeps(server: Server):
+    """No step is taken, and no processor time used, while there is nothing to do."""
+    server.wait_idle()
+    pid = server.engine_pid()
+
+    def ticks() -> int:
+        with open(f"/proc/{pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    # A busy loop would use several hundred ticks in the time that these requests take.
+    before, steps = ticks(), server.metrics()["twinax_engine_steps_total"]
+    for _ in range(300):
+        server.get("/health")
+    assert server.metrics()["twinax_engine_steps_total"] == steps
+    assert ticks() - before < 20
