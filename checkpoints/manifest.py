@@ -173,6 +173,12 @@ def read(folder: Path) -> Manifest:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{folder} is not a complete checkpoint: it has no {NAME}") from None
+    return parse(folder, raw)
+
+
+def parse(folder: Path, raw: bytes) -> Manifest:
+    """The manifest of a step folder from the bytes of its file; errors as `read`."""
+    path = folder / NAME
     tail = _TAIL.search(raw[-_TAIL_LENGTH:])
     if tail is None:
         raise DamagedCheckpoint(f"{path} is truncated or changed: it does not end with its digest")

@@ -142,6 +142,7 @@ def read_state(found: Manifest, like: Any) -> Any:
     extra = [name for name in stored if name not in wanted]
     differences += [f"{name}: {stored[name]} in the checkpoint, not wanted" for name in extra]
     if differences:
+        differences.sort(key=lambda text: not text.startswith("params."))  # parameters say most
         raise MismatchedCheckpoint(
             f"{found.folder} is a checkpoint of another model or training set-up; {len(differences)} arrays differ:\n"
             f"{first_few(differences)}\nUse the recipe it was trained with, or another output folder."
