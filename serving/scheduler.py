@@ -3,7 +3,8 @@
 A step mixes one token for every request that generates ("decodes") with pieces of prompts ("chunks"). The policy:
 1. Oldest first, each running request with one token left to compute gets a decode row. If that needs a page and none
    is free, the youngest running request is preempted: it gives back pages and slot, returns to the front of the queue,
-   and is later recomputed from its prompt and the tokens it has already produced, which are kept.
+   and is later recomputed from its prompt and the tokens it has already produced, which are kept. The youngest itself
+   waits in its slot for a page: its pages go to the older ones only when they need them.
 2. Oldest first, the running requests with more left share the step's `chunk_tokens`.
 3. While budget remains, the head of the queue is admitted if a slot is free and so are pages for all its tokens plus
    one, and beside them a page for each running request that may still grow: without that watermark a preempted request
@@ -267,12 +268,12 @@ class Scheduler:
         return [sequence for sequence in prefilling if sequence.slot >= 0] if plan.preempted else prefilling
 
     def _grow(self, plan: StepPlan, sequence: Sequence) -> bool:
-        """Adds a page, preempting the youngest until one is free; False if that is `sequence` itself."""
+        """Adds a page, preempting the youngest until one is free; False if `sequence` is the youngest."""
         while not self.allocator.free_pages:
             youngest = self.running[-1]
-            self._preempt(plan, youngest)
             if youngest is sequence:
                 return False
+            self._preempt(plan, youngest)
         sequence.pages += self.allocator.allocate(1, sequence.request.id)
         return True
 
