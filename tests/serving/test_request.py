@@ -102,11 +102,13 @@ anything = scalars | st.lists(scalars, max_size=3) | st.dictionaries(st.integers
 @given(name=st.sampled_from(sorted(GOOD)), value=anything)
 def test_whatever_the_value_it_passes_or_is_refused_by_name(name, value):
     params = SamplingParams(**{name: value})
+    blamed = None
     try:
         params.validate(VOCAB, CONTEXT)
     except InvalidRequest as error:
-        assert error.param == name
-    else:  # what passes survives the socket
+        blamed = error.param
+    assert blamed in (None, name)
+    if blamed is None:  # what passes survives the socket
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
 
 

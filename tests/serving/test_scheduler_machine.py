@@ -1,8 +1,8 @@
 """Random use of the scheduler, checked after every operation, with a simulated cache that plans are really run on.
 
 The simulated device keeps (request, position, token) in pages. It "samples" a hash of the whole context that it reads
-back through the page table, so a page shared, lost or not recomputed, and a token lost or emitted twice, all change what
-comes out, which is compared with the same hash computed from the prompt alone.
+back through the page table, so a page shared, lost or not recomputed, and a token lost or emitted twice, all change
+what comes out, which is compared with the same hash computed from the prompt alone.
 """
 
 from collections import deque
@@ -116,7 +116,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(3, 12))
     def run_ahead(self, count):
-        """As an engine does: keep `depth` plans in flight. Without this, random use seldom gets far enough to preempt."""
+        """As an engine does: keep `depth` plans in flight. Without this, random use seldom gets far enough."""
         for _ in range(count):
             while len(self.in_flight) < self.depth and self.live:
                 before = len(self.in_flight)
