@@ -3,9 +3,10 @@
 Shapes: T token rows, R request rows, S slots, V vocabulary, M pages a request, D width, L layers.
 
 A step is a few programs: `begin` (unpack, embed), the blocks, `select` (the rows that sample) and `finish` (unembed,
-sample), the last one for each number of request rows and not of tokens. On accelerators the blocks are one program, a scan over stacked weights. On a CPU they are one program called L times, as XLA:CPU copies each
-weight that a scan slices from a stack, which doubles the time of a decode step; unrolled into one program they
-run as fast, but compile L times as long.
+sample), the last one for each number of request rows and not of tokens. On accelerators the blocks are one program, a
+scan over stacked weights. On a CPU they are one program called L times: XLA:CPU copies each weight that a scan slices
+from a stack, which doubles the time of a decode step; unrolled into one program they run as fast, but compile L times
+as long.
 
 Invariants: after `warmup`, no step compiles; cache and state are donated, so they are updated in place; results stay on
 the device until someone asks, so that the next step can be sent while this one runs.
@@ -30,8 +31,9 @@ from .batch import Bucket, DeviceBatch, HostBatch, unpack
 
 # A chunk region of this and its multiples by four: short prompts need not pay for long ones.
 SMALLEST_CHUNK = 64
-# From two rows up XLA:CPU gives a row the same bits at any batch size; one row takes another path.
-FEWEST_ROWS = 2
+# XLA:CPU sums a row differently in batches of a few rows, and takes about as long for two rows as for eight. With no
+# smaller batch, a request's numbers do not depend on how many run beside it.
+FEWEST_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
