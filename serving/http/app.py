@@ -79,7 +79,7 @@ class Gate:
         try:
             self._check_key(scope)
             # With an "app" in the scope the router raises what it can't route, instead of answering in plain text.
-            await self._app(scope | {"app": self}, receive, send_with_id)
+            await self._app({**scope, "app": self}, receive, send_with_id)
         except ClientGone:
             return
         except ApiError as error:

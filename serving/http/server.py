@@ -116,6 +116,9 @@ def serve(config: ServeConfig, *, out: TextIO | None = None, err: TextIO | None 
       PortInUse, OSError: the address can't be listened on (checked before the model is loaded).
       EngineError: the model can't be loaded, or the engine died.
     """
+    if not Path(config.model).expanduser().exists():
+        message = f"there is no model at {config.model}; give a checkpoint, a run folder or a Hugging Face folder"
+        raise FileNotFoundError(message)
     server = _Server(config, out or sys.stdout, err or sys.stderr)
     with (
         contextlib.closing(listen(config.host, config.port)) as listener,

@@ -20,7 +20,7 @@ import pytest
 import safetensors.numpy
 
 MODEL = "tiny"
-CONTEXT = 4096
+CONTEXT = 2048
 MAX_RUNNING = 4
 MAX_WAITING = 12
 CHAT_TEMPLATE = (

@@ -9,7 +9,7 @@ import pytest
 from .conftest import MAX_RUNNING, MODEL, Server
 
 # Long enough that it can't end before the client has gone.
-ENDLESS = {"max_tokens": 4000, "extra_body": {"ignore_eos": True}}
+ENDLESS = {"max_tokens": 2000, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(autouse=True)
