@@ -20,7 +20,7 @@ def make_evaluate(
 ) -> Callable[[dict[str, jax.Array]], float]:
     """A function from parameters to the mean loss, nats per token, over the first `batches` of `dataset` (0: all)."""
     model = functional(config, dtype=dtype, mesh=mesh)
-    sums = jax.jit(lambda params, batch: loss_sums(model, params, batch))
+    sums = jax.jit(lambda params, batch: loss_sums(model, mesh, params, batch))
     count = batches or None
 
     def evaluate(params: dict[str, jax.Array]) -> float:

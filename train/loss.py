@@ -16,8 +16,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from ..layers.linear import matmul_precision
+from ..sharding.rules import activation_sharding
 
 # Every chunk adds to the whole weight gradient, so a chunk must be large enough to hide that (256 tokens on a CPU, by
 # the ratio of its arithmetic to its memory speed; some 2,000 on an accelerator); beyond that a CPU loses its cache.
@@ -74,6 +76,11 @@ def _over_chunks(body, carry, length: int, columns: int):
     return body(carry, full * columns, rest) if rest else carry
 
 
+def _zeros(shape, dtype, like):
+    """Zeros that vary over the mesh axes that `like` varies over, as the carry of a loop under `shard_map` must."""
+    return jnp.broadcast_to(jnp.zeros_like(like[0, 0, 0], dtype=dtype), shape)
+
+
 def _slice(x, start, size: int):
     return lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
@@ -103,7 +110,7 @@ def _nll(hidden_BTD, weight_VD, targets_BT, columns: int):
         nll_BC, _, _ = _chunk(_slice(hidden_BTD, start, size), weight_VD, _slice(targets_BT, start, size))
         return _put(nll_BT, nll_BC, start)
 
-    zeros = jnp.zeros(targets_BT.shape, _accumulator(hidden_BTD))
+    zeros = _zeros(targets_BT.shape, _accumulator(hidden_BTD), hidden_BTD)
     return _over_chunks(body, zeros, targets_BT.shape[1], columns)
 
 
@@ -138,8 +145,12 @@ def _forward(hidden_BTD, weight_VD, targets_BT, weights_BT, columns):
         )
         return _put(nll_BT, nll_BC, start), _put(dhidden_BTD, dhidden_BCD, start), dweight_VD
 
-    zeros = functools.partial(jnp.zeros, dtype=accumulator)
-    carry = zeros(targets_BT.shape), jnp.zeros_like(hidden_BTD), zeros(weight_VD.shape)
+    zeros = functools.partial(_zeros, like=hidden_BTD)
+    carry = (
+        zeros(targets_BT.shape, accumulator),
+        zeros(hidden_BTD.shape, dtype),
+        zeros(weight_VD.shape, accumulator),
+    )
     nll_BT, dhidden_BTD, dweight_VD = _over_chunks(body, carry, targets_BT.shape[1], columns)
     # The weights ride along only for their dtype.
     residuals = dhidden_BTD, dweight_VD.astype(weight_VD.dtype), nll_BT, weights_BT
@@ -160,3 +171,25 @@ def _backward(columns, residuals, cotangents):
 
 
 _cross_entropy.defvjp(_forward, _backward)
+
+
+def sharded_cross_entropy(hidden_BTD, weight_VD, targets_BT, weights_BT, mesh: Mesh, **options):
+    """`cross_entropy` of rows cut over `mesh`: each device sums over its own rows, and only the sums travel.
+
+    Left to itself the compiler adds up the weight's gradient over all devices once a chunk.
+    """
+    if mesh.size == 1:
+        return cross_entropy(hidden_BTD, weight_VD, targets_BT, weights_BT, **options)
+    rows = activation_sharding(("batch",), mesh).spec
+    axes = rows[0]
+
+    def local(hidden_BTD, weight_VD, targets_BT, weights_BT):
+        # The transpose of pvary is the sum over devices of the weight's gradient.
+        weight_VD = lax.pcast(weight_VD, axes, to="varying")
+        sums = cross_entropy(hidden_BTD, weight_VD, targets_BT, weights_BT, **options)
+        return lax.psum(sums, axes)
+
+    specs = rows, PartitionSpec(), rows, rows
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())(
+        hidden_BTD, weight_VD, targets_BT, weights_BT
+    )

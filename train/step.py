@@ -26,7 +26,7 @@ from ..models.decoder import FunctionalDecoder, functional, init_params, param_s
 from ..sharding.rules import activation_sharding
 from . import optimizer
 from .data.dataset import Batch
-from .loss import cross_entropy
+from .loss import sharded_cross_entropy
 from .recipe import OptimizerConfig
 from .schedules import Schedule
 
@@ -73,17 +73,17 @@ def put_batch(batch: Batch, step: int, accumulation: int, mesh: Mesh) -> DeviceB
     return placed
 
 
-def loss_sums(model: FunctionalDecoder, params: dict[str, jax.Array], batch: DeviceBatch):
+def loss_sums(model: FunctionalDecoder, mesh: Mesh, params: dict[str, jax.Array], batch: DeviceBatch):
     """Summed loss in nats and summed weight of rows [B, T]."""
     context = PackedContext(batch["segment_ids_BT"], batch["positions_BT"])
     hidden_BTD, _ = model.hidden(params, batch["tokens_BT"], context)
     weight_VD = model.unembedding_weight(params)
-    return cross_entropy(hidden_BTD, weight_VD, batch["targets_BT"], batch["weights_BT"])
+    return sharded_cross_entropy(hidden_BTD, weight_VD, batch["targets_BT"], batch["weights_BT"], mesh)
 
 
-def gradients(model: FunctionalDecoder, params: dict[str, jax.Array], batch: DeviceBatch):
+def gradients(model: FunctionalDecoder, mesh: Mesh, params: dict[str, jax.Array], batch: DeviceBatch):
     """(gradient of the mean loss, mean loss, summed weight) over all micro-batches of [K, B, T]."""
-    value_and_grad = jax.value_and_grad(functools.partial(loss_sums, model), has_aux=True)
+    value_and_grad = jax.value_and_grad(functools.partial(loss_sums, model, mesh), has_aux=True)
     rows = {name: array for name, array in batch.items() if array.ndim == 3}
 
     def add(total, micro):
@@ -125,7 +125,7 @@ def make_step(
     model = functional(config, dtype=dtype, remat=remat, mesh=mesh)
 
     def step(state: State, batch: DeviceBatch) -> tuple[State, dict[str, jax.Array]]:
-        grads, loss, weight = gradients(model, state["params"], batch)
+        grads, loss, weight = gradients(model, mesh, state["params"], batch)
         norm = optax.global_norm(grads)
         lr = schedule(state["step"])
         params, moments = optimizer.update(optimizer_config, state["params"], state["optimizer"], grads, norm, lr)

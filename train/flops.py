@@ -1,0 +1,73 @@
+"""How much arithmetic a token takes, how much the devices can do, and so how busy they are (MFU)."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..models.config import DecoderConfig
+from ..models.decoder import param_shapes
+
+# Dense bfloat16 FLOP/s of one JAX device, by the beginning of its `device_kind`; from the vendors' data sheets.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,  # a chip is two devices
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """FLOP/s of all devices together, None when unknown, and where the number is from."""
+
+    flops: float | None
+    source: str
+
+
+def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
+    """FLOPs of forward and backward for one token: 6 for each weight of a product, and the attention's own.
+
+    The embedding's rows are looked up, not multiplied. A causal token sees half the row on average; what `remat`
+    computes again is not counted.
+    """
+    shapes = param_shapes(config)
+    weights = sum(math.prod(s.shape) for name, s in shapes.items() if name != "embed.weight" or config.tie_embeddings)
+    attention = config.num_layers * config.num_heads * config.head_dim * sequence_length
+    return 6.0 * weights + 6.0 * attention
+
+
+def peak_flops(devices: Sequence[jax.Device], dtype: Any) -> Peak:
+    """What `devices` can do: from the table, or on a CPU measured by a product of matrices in `dtype` (0.2 s)."""
+    kind = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        # Simulated devices share the same cores, so their number does not matter.
+        return Peak(_measure(devices[0], dtype), "measured matmul peak")
+    for name, flops in PEAKS.items():
+        if kind.startswith(name):
+            return Peak(flops * len(devices), f"bfloat16 peak of {len(devices)} x {kind}")
+    return Peak(None, f"unknown peak of {kind}")
+
+
+def _measure(device: jax.Device, dtype: Any, size: int = 1024, seconds: float = 0.2) -> float:
+    a = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(lambda a, b: a @ b)
+    product(a, a).block_until_ready()
+    best, start = math.inf, time.perf_counter()
+    while (begin := time.perf_counter()) - start < seconds:
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - begin)
+    return 2.0 * size**3 / best

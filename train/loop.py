@@ -1,0 +1,165 @@
+"""The training loop, from a recipe to a folder of checkpoints, metrics and a picture.
+
+The next step is sent off before the metrics of the last are read, so the devices never wait for Python. That is safe
+for NaN too: a step that is not finite changes nothing, and neither does any step after it (see `step`).
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from ..checkpoints.errors import SaveError
+from ..checkpoints.load import CHECKPOINTS
+from ..checkpoints.manifest import Description
+from ..checkpoints.store import CheckpointStore
+from ..sharding.plan import Plan
+from . import schedules
+from .data import batches, open_dataset, unigram_entropy
+from .display import Display
+from .meter import Meter, NotFiniteError
+from .metrics import MetricsLog
+from .recipe import Recipe, RecipeError
+from .report import TrainResult, draw, headline, summary
+from .resume import ResumeError, check_resume, describe, move_aside, newest
+from .setup import check_rows, compute_dtype, open_evaluation, open_model, open_state
+from .signals import StopSignals
+from .step import State, make_step, put_batch
+
+__all__ = ["NotFiniteError", "ResumeError", "TrainResult", "train"]
+
+METRICS, CURVE, TENSORBOARD = "metrics.jsonl", "loss.svg", "tensorboard"
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: Literal["auto", "never", "must"] = "auto",
+    display: bool = True,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Trains as the recipe says.
+
+    Args:
+        recipe: the run.
+        resume: "auto" goes on from the output's newest good checkpoint if there is one; "must" fails without one;
+            "never" starts afresh and moves an earlier run aside.
+        display: show progress on the standard output.
+        on_step: called with each step's metrics (`step`, `loss`, `lr`, ...), one step late.
+
+    Raises:
+        ValueError: settings, data, tokenizer or checkpoint that do not fit; each says what to do.
+        NotFiniteError: NaN or infinite loss. Nothing is saved after it; earlier checkpoints stay.
+        SaveError: the last checkpoint could not be saved. (An earlier one that fails is a warning.)
+    """
+    begin = time.perf_counter()
+    if resume not in ("auto", "never", "must"):
+        raise RecipeError(f"resume is one of auto, never, must; got {resume!r}.")
+    plan = Plan.parse(recipe.plan)
+    check_rows(recipe, plan)
+    mesh, dtype = plan.mesh(), compute_dtype(recipe.dtype)
+    schedule = schedules.make(recipe.schedule, recipe.optimizer.lr, recipe.steps)
+
+    output = Path(recipe.output)
+    directory = output / CHECKPOINTS
+    before = None if resume == "never" else newest(directory)
+    config, params, tokenizer = open_model(recipe, mesh, before)
+    dataset = open_dataset(recipe.data, tokenizer, recipe.sequence_length, recipe.seed, progress=display)
+    entropy = unigram_entropy(dataset)
+    evaluate = open_evaluation(recipe, config, tokenizer, mesh, dtype)
+    describe_at = functools.partial(describe, recipe, config, tokenizer, dataset, plan)
+    if before is not None:
+        check_resume(before, describe_at(0))
+
+    with contextlib.ExitStack() as stack:
+        show = stack.enter_context(Display(recipe.steps, enabled=display))
+        stop = stack.enter_context(StopSignals())
+        if resume == "never" and (aside := move_aside(output, (CHECKPOINTS, METRICS, CURVE, TENSORBOARD))):
+            show.message(f"The earlier run in {output} is now in {aside}.")
+        keep = recipe.checkpoint
+        store = stack.enter_context(CheckpointStore(directory, keep_last=keep.keep_last, keep_every=keep.keep_every))
+        state, start = open_state(store, resume, config, params, recipe.seed, mesh, show)
+        del params  # the first step takes their memory over
+        board = output / TENSORBOARD if recipe.tensorboard else None
+        log = stack.enter_context(MetricsLog(output / METRICS, resume_step=start, tensorboard_dir=board))
+        if log.notice:
+            show.message(log.notice)
+        show.message(headline(recipe, config, dataset, plan, dtype, entropy))
+
+        meter = Meter(recipe, config, mesh, dtype, log, show, on_step)
+        saved, compile_seconds = start if start else None, 0.0
+        if start < recipe.steps:
+            show.message("Compiling the training step ...")
+            step = make_step(config, recipe.optimizer, schedule, mesh, dtype=dtype, remat=recipe.remat)
+            first = put_batch(dataset.batch(start, recipe.batch_size), start, recipe.accumulation, mesh)
+            compiling = time.perf_counter()
+            step = step.lower(state, first).compile()
+            compile_seconds = time.perf_counter() - compiling
+            show.message(f"Compiled in {compile_seconds:.1f} s. {meter.peak_text}")
+
+        feed = stack.enter_context(batches(dataset, start, recipe.batch_size))
+        meter.restart()
+        done = start
+        while done < recipe.steps and not stop.received:
+            batch = next(feed)
+            state, metrics = step(state, put_batch(batch, done, recipe.accumulation, mesh))
+            meter.read()  # of the step before, while this one runs
+            meter.sent(done, batch, metrics)
+            done += 1
+            evaluating = evaluate is not None and is_due(done, recipe.eval.every, recipe.steps)
+            saving = is_due(done, keep.every, recipe.steps)
+            if evaluating or saving:
+                meter.read()  # a state is used only once its step is known to be good
+                if evaluating:
+                    meter.evaluated(done, evaluate(state["params"]))
+                if saving and done < recipe.steps:
+                    saved = save_or_warn(store, done, state, describe_at(done), show) or saved
+                meter.restart()
+        meter.read()
+        if saved != done:
+            if stop.received:
+                show.message(f"{stop.received}: saving step {done} before leaving.")
+            store.save(done, state, describe_at(done), wait=True)
+        store.wait()
+
+    result = TrainResult(
+        step=done,
+        loss=meter.loss,
+        eval_loss=meter.eval_loss,
+        unigram_entropy=entropy,
+        interrupted=stop.received if done < recipe.steps else None,
+        tokens_per_second=meter.tokens_per_second,
+        mfu=meter.mfu,
+        compile_seconds=compile_seconds,
+        seconds=time.perf_counter() - begin,
+        output=output,
+        checkpoint=store.path(done),
+        metrics=output / METRICS,
+        curve=output / CURVE,
+    )
+    draw(result)
+    show.message(summary(result))
+    return result
+
+
+def is_due(done: int, every: int, steps: int) -> bool:
+    """Whether something that comes every so many steps (0: never but at the end), and at the end, comes now."""
+    return done == steps or (every > 0 and done % every == 0)
+
+
+def save_or_warn(
+    store: CheckpointStore, step: int, state: State, description: Description, show: Display
+) -> int | None:
+    """Starts saving in the background. If this save fails, or the one before has, it warns and the run goes on."""
+    try:
+        store.wait()
+    except SaveError as error:
+        show.message(f"WARNING: {error}")
+    try:
+        store.save(step, state, description)
+    except SaveError as error:
+        show.message(f"WARNING: {error}")
+        return None
+    return step

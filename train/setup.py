@@ -1,0 +1,93 @@
+"""What a run needs before its first step: dtype, model, held-out text, state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ..checkpoints.load import load_model
+from ..checkpoints.manifest import Manifest
+from ..checkpoints.store import CheckpointStore
+from ..checkpoints.tokenizer import Tokenizer, check_vocabulary
+from ..models.config import DecoderConfig
+from ..sharding.plan import Plan
+from .data import load_tokenizer, open_dataset
+from .display import Display
+from .evaluate import make_evaluate
+from .recipe import Recipe, RecipeError
+from .resume import ResumeError
+from .step import State, init_state, state_like
+
+
+def check_rows(recipe: Recipe, plan: Plan) -> None:
+    """Raises RecipeError unless the devices of `plan` get equal rows of each micro-batch."""
+    rows = recipe.batch_size // recipe.accumulation
+    if rows % plan.devices:
+        raise RecipeError(
+            f"A micro-batch of batch_size / accumulation = {rows} rows cannot be cut over the {plan.devices} devices "
+            f"of plan={recipe.plan!r}; make batch_size a multiple of {plan.devices * recipe.accumulation}."
+        )
+
+
+def compute_dtype(name: str) -> Any:
+    """The dtype of the products."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def open_model(
+    recipe: Recipe, mesh: Mesh, before: Manifest | None
+) -> tuple[DecoderConfig, dict[str, jax.Array] | None, Tokenizer]:
+    """The model's config, its parameters if they come from elsewhere, and the tokenizer that fits it."""
+    source = recipe.model.init_from
+    tokenizer = None if source and recipe.data.tokenizer == "bytes" else load_tokenizer(recipe.data)
+    params = None
+    if source is None:
+        assert tokenizer is not None
+        config = recipe.model.decoder(tokenizer.vocab_size, recipe.sequence_length)
+    elif before is not None and before.description.recipe["model"]["init_from"] == source:
+        # The run has its own checkpoints, so what it began with need not be there any more.
+        config = DecoderConfig.from_dict(before.description.model)
+        tokenizer = tokenizer or Tokenizer.from_files(before.description.tokenizer_files)
+    else:
+        loaded = load_model(source, dtype=jnp.float32, mesh=mesh)
+        config, params, tokenizer = loaded.config, loaded.params, tokenizer or loaded.tokenizer or Tokenizer.bytes()
+    check_vocabulary(tokenizer, config.vocab_size)
+    if recipe.sequence_length > config.max_position_embeddings:
+        raise RecipeError(
+            f"sequence_length={recipe.sequence_length} is longer than the {config.max_position_embeddings} tokens that "
+            f"the model of {source} takes; lower it."
+        )
+    return config, params, tokenizer
+
+
+def open_evaluation(recipe: Recipe, config: DecoderConfig, tokenizer: Tokenizer, mesh: Mesh, dtype: Any):
+    """The function from parameters to held-out loss, None when the recipe evaluates nothing."""
+    if not recipe.eval.every or not recipe.data.eval_fraction:
+        return None
+    held_out = open_dataset(recipe.data, tokenizer, recipe.sequence_length, recipe.seed, "eval", progress=False)
+    rows = recipe.batch_size // recipe.accumulation
+    return make_evaluate(config, held_out, rows, recipe.eval.batches * recipe.accumulation, mesh, dtype=dtype)
+
+
+def open_state(
+    store: CheckpointStore,
+    resume: str,
+    config: DecoderConfig,
+    params: dict[str, jax.Array] | None,
+    seed: int,
+    mesh: Mesh,
+    show: Display,
+) -> tuple[State, int]:
+    """The state to start from, and the updates already in it."""
+    if store.latest() is None:
+        if resume == "must":
+            raise ResumeError(f"There is no checkpoint in {store.directory} to resume from; use resume='auto'.")
+        return init_state(config, seed, mesh, params), 0
+    restored = store.restore(state_like(config, mesh))
+    for step, reason in restored.skipped:
+        show.message(f"Step {step} is damaged and was passed over: {reason}")
+    show.message(f"Resuming after step {restored.step}, from {store.path(restored.step)}.")
+    return restored.state, restored.step
