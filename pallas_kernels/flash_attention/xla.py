@@ -1,13 +1,18 @@
-"""Blockwise attention in plain XLA: the forward and the backward pass never hold more than one block of scores.
+"""Blockwise attention in plain XLA: the forward and the backward pass hold one tile of scores at a time.
 
 The softmax is taken online over blocks of keys (Milakov and Gimelshein 2018, arXiv:1805.02867); the backward pass
-recomputes each block's probabilities from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135; Dao 2023,
+recomputes each tile's probabilities from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135; Dao 2023,
 arXiv:2307.08691). Blocks that the causal mask or the window empties are never computed.
 
-Shapes: B batch rows, K key/value heads, G query heads for each, D head size, T queries, S keys;
-t, s: the positions within one block of queries (`block_q`) or keys (`block_k`); N blocks of queries.
+Written for XLA:CPU, where a product is quick only if its left operand is contracted over the last axis: hence scores
+[query, key] forward and [key, query] backward, and the gradient of the queries transposed. A tile that fits a core's
+second-level cache matters as much, hence the groups of batch rows.
+
+Shapes: B batch rows, T queries, S keys, H query heads, K key/value heads, G = H // K, D head size. All of a key head's
+queries are rows: R = T * G, row t * G + g. r, s: the rows and keys of one tile.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,29 +22,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCK_Q = 128
-BLOCK_K = 128
-UNROLL = 16  # pairs of blocks up to which loops are unrolled, which lets XLA overlap them; compile time grows with it
+BLOCK = 128  # queries or keys: the unit in which work is skipped
+FORWARD_CHUNK = 1  # blocks of keys a tile of the forward pass spans at most, when its loop is unrolled
+BACKWARD_CHUNK = 4  # blocks of queries a tile of the backward pass spans at most, likewise
+UNROLL = 16  # tiles up to which loops are unrolled; beyond, compile time matters more
+TILE_BYTES = 2 << 20  # batch rows are taken together as long as their tile is no larger
 MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
 
 
 @dataclass(frozen=True)
 class _Options:
-    """The static part of a call."""
+    """The static part of a call. `offset` is None when it differs by batch row or is traced."""
 
     causal: bool
     window: int | None
     scale: float
     softcap: float | None
-    offset: int | None  # None: one a batch row, traced
-    T: int
+    offset: int | None
     S: int
+    G: int
     block_q: int
     block_k: int
-
-    @property
-    def dot_dtype(self) -> Any:
-        return None
 
 
 def flash_attention(
@@ -54,195 +57,244 @@ def flash_attention(
     q_offset: int | jax.Array,
     scale: float,
     softcap: float | None,
-    block_q: int = BLOCK_Q,
-    block_k: int = BLOCK_K,
 ) -> tuple[jax.Array, jax.Array]:
     B, T, H, D = q_BTHD.shape
     S, K = k_BSKD.shape[1:3]
-    static = isinstance(q_offset, int)
-    block_q, block_k = min(block_q, _round_up(T, 8)), min(block_k, _round_up(S, 8))
-    o = _Options(causal, window, scale, softcap, q_offset if static else None, T, S, block_q, block_k)
-    q_BKGTD = jnp.transpose(_pad(q_BTHD, block_q).reshape(B, -1, K, H // K, D), (0, 2, 3, 1, 4))
-    k_BKSD, v_BKSD = (jnp.transpose(_pad(x, block_k), (0, 2, 1, 3)) for x in (k_BSKD, v_BSKD))
+    G = H // K
+    offset, offset_B = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
+    block_q, block_k = min(BLOCK, T), min(BLOCK, S)
+    o = _Options(causal, window, scale, softcap, offset, S, G, block_q, block_k)
+    q_BKRD = jnp.transpose(_pad(q_BTHD, block_q).reshape(B, -1, K, G, D), (0, 2, 1, 3, 4)).reshape(B, K, -1, D)
+    k_BKSD, v_BKSD = (jnp.swapaxes(_pad(x, block_k), 1, 2) for x in (k_BSKD, v_BSKD))
     segments = None
     if q_segment_ids_BT is not None and kv_segment_ids_BS is not None:
-        segments = (_pad(q_segment_ids_BT, block_q), _pad(kv_segment_ids_BS, block_k))
-    out_BKGTD, lse_BKGT = _attention(o, q_BKGTD, k_BKSD, v_BKSD, segments, None if static else q_offset)
-    out_BTHD = jnp.transpose(out_BKGTD[:, :, :, :T], (0, 3, 1, 2, 4)).reshape(B, T, H, D)
-    lse_BTH = jnp.transpose(lse_BKGT[..., :T], (0, 3, 1, 2)).reshape(B, T, H)
+        segments = (jnp.repeat(_pad(q_segment_ids_BT, block_q), G, axis=1), _pad(kv_segment_ids_BS, block_k))
+    out_BKRD, lse_BKR = _attention(o, q_BKRD, k_BKSD, v_BKSD, segments, offset_B)
+    out_BTHD = jnp.swapaxes(out_BKRD.reshape(B, K, -1, G, D), 1, 2).reshape(B, -1, H, D)[:, :T]
+    lse_BTH = jnp.swapaxes(lse_BKR.reshape(B, K, -1, G), 1, 2).reshape(B, -1, H)[:, :T]
     return out_BTHD, lse_BTH
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(o: _Options, q: Any, k: Any, v: Any, segments: Any, offset_B: Any) -> tuple[jax.Array, jax.Array]:
-    return _forward(o, q, k, v, segments, offset_B)[0]
+def _attention(
+    o: _Options, q_BKRD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, segments: Any, offset_B: Any
+) -> tuple[jax.Array, jax.Array]:
+    return _by_groups(partial(_forward, o), _tile(o, q_BKRD), (q_BKRD, k_BKSD, v_BKSD, segments, offset_B))
+
+
+def _attention_forward(o: _Options, *inputs: Any) -> Any:
+    out_BKRD, lse_BKR = _attention(o, *inputs)
+    return (out_BKRD, lse_BKR), (*inputs, out_BKRD, lse_BKR)
+
+
+def _attention_backward(o: _Options, residuals: Any, cotangents: Any) -> Any:
+    gradients = _by_groups(partial(_backward, o), _tile(o, residuals[0]), (*residuals, *cotangents))
+    return *gradients, None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(o: _Options, q: Any, k: Any, v: Any, segments: Any, offset_B: Any) -> Any:
-    B, K, G, T, D = q.shape
+    B, K, R, D = q.shape
     acc_dtype = jnp.promote_types(q.dtype, jnp.float32)
-    blocks = T // o.block_q
 
-    def query_block(i: Any, carry: Any) -> Any:
+    def query_block(i: Any, _: int, carry: Any) -> Any:
         out, lse = carry
-        q_BKGtD = _slice(q, i, o.block_q, 3)
+        rows = (i * o.block_q * o.G, o.block_q * o.G)
+        q_BKrD = _slice(q, *rows, 2)
 
-        def key_block(j: Any, carry: Any) -> Any:
-            acc_BKGtD, max_BKGt, sum_BKGt = carry
-            scores, mask = _scores(o, q_BKGtD, _slice(k, j, o.block_k, 2), i, j, segments, offset_B)
-            new_max_BKGt = jnp.maximum(max_BKGt, scores.max(-1))
-            p_BKGts = jnp.exp(scores - new_max_BKGt[..., None])
+        def key_tile(j: Any, blocks: int, carry: Any) -> Any:
+            acc_BKrD, max_BKr1, sum_BKr1 = carry
+            keys = (j * o.block_k, blocks * o.block_k)
+            scores = _dot("bkrd,bksd->bkrs", q_BKrD, _slice(k, *keys, 2)) * o.scale
+            if o.softcap is not None:
+                scores = o.softcap * jnp.tanh(scores / o.softcap)
+            mask = _mask(o, rows, keys, segments, offset_B)
             if mask is not None:
-                p_BKGts = jnp.where(mask, p_BKGts, 0)
-            decay_BKGt = jnp.exp(max_BKGt - new_max_BKGt)
-            pv = _dot("bkgts,bksd->bkgtd", p_BKGts.astype(v.dtype), _slice(v, j, o.block_k, 2))
-            return acc_BKGtD * decay_BKGt[..., None] + pv, new_max_BKGt, sum_BKGt * decay_BKGt + p_BKGts.sum(-1)
+                scores = jnp.where(mask, scores, MASKED)
+            new_max = jnp.maximum(max_BKr1, scores.max(-1, keepdims=True))
+            p_BKrs = jnp.exp(scores - new_max)
+            if mask is not None:
+                p_BKrs = jnp.where(mask, p_BKrs, 0)
+            decay = jnp.exp(max_BKr1 - new_max)
+            pv_BKrD = _dot("bkrs,bksd->bkrd", p_BKrs.astype(v.dtype), _slice(v, *keys, 2))
+            return acc_BKrD * decay + pv_BKrD, new_max, sum_BKr1 * decay + p_BKrs.sum(-1, keepdims=True)
 
-        rows = (B, K, G, o.block_q)
-        start = (jnp.zeros((*rows, D), acc_dtype), jnp.full(rows, MASKED, acc_dtype), jnp.zeros(rows, acc_dtype))
-        acc, max_, sum_ = _loop(*_key_range(o, i, offset_B), key_block, start)
-        seen = sum_ > 0
-        norm = jnp.where(seen, sum_, 1)
-        out_block = (acc / norm[..., None]).astype(q.dtype)
-        lse_block = jnp.where(seen, max_ + jnp.log(norm), -jnp.inf)
-        return _update(out, out_block, i, o.block_q, 3), _update(lse, lse_block, i, o.block_q, 3)
+        shape = (B, K, o.block_q * o.G)
+        zeros_BKr1 = jnp.zeros((*shape, 1), acc_dtype)
+        start = (jnp.zeros((*shape, D), acc_dtype), jnp.full_like(zeros_BKr1, MASKED), zeros_BKr1)
+        acc, max_, sum_ = _loop(*_keys_seen(o, i, offset_B), FORWARD_CHUNK, key_tile, start)
+        norm = jnp.where(sum_ > 0, sum_, 1)
+        lse_block = jnp.where(sum_ > 0, max_ + jnp.log(norm), -jnp.inf)[..., 0]
+        return _update(out, (acc / norm).astype(q.dtype), rows[0], 2), _update(lse, lse_block, rows[0], 2)
 
-    start = (jnp.zeros((B, K, G, T, D), q.dtype), jnp.zeros((B, K, G, T), acc_dtype))
-    out, lse = _loop(0, blocks, query_block, start, unroll=_pairs(o, blocks) <= UNROLL)
-    return (out, lse), (q, k, v, segments, offset_B, out, lse)
+    blocks = R // (o.block_q * o.G)
+    start = (jnp.zeros(q.shape, q.dtype), jnp.zeros((B, K, R), acc_dtype))
+    unroll = _tiles(o, blocks, _keys_seen, FORWARD_CHUNK) <= UNROLL
+    return _loop(0, blocks, 1, query_block, start, unroll)
 
 
-def _backward(o: _Options, residuals: Any, cotangents: Any) -> Any:
-    q, k, v, segments, offset_B, out, lse = residuals
-    d_out, d_lse = cotangents
+def _backward(o: _Options, q: Any, k: Any, v: Any, segments: Any, offset_B: Any, out: Any, lse: Any, *d: Any) -> Any:
+    B, K, R, D = q.shape
+    d_out, d_lse = d
     acc_dtype = lse.dtype
-    blocks = q.shape[3] // o.block_q
+    kT_BKDS = jnp.swapaxes(k, 2, 3)
     seen = lse > -jnp.inf
     lse = jnp.where(seen, lse, 0)
     # d score = p (dp - sum_s p dp + d lse), and sum_s p dp is out . d_out: both corrections are one number a row.
     correction = jnp.where(seen, d_lse - (out.astype(acc_dtype) * d_out.astype(acc_dtype)).sum(-1), 0)
 
-    def query_block(i: Any, carry: Any) -> Any:
-        dq, dk, dv = carry
-        q_BKGtD, do_BKGtD = _slice(q, i, o.block_q, 3), _slice(d_out, i, o.block_q, 3)
-        lse_BKGt, correction_BKGt = _slice(lse, i, o.block_q, 3), _slice(correction, i, o.block_q, 3)
+    def key_block(j: Any, _: int, carry: Any) -> Any:
+        dqT_BKDR, dk, dv = carry
+        keys = (j * o.block_k, o.block_k)
+        k_BKsD, v_BKsD, kT_BKDs = _slice(k, *keys, 2), _slice(v, *keys, 2), _slice(kT_BKDS, *keys, 3)
 
-        def key_block(j: Any, carry: Any) -> Any:
-            dq_BKGtD, dk, dv = carry
-            k_BKsD, v_BKsD = _slice(k, j, o.block_k, 2), _slice(v, j, o.block_k, 2)
-            scores, mask = _scores(o, q_BKGtD, k_BKsD, i, j, segments, offset_B)
-            p = jnp.exp(scores - lse_BKGt[..., None])
-            if mask is not None:
-                p = jnp.where(mask, p, 0)
-            dp = _dot("bkgtd,bksd->bkgts", do_BKGtD, v_BKsD)
-            ds = p * (dp + correction_BKGt[..., None]) * o.scale
+        def query_tile(i: Any, blocks: int, carry: Any) -> Any:
+            dqT_BKDR, dk_BKsD, dv_BKsD = carry
+            rows = (i * o.block_q * o.G, blocks * o.block_q * o.G)
+            q_BKrD, do_BKrD = _slice(q, *rows, 2), _slice(d_out, *rows, 2)
+            scores = _dot("bksd,bkrd->bksr", k_BKsD, q_BKrD) * o.scale
             if o.softcap is not None:
-                ds = ds * (1 - jnp.square(jnp.where(p > 0, scores, 0) / o.softcap))
-            p, ds = p.astype(v.dtype), ds.astype(q.dtype)
-            dv = _add(dv, _dot("bkgts,bkgtd->bksd", p, do_BKGtD), j, o.block_k, 2)
-            dk = _add(dk, _dot("bkgts,bkgtd->bksd", ds, q_BKGtD), j, o.block_k, 2)
-            return dq_BKGtD + _dot("bkgts,bksd->bkgtd", ds, k_BKsD), dk, dv
+                bent = jnp.tanh(scores / o.softcap)
+                scores = o.softcap * bent
+            p_BKsr = jnp.exp(scores - _slice(lse, *rows, 2)[:, :, None])
+            mask = _mask(o, rows, keys, segments, offset_B, keys_first=True)
+            if mask is not None:
+                p_BKsr = jnp.where(mask, p_BKsr, 0)
+            dp_BKsr = _dot("bksd,bkrd->bksr", v_BKsD, do_BKrD)
+            ds_BKsr = p_BKsr * (dp_BKsr + _slice(correction, *rows, 2)[:, :, None]) * o.scale
+            if o.softcap is not None:
+                ds_BKsr = ds_BKsr * (1 - bent * bent)
+            p_BKsr, ds_BKsr = p_BKsr.astype(v.dtype), ds_BKsr.astype(q.dtype)
+            dqT_BKDr = _slice(dqT_BKDR, *rows, 3) + _dot("bkds,bksr->bkdr", kT_BKDs, ds_BKsr)
+            return (
+                _update(dqT_BKDR, dqT_BKDr, rows[0], 3),
+                dk_BKsD + _dot("bksr,bkrd->bksd", ds_BKsr, q_BKrD),
+                dv_BKsD + _dot("bksr,bkrd->bksd", p_BKsr, do_BKrD),
+            )
 
-        start = (jnp.zeros(q_BKGtD.shape, acc_dtype), dk, dv)
-        dq_BKGtD, dk, dv = _loop(*_key_range(o, i, offset_B), key_block, start)
-        return _update(dq, dq_BKGtD.astype(q.dtype), i, o.block_q, 3), dk, dv
+        start = (dqT_BKDR, *(jnp.zeros((B, K, o.block_k, D), acc_dtype) for _ in "kv"))
+        dqT_BKDR, dk_BKsD, dv_BKsD = _loop(*_queries_seeing(o, j, R, offset_B), BACKWARD_CHUNK, query_tile, start)
+        return (
+            dqT_BKDR,
+            _update(dk, dk_BKsD.astype(k.dtype), keys[0], 2),
+            _update(dv, dv_BKsD.astype(v.dtype), keys[0], 2),
+        )
 
-    start = (jnp.zeros(q.shape, q.dtype), jnp.zeros(k.shape, acc_dtype), jnp.zeros(v.shape, acc_dtype))
-    dq, dk, dv = _loop(0, blocks, query_block, start, unroll=_pairs(o, blocks) <= UNROLL)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
-
-
-_attention.defvjp(_forward, _backward)
-
-
-def _scores(o: _Options, q: Any, k: Any, i: Any, j: Any, segments: Any, offset_B: Any) -> tuple[Any, Any]:
-    """Scaled scores of a pair of blocks, MASKED where the mask (None: all seen) hides them, and the mask."""
-    scores = _dot("bkgtd,bksd->bkgts", q, k) * o.scale
-    if o.softcap is not None:
-        scores = o.softcap * jnp.tanh(scores / o.softcap)
-    mask_Bts = _mask(o, i, j, segments, offset_B)
-    if mask_Bts is None:
-        return scores, None
-    mask = mask_Bts[:, None, None]
-    return jnp.where(mask, scores, MASKED), mask
+    blocks = k.shape[2] // o.block_k
+    start = (jnp.zeros((B, K, D, R), acc_dtype), jnp.zeros(k.shape, k.dtype), jnp.zeros(v.shape, v.dtype))
+    unroll = _tiles(o, blocks, partial(_queries_seeing, R=R), BACKWARD_CHUNK) <= UNROLL
+    dqT_BKDR, dk, dv = _loop(0, blocks, 1, key_block, start, unroll)
+    return jnp.swapaxes(dqT_BKDR, 2, 3).astype(q.dtype), dk, dv
 
 
-def _mask(o: _Options, i: Any, j: Any, segments: Any, offset_B: Any) -> Any:
-    """What the queries of block i see of the keys of block j, [B or 1, t, s]; None when it is known to be all."""
-    s = j * o.block_k + np.arange(o.block_k)
-    p_B1 = np.full((1, 1), o.offset) if offset_B is None else offset_B[:, None]
-    distance = (p_B1 + (i * o.block_q + np.arange(o.block_q)))[:, :, None] - s
+def _mask(
+    o: _Options, rows: Any, keys: Any, segments: Any, offset_B: Any, keys_first: bool = False
+) -> jax.Array | np.ndarray | None:
+    """What a tile's rows see of its keys, [B or 1, 1, r, s] (or [.., s, r]); None when it is known to be all."""
+    s = keys[0] + np.arange(keys[1])
+    t = (rows[0] + np.arange(rows[1])) // o.G
+    offset_B1 = np.full((1, 1), o.offset) if offset_B is None else offset_B[:, None]
+    distance = (t + offset_B1)[:, :, None] - s
     sees = [(s < o.S)[None, None]]
     if o.causal:
         sees.append(distance >= 0)
     if o.window is not None:
-        sees.append(distance < o.window)
-        sees.append(distance > -o.window)
-    # Everything static is numpy, so what is not needed is known here and costs nothing.
+        sees += [distance < o.window, distance > -o.window]
+    # What is static is numpy, so a mask that hides nothing is known to here and costs nothing.
     sees = [x for x in sees if not (isinstance(x, np.ndarray) and x.all())]
     if segments is not None:
-        q_ids, k_ids = _slice(segments[0], i, o.block_q, 1), _slice(segments[1], j, o.block_k, 1)
-        sees.append((q_ids[:, :, None] == k_ids[:, None, :]) & (q_ids != 0)[:, :, None])
+        q_ids, k_ids = _slice(segments[0], *rows, 1)[:, :, None], _slice(segments[1], *keys, 1)[:, None]
+        sees.append((q_ids == k_ids) & (q_ids != 0))
     if not sees:
         return None
     mask = sees[0]
     for more in sees[1:]:
         mask = mask & more
-    return jnp.broadcast_to(mask, (mask.shape[0], o.block_q, o.block_k))
+    return (jnp.swapaxes(mask, 1, 2) if keys_first else mask)[:, None]
 
 
-def _key_range(o: _Options, i: Any, offset_B: Any) -> tuple[Any, Any]:
-    """The key blocks [low, high) that a query block may see; ints when the offset and the block are."""
+def _keys_seen(o: _Options, i: Any, offset_B: Any) -> tuple[Any, Any]:
+    """The key blocks [low, high) that query block i may see; ints when the offset and i are."""
     low, high = 0, -(-o.S // o.block_k)
     first = i * o.block_q + (o.offset if offset_B is None else offset_B.min())
     last = (i + 1) * o.block_q - 1 + (o.offset if offset_B is None else offset_B.max())
-    smallest, largest = (max, min) if isinstance(first, int) else (jnp.maximum, jnp.minimum)
+    largest, smallest = (max, min) if isinstance(first, int) else (jnp.maximum, jnp.minimum)
     if o.causal:
-        high = largest(high, last // o.block_k + 1)
+        high = smallest(high, last // o.block_k + 1)
     elif o.window is not None:
-        high = largest(high, (last + o.window - 1) // o.block_k + 1)
+        high = smallest(high, (last + o.window - 1) // o.block_k + 1)
     if o.window is not None:
-        low = smallest(low, (first - o.window + 1) // o.block_k)
+        low = largest(low, (first - o.window + 1) // o.block_k)
     return low, high
 
 
-def _pairs(o: _Options, blocks: int) -> int:
+def _queries_seeing(o: _Options, j: Any, R: int, offset_B: Any) -> tuple[Any, Any]:
+    """The query blocks [low, high) that may see key block j: the inverse of `_keys_seen`."""
+    low, high = 0, R // (o.block_q * o.G)
+    first = j * o.block_k - (o.offset if offset_B is None else offset_B.max())
+    last = (j + 1) * o.block_k - 1 - (o.offset if offset_B is None else offset_B.min())
+    largest, smallest = (max, min) if isinstance(first, int) else (jnp.maximum, jnp.minimum)
+    if o.causal:
+        low = largest(low, first // o.block_q)
+    elif o.window is not None:
+        low = largest(low, (first - o.window + 1) // o.block_q)
+    if o.window is not None:
+        high = smallest(high, (last + o.window - 1) // o.block_q + 1)
+    return low, high
+
+
+def _tiles(o: _Options, blocks: int, bounds: Callable[..., tuple[Any, Any]], chunk: int) -> float:
+    """How many tiles the unrolled loops would have; infinitely many when the bounds are traced."""
     if o.offset is None:
-        return UNROLL + 1
-    return sum(max(0, high - low) for low, high in (_key_range(o, i, None) for i in range(blocks)))
+        return math.inf
+    ranges = (bounds(o, i, offset_B=None) for i in range(blocks))
+    return sum(max(0, -(-(high - low) // chunk)) for low, high in ranges)
 
 
-def _loop(low: Any, high: Any, body: Callable[[Any, Any], Any], carry: Any, unroll: bool = True) -> Any:
+def _loop(
+    low: Any, high: Any, chunk: int, body: Callable[[Any, int, Any], Any], carry: Any, unroll: bool = True
+) -> Any:
+    """`carry = body(first, count, carry)` over blocks [low, high): unrolled `chunk` at a time, or one a turn."""
     if not unroll or not isinstance(low, int) or not isinstance(high, int):
-        return jax.lax.fori_loop(low, high, body, carry)
-    for i in range(low, high):
-        carry = body(i, carry)
+        return jax.lax.fori_loop(low, high, lambda i, carry: body(i, 1, carry), carry)
+    for i in range(low, high, chunk):
+        carry = body(i, min(chunk, high - i), carry)
     return carry
 
 
-def _dot(subscripts: str, x: Any, y: Any) -> Any:
+def _tile(o: _Options, q_BKRD: jax.Array) -> int:
+    """Bytes of the largest tile of one batch row."""
+    _, K, R, _ = q_BKRD.shape
+    chunk = min(max(FORWARD_CHUNK, BACKWARD_CHUNK) * o.block_q * o.G, R)
+    return K * chunk * o.block_k * 4
+
+
+def _by_groups(f: Callable[..., Any], row_bytes: int, inputs: tuple[Any, ...]) -> Any:
+    """`f(*inputs)`, over so many batch rows at a time that a tile stays in cache."""
+    B = inputs[0].shape[0]
+    size = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or n * row_bytes <= TILE_BYTES))
+    if size == B:
+        return f(*inputs)
+    grouped = jax.tree.map(lambda x: x.reshape(B // size, size, *x.shape[1:]), inputs)
+    outputs = jax.lax.map(lambda xs: f(*xs), grouped)
+    return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), outputs)
+
+
+def _dot(subscripts: str, x: Any, y: Any) -> jax.Array:
     """A product that accumulates in float32, and of float32 inputs rounds nothing before (TPUs would)."""
     precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else jax.lax.Precision.DEFAULT
     out_dtype = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=out_dtype)
 
 
-def _slice(x: Any, i: Any, size: int, axis: int) -> Any:
-    if isinstance(i, int):
-        return jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=axis)
-    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+def _slice(x: Any, start: Any, size: int, axis: int) -> Any:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _update(x: Any, block: Any, i: Any, size: int, axis: int) -> Any:
-    return jax.lax.dynamic_update_slice_in_dim(x, block, i * size, axis)
-
-
-def _add(x: Any, block: Any, i: Any, size: int, axis: int) -> Any:
-    return _update(x, _slice(x, i, size, axis) + block, i, size, axis)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def _update(x: Any, block: Any, start: Any, axis: int) -> Any:
+    return jax.lax.dynamic_update_slice_in_dim(x, block, start, axis)
 
 
 def _pad(x: jax.Array, block: int) -> jax.Array:
