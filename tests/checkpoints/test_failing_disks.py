@@ -163,7 +163,7 @@ def seen(folder: Path, pattern: str) -> bool:
 def test_killed_at_any_moment_of_a_save(tmp_path):
     like = {"params": {f"w{i}": jnp.zeros((64, 64), jnp.int32) for i in range(8)}}
     reached = 0
-    for moment in (".tmp_step_*", ".tmp_step_*/arrays*", ".tmp_step_*/arrays/_METADATA", ".tmp_step_*/twinax.json"):
+    for moment in (".tmp_step_*/arrays*", ".tmp_step_*/arrays/_METADATA", ".tmp_step_*/twinax.json"):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
         )

@@ -1,0 +1,106 @@
+"""What `inspect` says of each kind of folder, and what it finds odd."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.checkpoints.helpers import flip_bit, make_run, random_params, small_config, write_hugging_face
+from twinax.checkpoints.errors import NoCheckpoint
+from twinax.checkpoints.inspect import inspect, render
+
+CONFIG = small_config()
+PARAMETERS = sum(array.size for array in random_params(CONFIG).values())
+
+
+def test_step(tmp_path):
+    step = make_run(tmp_path, 4, data={"position": 512}) / "checkpoints" / "step_00000004"
+    found = inspect(step, verify=True)
+    assert found["kind"] == "Twinax step"
+    assert found["parameters"]["total"] == PARAMETERS
+    assert found["parameters"]["embedding"] == 264 * 16
+    assert sum(found["parameters"].values()) == 2 * PARAMETERS
+    assert found["dtypes"] == {"float32": 12}
+    assert (found["step"], found["context"], found["vocabulary"], found["seed"]) == (4, 64, 264, 7)
+    assert found["data"] == {"position": 512}
+    assert found["tokenizer"]["vocabulary"] == 259
+    assert found["bytes"] == sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
+    assert found["checksums"] == "verified"
+    assert found["odd"] == []
+    json.dumps(found)
+    text = render(found)
+    for part in ("Twinax step", f"{PARAMETERS:,}", "3 layers", "step          4", "verified", "nothing odd", "512"):
+        assert part in text
+    assert "--verify" in inspect(step)["checksums"]
+
+
+def test_run_with_a_damaged_step(tmp_path):
+    run = make_run(tmp_path, 1, 2, 3)
+    (run / "checkpoints/.tmp_step_00000004").mkdir()
+    flip_bit(run / "checkpoints/step_00000003/arrays/params.embed.weight/0.0", 5)
+    found = inspect(run, verify=True)
+    assert found["kind"] == "Twinax training run"
+    assert found["steps"] == [1, 2, 3]
+    assert found["newest_good_step"] == found["step"] == 2
+    assert len(found["odd"]) == 2
+    assert "step 3: " in found["odd"][0]
+    assert "params.embed.weight/0.0" in found["odd"][0]
+    assert "killed" in found["odd"][1]
+    assert "newest good   2" in render(found)
+    assert inspect(run)["newest_good_step"] == 3  # nobody asked to look
+
+
+def test_run_without_a_good_step(tmp_path):
+    run = make_run(tmp_path, 1)
+    flip_bit(run / "checkpoints/step_00000001/twinax.json", 50)
+    found = inspect(run)
+    assert found["newest_good_step"] is None
+    assert "digest does not match" in render(found)
+
+
+def test_hugging_face_folder(tmp_path):
+    folder = write_hugging_face(tmp_path / "hf", CONFIG, random_params(CONFIG, "bfloat16"))
+    found = inspect(folder, verify=True)
+    assert found["kind"] == "Hugging Face folder"
+    assert found["parameters"]["total"] == PARAMETERS
+    assert found["parameters"]["output"] == 264 * 16
+    assert found["dtypes"] == {"bfloat16": 30}
+    assert found["odd"] == []
+    assert "bfloat16 (30 arrays)" in render(found)
+    json.dumps(found)
+
+
+def test_odd_things_are_said_and_do_not_stop_it(tmp_path):
+    config = small_config(vocab_size=258)
+    params = random_params(config)
+    params["embed.weight"][0, :2] = [np.nan, np.inf]
+    extra = {"mystery": np.ones(2, np.float32), "model.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    folder = write_hugging_face(tmp_path / "hf", config, params, extra=extra)
+    (folder / "pytorch_model.bin").touch()
+    odd = "\n".join(inspect(folder, verify=True)["odd"])
+    assert "unknown: mystery" in odd
+    assert "model.embed_tokens.weight: 2 of 4,128 numbers are NaN or infinite" in odd
+    assert "pytorch_model.bin: a pickle" in odd
+    assert "needs vocab_size >= 259" in odd
+
+    step = make_run(tmp_path / "run", 1, tokenizer_files={}) / "checkpoints/step_00000001"
+    (step / "notes.txt").touch()
+    odd = "\n".join(inspect(step)["odd"])
+    assert "not part of the checkpoint: notes.txt" in odd
+    assert "no tokenizer" in odd
+    (step / "arrays/params.embed.weight/0.0").unlink()
+    assert "lacks files: arrays/params.embed.weight/0.0" in inspect(step)["odd"][0]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_broken_hugging_face_folders(tmp_path, name):
+    folder = write_hugging_face(tmp_path / "hf", CONFIG, random_params(CONFIG))
+    (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    found = inspect(folder)
+    assert any(name in text for text in found["odd"])
+    assert name in render(found)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(NoCheckpoint, match="holds no model"):
+        inspect(tmp_path)
