@@ -149,13 +149,16 @@ def _best_of(values: dict[str, Any]) -> int:
 async def completion_job(service: Service, body: dict[str, Any], arrival: float) -> CompletionJob:
     values = fields.parse_object(None, body, fields.COMPLETIONS)
     service.check_model(values["model"])
-    return CompletionJob(service, values, await _prompts(service, body, values["prompt"]), arrival)
+    prompts = await _prompts(service, values, is_null="prompt" in body)
+    return CompletionJob(service, values, prompts, arrival)
 
 
-async def _prompts(service: Service, body: dict[str, Any], given: list[str | list[int]] | None) -> list[_Prompt]:
+async def _prompts(service: Service, values: dict[str, Any], is_null: bool) -> list[_Prompt]:
+    """The prompts as ids, and as text where they are echoed."""
     tokenizer = service.tokenizer
+    given: list[str | list[int]] | None = values["prompt"]
     if given is None:
-        if "prompt" not in body:
+        if not is_null:
             raise bad("prompt", "'prompt' is required.", "missing_required_parameter")
         if tokenizer.bos_id is None:
             raise bad("prompt", "A null 'prompt' begins a new document, but this model has no token for that.")
@@ -164,8 +167,10 @@ async def _prompts(service: Service, body: dict[str, Any], given: list[str | lis
     for item in given:
         if isinstance(item, str):
             out.append(_Prompt(await service.encode(item, add_bos=tokenizer.adds_bos), item))
-        else:
+        elif values["echo"]:
             vocab_size = service.engine.info.vocab_size
             ids = [token for token in item if token < vocab_size]  # others are refused when the request is checked
             out.append(_Prompt(item, await off_loop(len(ids), lambda ids=ids: tokenizer.decode(ids))))
+        else:
+            out.append(_Prompt(item, ""))
     return out

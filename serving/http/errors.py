@@ -26,8 +26,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _printable(message, 1000)
+        self.param = None if param is None else _printable(param, 200)
         self.code = code
         self.type = type or ("server_error" if status >= 500 else "invalid_request_error")
         self.retry_after = retry_after
@@ -65,6 +65,12 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """` Did you mean "x"?`, or nothing when no choice is close."""
     found = difflib.get_close_matches(name[:64], list(choices), n=1, cutoff=0.6)
     return f' Did you mean "{found[0]}"?' if found else ""
+
+
+def _printable(text: str, limit: int) -> str:
+    """Text that can be sent: names of fields, which messages repeat, may be long or hold lone surrogates."""
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def show(value: Any, limit: int = 80) -> str:

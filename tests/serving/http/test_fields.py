@@ -1,8 +1,11 @@
 """The tables of fields against the installed client's types, and the parsers one by one."""
 
+import json
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types import completion_create_params as completion_types
 from openai.types.chat import completion_create_params as chat_types
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
@@ -11,7 +14,8 @@ from twinax.serving.http import fields
 from twinax.serving.http.body import parse_json
 from twinax.serving.http.chat import check_messages
 from twinax.serving.http.errors import ApiError
-from twinax.serving.request import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
+from twinax.serving.http.service import sampling_params
+from twinax.serving.request import MAX_LOGPROBS, MAX_STOP_STRINGS, InvalidRequest, SamplingParams
 
 
 def _refused(function, *arguments) -> ApiError:
@@ -195,6 +199,61 @@ def test_bad_json(data):
 def test_nan_survives_parsing_so_that_its_field_can_be_named():
     body = parse_json(b'{"model": "m", "temperature": NaN}')
     assert _refused(fields.parse_object, None, body, fields.COMPLETIONS).param == "temperature"
+
+
+def test_names_in_messages_can_be_sent():
+    error = _refused(fields.parse_object, None, {"model": "m", "\ud800" * 5000: 1}, fields.COMPLETIONS)
+    assert len(error.message.encode()) < 10_000
+    assert error.param is not None
+    error.param.encode()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(), max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def _error(function, *arguments) -> Exception | None:
+    try:
+        function(*arguments)
+    except (ApiError, InvalidRequest) as error:
+        return error
+    return None
+
+
+@settings(max_examples=300)
+@given(st.data())
+@pytest.mark.parametrize("table", [fields.COMPLETIONS, fields.CHAT], ids=["completions", "chat"])
+def test_any_value_of_any_field_is_taken_or_refused(table, data):
+    """Never another exception than the API's, and what is taken is what the engine's own check takes."""
+    base = {"model": "m", "messages": [{"role": "user", "content": "a"}]} if "messages" in table else {"model": "m"}
+    name = data.draw(st.sampled_from(sorted(table)))
+    body = base | {name: data.draw(JSON)}
+
+    def check() -> None:
+        values = fields.parse_object(None, body, table)
+        if "messages" in table:
+            check_messages(values["messages"], "")
+        sampling_params(values, max_tokens=5, seed_offset=1, logprobs=None).validate(2**31)
+
+    error = _error(check)
+    if isinstance(error, ApiError):
+        assert error.status == 400
+        assert error.param.startswith(name)
+        error.message.encode()
+    elif error is not None:
+        # What depends on the model, or on two fields together, is left to the engine's check.
+        assert error.param in ("min_tokens", "stop_token_ids", "logit_bias", "stop")
+
+
+@given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_body_is_an_object_or_refused(data):
+    error = _error(parse_json, data)
+    assert error is None or error.status == 400
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------
