@@ -3,11 +3,14 @@
     model = twinax.load("runs/demo")
     model.generate("def main(", max_tokens=40, temperature=0.7, seed=1)
     model.logits("import os")           # [T, V]
+    model.train("docs/", steps=10)      # the losses; the model is now the trained one
 """
 
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +25,9 @@ from .models.config import DecoderConfig
 from .models.decoder import functional
 from .serving.engine import Engine, EngineConfig
 from .serving.request import Request, SamplingParams
+from .train.data.config import DataConfig
+from .train.loop import train
+from .train.recipe import ModelConfig, OptimizerConfig, Recipe
 
 _SHORTEST = 16  # logits are computed for lengths padded to a power of two, so that few lengths compile
 
@@ -146,6 +152,47 @@ class Model:
         tokens, segments = np.zeros((2, 1, length), np.int32)
         tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 1
         return np.asarray(_logits(self.config, self.dtype, self.params, tokens, segments))[0, : len(ids)]
+
+    def train(
+        self,
+        what: Recipe | str | os.PathLike[str],
+        *,
+        steps: int = 10,
+        learning_rate: float | None = None,
+        output: str | os.PathLike[str] | None = None,
+        display: bool = False,
+    ) -> list[float]:
+        """Trains this model for a few steps and returns the loss of each, in nats per token.
+
+        Args:
+            what: text to train on (a file, folder or pattern), or a recipe, whose `model` is replaced by this model.
+            steps: optimizer steps.
+            learning_rate: its peak; None: the recipe's, 3e-4 for a text.
+            output: the run's folder; None: a new folder in the system's temporary one.
+            display: show progress.
+
+        From then on this object is the trained model, as the checkpoint in `output` holds it. Raises ValueErrors that
+        say what is wrong with the text or the settings.
+        """
+        recipe = what
+        if not isinstance(recipe, Recipe):
+            recipe = Recipe(
+                data=DataConfig(path=os.fspath(what), eval_fraction=0.0),  # type: ignore[arg-type]
+                optimizer=OptimizerConfig(lr=3e-4),
+                sequence_length=min(256, self.config.max_position_embeddings),
+            )
+        if learning_rate is not None:
+            recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=learning_rate))
+        recipe = replace(
+            recipe,
+            model=ModelConfig(init_from=str(self._loaded.source)),
+            steps=steps,
+            output=os.fspath(output or tempfile.mkdtemp(prefix="twinax-")),
+        )
+        losses: list[float] = []
+        result = train(recipe, display=display, on_step=lambda metrics: losses.append(metrics["loss"]))
+        self._loaded, self._engine = load_model(result.checkpoint), None
+        return losses
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -46,6 +46,6 @@ def run(options: Namespace, given: set[str]) -> None:
     )
     kind = "a Hugging Face folder" if report.direction == "to_hugging_face" else "a Twinax step"
     print(f"wrote {report.target}: {kind}, {report.parameters:,} parameters in {report.tensors} tensors")
-    print(f"  {', '.join(report.dtypes)}, {report.bytes / 1e6:,.1f} MB: {', '.join(report.files)}")
+    print(f"  {', '.join(report.dtypes)}, {report.bytes / 1e6:,.1f} MB in {len(report.files)} files")
     for note in report.notes:
         print(f"  note: {note}")

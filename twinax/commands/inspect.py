@@ -1,4 +1,5 @@
 """Say what a folder holds: model, tokenizer, step, data, recipe; and whether every byte of it is as written.
+The exit status is 1 when something is odd about it.
 
 examples:
   twinax inspect runs/demo
@@ -20,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
-def run(options: Namespace, given: set[str]) -> None:
+def run(options: Namespace, given: set[str]) -> int:
     from ..overrides import existing
 
     path = existing(options.path, "The path")
@@ -28,3 +29,4 @@ def run(options: Namespace, given: set[str]) -> None:
 
     found = inspect(path, verify=options.verify)
     print(json.dumps(found, indent=2, default=str) if options.json else render(found))
+    return 1 if found["odd"] else 0

@@ -11,9 +11,10 @@ examples:
   twinax train recipe.py --resume never                        # start over where an older run is
 
 Run the same command again to resume: bit for bit, from the newest good checkpoint in --output. Ctrl-C (or SIGTERM)
-finishes the step, saves and exits.
+finishes the step, saves and exits, with status 130 (or 143).
 """
 
+import signal
 from argparse import Namespace
 from operator import attrgetter
 
@@ -51,5 +52,8 @@ def run(options: Namespace, given: set[str]) -> int | None:
 
     from ..train.loop import train
 
-    train(recipe, resume=options.resume, display=not options.quiet)
-    return None
+    result = train(recipe, resume=options.resume, display=not options.quiet)
+    if options.quiet:
+        print(f"step {result.step}, loss {result.loss:.4f}: {result.checkpoint}")
+    # As a shell says it of a process that a signal ended, so that nobody takes the run for complete.
+    return 128 + signal.Signals[result.interrupted] if result.interrupted else None

@@ -1,0 +1,7 @@
+"""`python -m twinax` is `twinax`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
