@@ -359,7 +359,10 @@ class Engine:
         wanting = [
             (entry, token_row, live.prompt_logprobs)
             for entry, _, token_row in flight.rows
-            if (live := self._live.get(entry.sequence.id)) and live.prompt_logprobs is not None and not live.prompt_sent
+            if not entry.sequence.finished  # its id may belong to another request by now
+            and (live := self._live.get(entry.sequence.id))
+            and live.prompt_logprobs is not None
+            and not live.prompt_sent
         ]
         if not wanting:
             return

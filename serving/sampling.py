@@ -184,10 +184,10 @@ def sample(logits_RV: jax.Array, rows: SamplingRows, state: SlotState) -> jax.Ar
     random = rows.temperature > 0
 
     def draw(logits: jax.Array) -> jax.Array:
-        scaled = logits / jnp.where(random, rows.temperature, 1.0)[:, None]
-        # A tiny temperature may overflow; the likeliest token still has to win.
-        scaled = jnp.clip(scaled, jnp.finfo(jnp.float32).min, jnp.finfo(jnp.float32).max)
-        scaled = jnp.where(jnp.isneginf(logits), -jnp.inf, scaled)
+        # The likeliest token sits at 0 before the division, so that a tiny temperature pushes the others to -inf and
+        # not it to infinity.
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        scaled = (logits - top) / jnp.where(random, rows.temperature, 1.0)[:, None]
         filtered = random & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
 
         def cut(x: jax.Array) -> jax.Array:
