@@ -153,6 +153,14 @@ class Model:
         tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 1
         return np.asarray(_logits(self.config, self.dtype, self.params, tokens, segments))[0, : len(ids)]
 
+    def _recipe(self, path: str) -> Recipe:
+        """Plain settings for a few steps on a text."""
+        return Recipe(
+            data=DataConfig(path=path, eval_fraction=0.0),
+            optimizer=OptimizerConfig(lr=3e-4),
+            sequence_length=min(256, self.config.max_position_embeddings),
+        )
+
     def train(
         self,
         what: Recipe | str | os.PathLike[str],
@@ -174,13 +182,7 @@ class Model:
         From then on this object is the trained model, as the checkpoint in `output` holds it. Raises ValueErrors that
         say what is wrong with the text or the settings.
         """
-        recipe = what
-        if not isinstance(recipe, Recipe):
-            recipe = Recipe(
-                data=DataConfig(path=os.fspath(what), eval_fraction=0.0),  # type: ignore[arg-type]
-                optimizer=OptimizerConfig(lr=3e-4),
-                sequence_length=min(256, self.config.max_position_embeddings),
-            )
+        recipe: Any = what if isinstance(what, Recipe) else self._recipe(os.fspath(what))
         if learning_rate is not None:
             recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=learning_rate))
         recipe = replace(
