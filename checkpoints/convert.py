@@ -196,8 +196,8 @@ def _to_hugging_face(
 ) -> Report:
     from .load import open_step
 
-    found = open_step(source, kind, (f"{manifest.ARRAYS}/params.", f"{manifest.TOKENIZER}/"))
-    description = manifest.with_tokenizer(found)
+    found = open_step(source, kind, (f"{manifest.ARRAYS}/params.",))
+    description = found.description
     config = DecoderConfig.from_dict(description.model)
     reader = _StepReader(found, config, cast)
     shards = safetensors.plan_shards(reader.specs, max_shard_bytes)

@@ -36,6 +36,8 @@ def checksum_file(path: Path) -> tuple[int, str]:
 def checksum_files(root: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
     """`checksum_file` of each `root / name`, in a few threads (hashing releases the GIL)."""
     ordered = list(names)
+    if sum((root / name).stat().st_size for name in ordered) < _CHUNK:  # not worth a thread
+        return {name: checksum_file(root / name) for name in ordered}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(ordered, pool.map(lambda name: checksum_file(root / name), ordered), strict=True))
 
@@ -156,14 +158,14 @@ def commit(tmp: Path, final: Path) -> None:
 def recover(directory: Path) -> list[str]:
     """Undo what killed writers left: unfinished folders go, replaced ones return. Gives what was done."""
     done = []
-    for path in sorted(directory.glob(".replaced_*")):
+    for path in sorted(directory.glob(".replaced_step_*")):
         final = path.with_name(path.name.removeprefix(".replaced_"))
         if final.exists():
             shutil.rmtree(path)
         else:
             os.rename(path, final)
             done.append(f"put back {final.name}")
-    for path in sorted(directory.glob(f"{TMP_PREFIX}*")):
+    for path in sorted([*directory.glob(f"{TMP_PREFIX}step_*"), *directory.glob(f"{TMP_PREFIX}gone_step_*")]):
         if path.is_dir() and is_abandoned(path):
             shutil.rmtree(path)
             done.append(f"removed the unfinished {path.name}")

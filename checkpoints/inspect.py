@@ -68,7 +68,7 @@ def _inspect_step(folder: Path, verify: bool) -> dict[str, Any]:
         config = DecoderConfig.from_dict(found.description.model)
     except ValueError as error:
         return {**result, "checksums": "damaged", "odd": [str(error)]}
-    description = manifest.with_tokenizer(found)
+    description = found.description
     params = {n.removeprefix("params."): s for n, s in found.arrays.items() if n.startswith("params.")}
     extra = sorted(set(files.list_files(folder)) - set(found.files) - {manifest.NAME})
     if extra:

@@ -83,7 +83,8 @@ def locate(path: str | os.PathLike[str]) -> tuple[str, Path]:
 def open_step(path: Path, kind: str, under: tuple[str, ...]) -> Manifest:
     """The verified manifest of a step, or of the newest good one of a run (warns about those passed over).
 
-    `under` limits which files are verified, by the beginnings of their paths; `()` verifies the manifest alone.
+    `under` limits which files are verified, by how their paths begin; `()` verifies the manifest and
+    the tokenizer alone.
     """
 
     def good(folder: Path) -> Manifest:
@@ -143,9 +144,9 @@ def _shardings(config: DecoderConfig, mesh: Mesh | None) -> dict[str, Any]:
 
 
 def _load_step(folder: Path, kind: str, dtype: Any, mesh: Mesh | None, verify: bool, progress: Any) -> LoadedModel:
-    under = (f"{manifest.ARRAYS}/params.", f"{manifest.TOKENIZER}/") if verify else ()
+    under = (f"{manifest.ARRAYS}/params.",) if verify else ()
     found = open_step(folder, kind, under)
-    description = manifest.with_tokenizer(found)
+    description = found.description
     config = DecoderConfig.from_dict(description.model)
     stored = {name.removeprefix("params."): spec for name, spec in found.arrays.items() if name.startswith("params.")}
     wanted = {name: shape.shape for name, shape in param_shapes(config).items()}

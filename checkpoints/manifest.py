@@ -167,17 +167,24 @@ def _versions() -> dict[str, str]:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a step folder. `DamagedCheckpoint` when it is missing, changed, or of a newer format."""
+    """The manifest of a step folder, with the tokenizer's files, which are verified already.
+
+    `DamagedCheckpoint` when it, or the tokenizer, is missing or changed, or of a newer format.
+    """
     path = folder / NAME
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{folder} is not a complete checkpoint: it has no {NAME}") from None
-    return parse(folder, raw)
+    found = parse(folder, raw)
+    prefix = f"{TOKENIZER}/"
+    found.verify((prefix,))
+    tokenizer = {n.removeprefix(prefix): (folder / n).read_bytes() for n in found.files if n.startswith(prefix)}
+    return dataclasses.replace(found, description=dataclasses.replace(found.description, tokenizer_files=tokenizer))
 
 
 def parse(folder: Path, raw: bytes) -> Manifest:
-    """The manifest of a step folder from the bytes of its file; errors as `read`."""
+    """The manifest from the bytes of its file, without the tokenizer's files."""
     path = folder / NAME
     tail = _TAIL.search(raw[-_TAIL_LENGTH:])
     if tail is None:
@@ -211,14 +218,3 @@ def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
         versions=content["versions"],
         created=content["created"],
     )
-
-
-def with_tokenizer(manifest: Manifest) -> Description:
-    """The description with the tokenizer's files read in. Call `verify` first."""
-    prefix = f"{TOKENIZER}/"
-    tokenizer_files = {
-        name.removeprefix(prefix): (manifest.folder / name).read_bytes()
-        for name in manifest.files
-        if name.startswith(prefix)
-    }
-    return dataclasses.replace(manifest.description, tokenizer_files=tokenizer_files)

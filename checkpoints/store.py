@@ -92,6 +92,8 @@ class CheckpointStore:
         save before this one, or this one, failed: then nothing that was committed is lost, and saving again is allowed.
         """
         self.wait()
+        if jax.process_count() > 1:
+            raise CheckpointError(f"checkpoints are saved by one process; this job has {jax.process_count()}")
         flat = flatten(state)
         specs = {name: spec_of(name, leaf) for name, leaf in flat.items()}
         if not specs:
@@ -171,7 +173,7 @@ class CheckpointStore:
                 continue
             if skipped:
                 _report(skipped, candidate)
-            return Restored(candidate, state, manifest.with_tokenizer(found), tuple(skipped))
+            return Restored(candidate, state, found.description, tuple(skipped))
         tried, reasons = [bad for bad, _ in skipped], "\n".join(reason for _, reason in skipped)
         raise DamagedCheckpoint(f"no good checkpoint among steps {tried} of {self.directory}:\n{reasons}")
 

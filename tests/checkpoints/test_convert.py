@@ -75,6 +75,18 @@ def test_twinax_to_hugging_face_and_back(tmp_path):
     )
 
 
+def test_every_file_of_a_tokenizer_comes_along(tmp_path):
+    source = write_hugging_face(tmp_path / "hf", CONFIG, random_params(CONFIG))
+    (source / "chat_template.jinja").write_bytes(b"{{ messages }}\r\n")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_bytes(b"{{ documents }}")
+    (source / "special_tokens_map.json").write_bytes(b'{"eos_token":   "<|eos|>"}')
+    back = convert(convert(source, tmp_path / "step").target, tmp_path / "back").target
+    for path in source.rglob("*"):
+        if path.is_file() and path.name not in ("config.json", "model.safetensors"):
+            assert (back / path.relative_to(source)).read_bytes() == path.read_bytes()
+
+
 def test_converted_step_restores_in_a_store(tmp_path):
     source = write_hugging_face(tmp_path / "hf", CONFIG, random_params(CONFIG))
     convert(source, tmp_path / "checkpoints" / "step_00000012")

@@ -36,7 +36,7 @@ def fill():
             while file.write(bytes(4096)):
                 pass
         except OSError:
-            pass
+            file.truncate(file.tell() - 65536)  # room for folders and small files, none for the arrays
 
 def empty():
     if way == "limit":

@@ -14,6 +14,7 @@ from tests.checkpoints.helpers import (
     flip_bit,
     make_run,
     random_params,
+    run_python,
     small_config,
     write_hugging_face,
 )
@@ -90,6 +91,15 @@ def test_params_can_be_donated_and_the_files_removed(tmp_path):
     expected = {name: array * 2 for name, array in random_params(CONFIG).items()}
     doubled = jax.jit(lambda p: jax.tree.map(lambda x: x * 2, p), donate_argnums=0)(params)
     assert_same_bits(host(doubled), dict(sorted(expected.items())))
+
+
+def test_loading_needs_neither_orbax_nor_torch():
+    code = """
+import sys
+import twinax.checkpoints.load, twinax.checkpoints.store, twinax.checkpoints.convert, twinax.checkpoints.inspect
+print([name for name in ("orbax", "torch", "transformers", "tensorstore") if name in sys.modules])
+"""
+    assert run_python(code).stdout == "[]\n"  # a server starts without waiting for them
 
 
 # What is not a model
