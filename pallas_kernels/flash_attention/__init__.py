@@ -72,7 +72,9 @@ def flash_attention(
     else:
         q_offset = jnp.asarray(q_offset)
         if q_offset.shape not in ((), (B,)) or not jnp.issubdtype(q_offset.dtype, jnp.integer):
-            raise ValueError(f"q_offset must be an int or integers of shape ({B},), got {q_offset.dtype}{q_offset.shape}")
+            raise ValueError(
+                f"q_offset must be an int or integers of shape ({B},), got {q_offset.dtype}{q_offset.shape}"
+            )
         q_offset = jnp.broadcast_to(q_offset, (B,))
     out_BTHD, lse_BTH = OPERATION(
         q_BTHD,

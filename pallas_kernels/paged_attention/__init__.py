@@ -1,12 +1,11 @@
 """Attention over a paged cache, for a flat batch in which prompts' chunks and decodes mix.
 
 What it means is in `reference.py`. Shapes, here and in every candidate:
-  T token rows   R request rows   M pages a request at most   H query heads   K key/value heads (K divides H)   D head size
-  L layers   P pages in the pool   S slots a page
+  T token rows   R request rows   M pages a request at most   L layers   P pages in the pool   S slots a page
+  H query heads   K key/value heads (K divides H)   D head size
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +46,8 @@ def paged_attention(
     - Token rows that nobody owns: output 0, nothing written.
     - Promise by the caller, which shapes the program: requests with one new token and row r < `decode_rows` have it at
       token row r; all others' token rows lie in `[decode_rows, T)`.
-    - Result rows depend, bit for bit, on their own request only: not on the other requests, the request's row or the
-      token rows' place (with at least two token rows a region).
+    - A token's result depends, bit for bit, on its own request only: not on the other requests, on the request's row, on
+      the token rows' place, nor on how the prompt was cut into chunks.
 
     Jit with `pages` donated (or carry them through a scan): the update is then in place.
 
@@ -69,7 +68,9 @@ def paged_attention(
         raise ValueError(f"page_table must be [R, M], got shape {page_table_RM.shape}")
     for what, x in (("lengths", lengths_R), ("query_start", query_start_R), ("query_length", query_length_R)):
         if x.shape != (R,) or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{what} must be integers of shape ({R},), one a row of page_table, got {x.dtype}{x.shape}")
+            raise ValueError(
+                f"{what} must be integers of shape ({R},), one a row of page_table, got {x.dtype}{x.shape}"
+            )
     if not 0 <= decode_rows <= T:
         raise ValueError(f"decode_rows must lie in [0, {T}] (the number of token rows), got {decode_rows}")
     if isinstance(layer, int | np.integer) and not 0 <= layer < pages.num_layers:

@@ -39,6 +39,6 @@ def write(
     page_T = jnp.where(good_T, page_T, pages.num_pages)  # past the end: the scatter drops it
     slot_T = rows.position_T % pages.page_size
     return Pages(
-        pages.k_LPKSD.at[layer, page_T, :, slot_T].set(k_TKD.astype(pages.k_LPKSD.dtype), mode="drop"),
+        pages.k_LPKDS.at[layer, page_T, :, :, slot_T].set(k_TKD.astype(pages.k_LPKDS.dtype), mode="drop"),
         pages.v_LPKSD.at[layer, page_T, :, slot_T].set(v_TKD.astype(pages.v_LPKSD.dtype), mode="drop"),
     )

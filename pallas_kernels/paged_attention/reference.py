@@ -38,8 +38,8 @@ def paged_attention(
 
     table_RM = jnp.clip(page_table_RM, 0, pages.num_pages - 1)
     k_TCKD, v_TCKD = (
-        jnp.swapaxes(x[layer, table_RM], 2, 3).reshape(len(table_RM), -1, K, D)[rows.request_T].astype(dtype)
-        for x in (pages.k_LPKSD, pages.v_LPKSD)
+        jnp.swapaxes(x, 2, 3).reshape(len(table_RM), -1, K, D)[rows.request_T].astype(dtype)
+        for x in (jnp.swapaxes(pages.k_LPKDS[layer, table_RM], 3, 4), pages.v_LPKSD[layer, table_RM])
     )
     distance_TC = rows.position_T[:, None] - jnp.arange(k_TCKD.shape[1])
     sees_TC = (distance_TC >= 0) & rows.owned_T[:, None]

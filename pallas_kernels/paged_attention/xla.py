@@ -1,12 +1,12 @@
-"""Paged attention in plain XLA: online softmax over pages, in loops as long as the real contexts.
+"""Paged attention in plain XLA: online softmax over a request's pages, in loops as long as the real contexts.
 
 PagedAttention is Kwon et al. 2023, arXiv:2309.06180; the online softmax Milakov and Gimelshein 2018, arXiv:1805.02867.
-Decodes go through the pages together, one page of every request a turn; each prompt's chunk goes alone, a tile of
-queries at a time. Turns always start at multiples of the page size, and a turn that a row does not need leaves its
-accumulators as they are, bit for bit: a row's result does not depend on how long its neighbours are.
+Requests are taken one after another and pages one a turn, always from the request's own first: so nothing in a token's
+result depends on its neighbours, nor on which chunk of the prompt it came in with. Taking the requests together would
+read, on a CPU whose memory is the limit, every page of the longest for each of them.
 
-Shapes: T token rows, R requests, M pages a request, S slots a page, K key/value heads, G query heads for each,
-D head size, X = T + TILE.
+Shapes: T token rows, R requests, S slots a page, K key/value heads, G query heads for each, D head size;
+t: the query tokens of one tile, r: their rows, row = t * G + g.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from .batch import token_rows, write
 from .pages import Pages
 
-TILE = 64  # queries of a chunk that are taken together
+TILE = 64  # query tokens of a chunk that are taken together
 MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
 
 
@@ -42,83 +42,92 @@ def paged_attention(
     rows = token_rows(T, lengths_R, query_start_R, query_length_R)
     pages = write(pages, layer, k_TKD, v_TKD, rows, page_table_RM)
     table_RM = jnp.clip(page_table_RM, 0, pages.num_pages - 1)
-    q_TKGD = q_THD.reshape(T, K, H // K, D)
+    first_R = lengths_R - query_length_R  # position of the first new token
 
-    def attend(q_NKGtD: Any, position_Nt: Any, seen_Nt: Any, table_NM: Any) -> Any:
-        """Tiles of t queries at some positions of N requests; those not seen give 0."""
-        S = pages.page_size
+    is_decode_R = (query_length_R == 1) & (query_start_R == jnp.arange(R))
 
-        def turn(j: Any, carry: Any) -> Any:
-            acc, max_, sum_ = carry
-            page_N = jax.lax.dynamic_index_in_dim(table_NM, j, 1, keepdims=False)
-            distance_NtS = position_Nt[:, :, None] - (j * S + jnp.arange(S))
-            mask_NtS = (distance_NtS >= 0) & seen_Nt[:, :, None]
-            if window is not None:
-                mask_NtS &= distance_NtS < window
-            k_NKSD = pages.k_LPKSD[layer, page_N].astype(q_NKGtD.dtype)
-            # Slots beyond the context may hold what another request left, even nan.
-            v_NKSD = jnp.where(mask_NtS.any(1)[:, None, :, None], pages.v_LPKSD[layer, page_N], 0).astype(q_NKGtD.dtype)
-            scores = _dot("nkgtd,nksd->nkgts", q_NKGtD, k_NKSD) * scale
-            if softcap is not None:
-                scores = softcap * jnp.tanh(scores / softcap)
-            mask = mask_NtS[:, None, None]
-            scores = jnp.where(mask, scores, MASKED)
-            new_max = jnp.maximum(max_, scores.max(-1))
-            p = jnp.where(mask, jnp.exp(scores - new_max[..., None]), 0)
-            decay = jnp.exp(max_ - new_max)
-            acc = acc * decay[..., None] + _dot("nkgts,nksd->nkgtd", p.astype(q_NKGtD.dtype), v_NKSD)
-            return acc, new_max, sum_ * decay + p.sum(-1)
+    def tile(size: int, r: Any, nth: Any, stop: Any, out_TKGD: jax.Array) -> jax.Array:
+        """New tokens nth .. nth + size of request r, of which those from `stop` on are not its own."""
+        at, nth_t = query_start_R[r] + nth, nth + jnp.arange(size)
+        q_tKGD, old_tKGD = (jax.lax.dynamic_slice_in_dim(x, at, size) for x in (q_TKGD, out_TKGD))
+        position_t, real_t = first_R[r] + nth_t, nth_t < stop
+        new_tKGD = _attend(q_tKGD, position_t, real_t, pages, layer, table_RM[r], window, scale, softcap)
+        out_tKGD = jnp.where(real_t[:, None, None, None], new_tKGD, old_tKGD)
+        return jax.lax.dynamic_update_slice_in_dim(out_TKGD, out_tKGD, at, 0)
 
-        acc_dtype = jnp.promote_types(q_NKGtD.dtype, jnp.float32)
-        shape = q_NKGtD.shape[:4]
-        start = (
-            jnp.zeros(q_NKGtD.shape, acc_dtype),
-            jnp.full(shape, MASKED, acc_dtype),
-            jnp.zeros(shape, acc_dtype),
-        )
-        high = jnp.where(seen_Nt, position_Nt // S + 1, 0).max()
-        low = 0
-        if window is not None:
-            low = jnp.where(seen_Nt, jnp.maximum(position_Nt - window + 1, 0) // S, table_NM.shape[1]).min()
-        acc, _, sum_ = jax.lax.fori_loop(low, high, turn, start)
-        return (acc / jnp.where(sum_ > 0, sum_, 1)[..., None]).astype(q_NKGtD.dtype)
+    def decode(r: Any, out_TKGD: jax.Array) -> jax.Array:
+        return tile(1, r, 0, is_decode_R[r].astype(int), out_TKGD)
 
+    def chunk(r: Any, out_TKGD: jax.Array) -> jax.Array:
+        tiles = jnp.where(query_start_R[r] >= decode_rows, -(-query_length_R[r] // TILE), 0)
+        return jax.lax.fori_loop(0, tiles, lambda i, out: tile(TILE, r, i * TILE, query_length_R[r], out), out_TKGD)
+
+    # A tile may reach past the last token row, where a slice would be moved back to fit.
+    extra = TILE if decode_rows < T else 0
+    q_TKGD = jnp.pad(q_THD.reshape(T, K, H // K, D), ((0, extra), (0, 0), (0, 0), (0, 0)))
     out_TKGD = jnp.zeros_like(q_TKGD)
-    N = min(decode_rows, R)
-    if N:
-        decodes_N = (query_length_R[:N] == 1) & (query_start_R[:N] == jnp.arange(N))
-        out_NKGtD = attend(
-            q_TKGD[:N, :, :, None], (lengths_R[:N] - 1)[:, None], decodes_N[:, None], table_RM[:N]
-        )
-        out_TKGD = out_TKGD.at[:N].set(out_NKGtD[:, :, :, 0])
+    if decode_rows:
+        out_TKGD = jax.lax.fori_loop(0, min(decode_rows, R), decode, out_TKGD)
     if decode_rows < T:
-        tile = min(TILE, T - decode_rows)
-        q_XKGD, out_XKGD = (jnp.pad(x, ((0, tile), (0, 0), (0, 0), (0, 0))) for x in (q_TKGD, out_TKGD))
-
-        def request(r: Any, out_XKGD: Any) -> Any:
-            start, length = query_start_R[r], query_length_R[r]
-
-            def tile_of(i: Any, out_XKGD: Any) -> Any:
-                nth_t = i * tile + jnp.arange(tile)
-                at = start + i * tile
-                q_KGtD = jnp.transpose(jax.lax.dynamic_slice_in_dim(q_XKGD, at, tile), (1, 2, 0, 3))
-                position_t, seen_t = lengths_R[r] - length + nth_t, nth_t < length
-                out_KGtD = attend(q_KGtD[None], position_t[None], seen_t[None], table_RM[r][None])[0]
-                out_tKGD = jnp.transpose(out_KGtD, (2, 0, 1, 3))
-                old = jax.lax.dynamic_slice_in_dim(out_XKGD, at, tile)
-                new = jnp.where(seen_t[:, None, None, None], out_tKGD, old)
-                return jax.lax.dynamic_update_slice_in_dim(out_XKGD, new, at, 0)
-
-            tiles = jnp.where(start >= decode_rows, -(-length // tile), 0)
-            return jax.lax.fori_loop(0, tiles, tile_of, out_XKGD)
-
-        out_TKGD = jax.lax.fori_loop(0, R, request, out_XKGD)[:T]
-    return out_TKGD.reshape(T, H, D), pages
+        out_TKGD = jax.lax.fori_loop(0, R, chunk, out_TKGD)
+    return out_TKGD[:T].reshape(T, H, D), pages
 
 
-def _dot(subscripts: str, x: Any, y: Any) -> Any:
+def _attend(
+    q_tKGD: jax.Array,
+    position_t: jax.Array,
+    real_t: jax.Array,
+    pages: Pages,
+    layer: int | jax.Array,
+    table_M: jax.Array,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+    """Attention of consecutive tokens of one request; anything for those that are not real."""
+    t, K, G, D = q_tKGD.shape
+    S = pages.page_size
+    acc_dtype = jnp.promote_types(q_tKGD.dtype, jnp.float32)
+    q_KrD = jnp.swapaxes(q_tKGD, 0, 1).reshape(K, t * G, D)
+    position_r, real_r = jnp.repeat(position_t, G), jnp.repeat(real_t, G)
+    if t * G == 1 and min(S, D) < 64:
+        # XLA:CPU has another product, which rounds otherwise, for one row: it would tell a decode from a chunk.
+        q_KrD, position_r, real_r = (jnp.concatenate([x, x], x.ndim == 3) for x in (q_KrD, position_r, real_r))
+    last = jnp.where(real_t, position_t, -1).max()
+
+    def turn(j: Any, carry: Any) -> Any:
+        acc_KrD, max_Kr1, sum_Kr1 = carry
+        corner = (layer, table_M[j], 0, 0, 0)
+        kT_KDS, v_KSD = (
+            jax.lax.dynamic_slice(x, corner, (1, 1, *x.shape[2:]))[0, 0] for x in (pages.k_LPKDS, pages.v_LPKSD)
+        )
+        s = j * S + jnp.arange(S)
+        # Slots beyond the request may hold what another one left, even nan, which a weight of 0 would not hide.
+        v_KSD = jnp.where((s <= last)[:, None], v_KSD, 0)
+        distance_rS = position_r[:, None] - s
+        mask_rS = (distance_rS >= 0) & real_r[:, None]
+        if window is not None:
+            mask_rS &= distance_rS < window
+        scores_KrS = _dot("krd,kds->krs", q_KrD, kT_KDS.astype(q_KrD.dtype)) * scale
+        if softcap is not None:
+            scores_KrS = softcap * jnp.tanh(scores_KrS / softcap)
+        scores_KrS = jnp.where(mask_rS, scores_KrS, MASKED)
+        new_max = jnp.maximum(max_Kr1, scores_KrS.max(-1, keepdims=True))
+        p_KrS = jnp.where(mask_rS, jnp.exp(scores_KrS - new_max), 0)
+        decay = jnp.exp(max_Kr1 - new_max)
+        pv_KrD = _dot("krs,ksd->krd", p_KrS.astype(q_KrD.dtype), v_KSD.astype(q_KrD.dtype))
+        return acc_KrD * decay + pv_KrD, new_max, sum_Kr1 * decay + p_KrS.sum(-1, keepdims=True)
+
+    zeros_Kr1 = jnp.zeros((*q_KrD.shape[:2], 1), acc_dtype)
+    start = (jnp.zeros(q_KrD.shape, acc_dtype), jnp.full_like(zeros_Kr1, MASKED), zeros_Kr1)
+    low = 0 if window is None else jnp.maximum(position_t[0] - window + 1, 0) // S
+    acc_KrD, _, sum_Kr1 = jax.lax.fori_loop(low, last // S + 1, turn, start)
+    out_KrD = (acc_KrD / jnp.where(sum_Kr1 > 0, sum_Kr1, 1)).astype(q_tKGD.dtype)
+    return jnp.swapaxes(out_KrD[:, : t * G].reshape(K, t, G, D), 0, 1)
+
+
+def _dot(subscripts: str, x: Any, y: Any) -> jax.Array:
     """A product that accumulates in float32, and of float32 inputs rounds nothing before (TPUs would)."""
     precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else jax.lax.Precision.DEFAULT
-    return jnp.einsum(
-        subscripts, x, y, precision=precision, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
-    )
+    out_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=out_dtype)
