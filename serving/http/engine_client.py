@@ -1,15 +1,11 @@
-"""The HTTP process's side of the engine: starts the child process, routes its outputs, notices its death."""
+"""The HTTP process's side of the engine: sends requests, routes its outputs, notices its death."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import math
-import os
-import shutil
 import signal
-import sys
-import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
@@ -17,12 +13,12 @@ from typing import TypeVar
 from .. import wire
 from ..request import Output, Request
 from .errors import ApiError, engine_down, queue_full, unavailable
+from .launch import LaunchedEngine
 from .metrics import Metrics
 
 T = TypeVar("T")
 
 TAIL_LINES = 30
-_LONGEST_SOCKET_PATH = 100  # the kernel's limit is 108 bytes
 _EXIT_SECONDS = 5.0
 
 
@@ -56,6 +52,7 @@ class EngineClient:
 
     def __init__(
         self,
+        launched: LaunchedEngine,
         settings: wire.EngineSettings,
         metrics: Metrics,
         *,
@@ -67,6 +64,7 @@ class EngineClient:
         self.draining = False
         self.progress = wire.Progress("starting")
         self.died = asyncio.Event()
+        self._launched = launched
         self._settings = settings
         self._metrics = metrics
         self._on_progress = on_progress
@@ -77,15 +75,10 @@ class EngineClient:
         self._admissions: dict[int, asyncio.Future[wire.Admitted | wire.Rejected]] = {}
         self._group = 0
         self._writer: asyncio.StreamWriter | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._folder = ""
+        self._exit: asyncio.Task[int] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._failed: wire.Failed | None = None
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
 
     @property
     def in_flight(self) -> int:
@@ -94,9 +87,7 @@ class EngineClient:
     # -- life ---------------------------------------------------------------------------------------------------------
 
     async def start(self) -> wire.Ready:
-        """Start the process and wait until it is ready. Raises EngineError."""
-        self._folder = _private_folder()
-        path = os.path.join(self._folder, "engine")
+        """Talk to the process and wait until it is ready. Raises EngineError."""
         connected: asyncio.Future[asyncio.StreamReader] = asyncio.get_running_loop().create_future()
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -106,51 +97,37 @@ class EngineClient:
             self._writer = writer
             connected.set_result(reader)
 
-        server = await asyncio.start_unix_server(accept, path)
-        environment = {name: value for name, value in os.environ.items() if name != "TWINAX_API_KEY"}
-        # -P: the working folder must not shadow modules of the engine.
-        command = [sys.executable, "-P", "-m", "twinax.serving.engine_process", "--socket", path]
-        self._process = await asyncio.create_subprocess_exec(
-            *command,
-            env=environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
+        self._exit = asyncio.create_task(asyncio.to_thread(self._launched.process.wait))
         logs = asyncio.create_task(self._read_logs())
-        self._tasks += [logs, asyncio.create_task(self._watch(logs))]
+        self._tasks += [logs, asyncio.create_task(self._watch(self._exit, logs))]
+        server = await asyncio.start_unix_server(accept, sock=self._launched.listener)
         try:
             reader = await self._unless_died(connected)
         finally:
             server.close()
-        self._tasks.append(asyncio.create_task(self._read_messages(reader)))
+        self._tasks.append(asyncio.create_task(self._read_messages(reader, self._exit)))
         self._send(wire.Start(self._settings))
         await self._unless_died(asyncio.ensure_future(self._is_ready.wait()))
         assert self.ready is not None
         return self.ready
 
     async def stop(self) -> None:
-        """Ask the process to leave, insist after a while, and clean up. Safe to call in any state, and twice."""
+        """Ask the process to leave, and insist after a while. Safe to call in any state, and twice."""
         self._stopping = True
         self.fail_all(unavailable("The server is shutting down.", "shutting_down"))
-        process = self._process
-        if process is not None and process.returncode is None:
+        if self._exit is not None and not self._exit.done():
             # Before it is ready the process has no loop that could answer; it holds nothing worth saving either.
-            if self.ready is not None and self._writer is not None:
+            if self.ready is not None:
                 self._send(wire.Shutdown())
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(process.wait(), _EXIT_SECONDS)
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+                await asyncio.wait([self._exit], timeout=_EXIT_SECONDS)
+            if not self._exit.done():
+                self._launched.process.kill()
+                await self._exit
         if self._writer is not None:
             self._writer.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _unless_died(self, future: asyncio.Future[T]) -> T:
         died = asyncio.create_task(self.died.wait())
@@ -163,9 +140,8 @@ class EngineClient:
             died.cancel()
             future.cancel()
 
-    async def _watch(self, logs: asyncio.Task[None]) -> None:
-        assert self._process is not None
-        code = await self._process.wait()
+    async def _watch(self, exited: asyncio.Task[int], logs: asyncio.Task[None]) -> None:
+        code = await asyncio.shield(exited)
         with contextlib.suppress(TimeoutError):  # a grandchild may hold the pipe open
             await asyncio.wait_for(asyncio.shield(logs), 1.0)
         if self._failed is not None and self._failed.user_error:
@@ -181,10 +157,10 @@ class EngineClient:
             self.fail_all(engine_down("The engine died while it worked on this request; the server is going down."))
 
     async def _read_logs(self) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        rest = b""
-        while chunk := await self._process.stdout.read(1 << 16):
+        reader, rest = asyncio.StreamReader(), b""
+        loop = asyncio.get_running_loop()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self._launched.process.stdout)
+        while chunk := await reader.read(1 << 16):
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 self._log(line)
@@ -204,18 +180,16 @@ class EngineClient:
         if not self._writer.is_closing():
             self._writer.write(wire.frame(message))
 
-    async def _read_messages(self, reader: asyncio.StreamReader) -> None:
-        assert self._process is not None
+    async def _read_messages(self, reader: asyncio.StreamReader, exited: asyncio.Task[int]) -> None:
         try:
             while (message := await wire.receive(reader)) is not None:
                 self._handle(message)
         except wire.WireError as error:
             self._tail.append(f"(the HTTP process: {error})")
         # The stream ended: the process is leaving, or is beyond talking to.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), _EXIT_SECONDS)
-        if self._process.returncode is None:
-            self._process.kill()
+        await asyncio.wait([exited], timeout=_EXIT_SECONDS)
+        if not exited.done():
+            self._launched.process.kill()
 
     def _handle(self, message: wire.FromEngine) -> None:
         match message:
@@ -326,15 +300,6 @@ class EngineClient:
 def describe(progress: wire.Progress) -> str:
     """`warming up 3/12`."""
     return progress.stage + (f" {progress.done}/{progress.total}" if progress.total else "")
-
-
-def _private_folder() -> str:
-    """A folder that only this user can enter, with a path short enough to hold a Unix socket."""
-    folder = tempfile.mkdtemp(prefix="twinax-")
-    if len(os.path.join(folder, "engine").encode()) > _LONGEST_SOCKET_PATH:
-        os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="twinax-", dir="/tmp")
-    return folder
 
 
 def _how_it_ended(code: int) -> str:

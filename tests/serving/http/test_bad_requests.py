@@ -129,13 +129,6 @@ def test_best_of_below_n_and_streamed_best_of(server: Server):
         check_error(server.post(COMPLETIONS, good | change), 400, "best_of", "invalid_value")
 
 
-def test_too_many_logit_biases_are_the_engines_to_refuse(server: Server):
-    bias = {str(token): 1 for token in range(258)}
-    response = server.post(COMPLETIONS, GOOD[COMPLETIONS] | {"logit_bias": bias})
-    if response.status_code != 200:  # so many may fit
-        check_error(response, 400, "logit_bias", "invalid_value")
-
-
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
 @pytest.mark.parametrize(
     ("data", "code"),

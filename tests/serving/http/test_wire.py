@@ -113,6 +113,13 @@ def test_the_inbox_wakes_its_reader():
 
 
 def test_the_http_process_does_not_import_jax():
-    code = "import sys; import twinax.serving.http.server; print('jax' in sys.modules, 'flax' in sys.modules)"
+    code = "import sys; import twinax.serving.http.running; print('jax' in sys.modules, 'flax' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "False"]
+
+
+def test_settings_are_shown_without_the_server():
+    """What the command line imports for its help, and to start the engine process before anything slow."""
+    code = "import sys; import twinax.serving.http.server; print([m for m in ('uvicorn', 'numpy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,174 @@
+"""The running server: start-up, signals, the ready line, and leaving in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import TextIO
+
+import uvicorn
+import uvloop
+
+from .. import wire
+from .app import create_app
+from .config import ServeConfig
+from .engine_client import EngineClient, EngineError, describe
+from .errors import unavailable
+from .launch import LaunchedEngine
+from .metrics import Metrics
+from .service import Service
+
+_LAST_SECONDS = 3.0  # for answers that say why they end, after the drain is over
+
+
+def run(
+    config: ServeConfig, listener: socket.socket, engine: LaunchedEngine, begin: float, out: TextIO, err: TextIO
+) -> None:
+    """`serve`, on a listening socket, with an engine process that has been started. `begin`: when the start began."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_Server(config, begin, out, err).run(listener, engine))
+
+
+def engine_settings(config: ServeConfig) -> wire.EngineSettings:
+    names = [name for name in wire.EngineSettings.__struct_fields__ if name != "model"]
+    return wire.EngineSettings(model=config.model, **{name: getattr(config, name) for name in names})
+
+
+class _Server:
+    def __init__(self, config: ServeConfig, begin: float, out: TextIO, err: TextIO) -> None:
+        self._config = config
+        self._begin = begin
+        self._out = out
+        self._err = err
+        self._signals = 0
+        self._stop = asyncio.Event()
+        self._force = asyncio.Event()
+
+    def _say(self, text: str) -> None:
+        print(f"twinax: {text}", file=self._err, flush=True)
+
+    async def run(self, listener: socket.socket, launched: LaunchedEngine) -> None:
+        config = self._config
+        metrics = Metrics()
+        engine = EngineClient(
+            launched,
+            engine_settings(config),
+            metrics,
+            on_progress=lambda progress: self._say(describe(progress)),
+            on_log=lambda line: print(line, file=self._err, flush=True),
+        )
+        service = Service(engine, metrics, config.model_id, config.max_body_bytes)
+        web = _Web(
+            uvicorn.Config(
+                create_app(service, config.resolved_api_key),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_level=config.log_level,
+                access_log=config.log_level in ("info", "debug", "trace"),
+                server_header=False,
+                timeout_keep_alive=65,  # longer than the idle time of proxies and clients, so that they close first
+                timeout_graceful_shutdown=int(config.drain_seconds + _LAST_SECONDS + 1),
+            )
+        )
+        self._warn_if_open()
+        with self._handle_signals():
+            serving = asyncio.create_task(web.serve(sockets=[listener]))
+            try:
+                await self._until_stopped(engine, listener, serving)
+                await self._drain(engine, web)
+            finally:
+                # Also on the way out with an error: let answers in flight say what happened.
+                web.should_exit = True
+                await asyncio.wait([serving], timeout=_LAST_SECONDS)
+                serving.cancel()
+                await engine.stop()
+                await asyncio.gather(serving, return_exceptions=True)
+
+    async def _until_stopped(self, engine: EngineClient, listener: socket.socket, serving: asyncio.Task[None]) -> None:
+        """Returns on a signal; raises EngineError when the engine does not start or dies."""
+        stop, died = asyncio.create_task(self._stop.wait()), asyncio.create_task(engine.died.wait())
+        start = asyncio.create_task(engine.start())
+        try:
+            await asyncio.wait([start, stop, serving], return_when=asyncio.FIRST_COMPLETED)
+            if start.done():
+                ready = start.result()
+                self._ready(listener, ready)
+                await asyncio.wait([stop, died, serving], return_when=asyncio.FIRST_COMPLETED)
+                if died.done() and not stop.done():
+                    raise EngineError(engine.failure)
+            if serving.done():
+                serving.result()
+                raise EngineError("the HTTP server ended by itself")
+        finally:
+            for task in (stop, died, start):
+                task.cancel()
+            await asyncio.gather(stop, died, start, return_exceptions=True)
+
+    async def _drain(self, engine: EngineClient, web: uvicorn.Server) -> None:
+        engine.draining = True
+        web.should_exit = True  # closes the listening socket and idle connections
+        if engine.in_flight:
+            seconds = self._config.drain_seconds
+            self._say(f"stopping; {engine.in_flight} requests may go on for {seconds:g} s (signal again to cut them)")
+            deadline = time.monotonic() + seconds
+            while engine.in_flight and time.monotonic() < deadline and not self._force.is_set():
+                await asyncio.sleep(0.02)
+            if engine.in_flight:
+                self._say(f"cancelling {engine.in_flight} requests")
+                engine.fail_all(unavailable("The server is shutting down.", "shutting_down"))
+        self._say("stopped")
+
+    def _ready(self, listener: socket.socket, ready: wire.Ready) -> None:
+        host, port = listener.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        total = time.perf_counter() - self._begin
+        print(
+            f"twinax: ready at http://{host}:{port}/v1 in {total:.1f} s (model '{self._config.model_id}', "
+            f"context {ready.max_model_len}, loaded in {ready.load_seconds:.1f} s, "
+            f"compiled in {ready.warmup_seconds:.1f} s)",
+            file=self._out,
+            flush=True,
+        )
+
+    def _warn_if_open(self) -> None:
+        host = self._config.host
+        try:
+            local = ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            local = host == "localhost"
+        if not local and self._config.resolved_api_key is None:
+            self._say(f"warning: {host} is reachable from other machines and there is no API key; set TWINAX_API_KEY")
+
+    @contextlib.contextmanager
+    def _handle_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may; whoever runs us in another one stops the process
+            return
+
+        def handle() -> None:
+            self._signals += 1
+            (self._stop if self._signals == 1 else self._force).set()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, handle)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+class _Web(uvicorn.Server):
+    """uvicorn without its signal handlers: `_Server` decides when it leaves."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
