@@ -1,0 +1,157 @@
+"""Sampling against numpy: filters by sorting, penalties by counting, frequencies by statistics."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from twinax.serving import sampling
+from twinax.serving.sampling import SamplingRows, SlotState, filter_logits, sample, top_logprobs
+
+V = 50
+DEFAULTS = {
+    "slot": 0, "flags": 0, "position": 0, "seed_high": 0, "seed_low": 0, "top_k": 0,
+    "temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition": 1.0, "presence": 0.0, "frequency": 0.0,
+}  # fmt: skip
+
+
+def rows(*settings: dict) -> SamplingRows:
+    columns = {}
+    for name, default in DEFAULTS.items():
+        dtype = np.int32 if isinstance(default, int) else np.float32
+        columns[name] = jnp.asarray(np.array([one.get(name, default) for one in settings], dtype))
+    return SamplingRows(**columns)
+
+
+def kept_by_sorting(logits, top_k, top_p, min_p):
+    """The set that top-k, then top-p, then min-p keep, by the definition: walk down the sorted tokens."""
+    order = np.argsort(-logits, kind="stable")
+    kept = list(order[: top_k or len(order)])
+    p = np.exp(logits[kept].astype(np.float64) - logits.max())
+    if top_p < 1:
+        before = np.concatenate([[0], np.cumsum(p / p.sum())[:-1]])
+        kept = [token for token, mass in zip(kept, before, strict=True) if mass < top_p]
+    return {int(t) for t in kept if np.exp(np.float64(logits[t]) - np.float64(logits.max())) >= min_p}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_filters_keep_what_sorting_keeps(seed):
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal((4, V)) * rng.choice([0.1, 1, 5, 40])).astype(np.float32)
+    top_k = rng.choice([0, 1, 3, 20, V, 1000], 4)
+    top_p = rng.choice([1.0, 0.99, 0.5, 0.1, 1e-6], 4)
+    min_p = rng.choice([0.0, 0.02, 0.3, 1.0], 4)
+    out = np.asarray(
+        filter_logits(jnp.asarray(logits), *(jnp.asarray(x) for x in (top_k, top_p.astype("f"), min_p.astype("f"))))
+    )
+    for row in range(4):
+        expected = kept_by_sorting(logits[row], min(int(top_k[row]), V), float(top_p[row]), float(min_p[row]))
+        assert set(np.flatnonzero(out[row] > -np.inf).tolist()) == expected
+        kept = sorted(expected)
+        np.testing.assert_array_equal(out[row, kept], logits[row, kept])
+
+
+def test_ordered_bits_order_as_floats_do():
+    x = np.array([-np.inf, -3e38, -1.0, -1e-40, -0.0, 0.0, 1e-40, 1.0, 3e38, np.inf], np.float32)
+    bits = np.asarray(sampling.ordered_bits(jnp.asarray(x)))
+    assert (np.diff(bits.astype(np.int64)) > 0).all()
+
+
+def test_greedy_takes_the_likeliest_and_a_tiny_temperature_too():
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((4, V)), jnp.float32)
+    settings = [{"temperature": t, "seed_low": 7} for t in (0.0, 1e-38, 1e-6, 1e-3)]
+    tokens = sample(logits, rows(*settings), SlotState.empty(4, V))
+    np.testing.assert_array_equal(tokens, np.argmax(logits, -1))
+
+
+def test_draws_follow_the_distribution():
+    rng = np.random.default_rng(0)
+    one = rng.standard_normal(8).astype(np.float32) * 1.5
+    count = 4000
+    settings = rows(*[{"seed_low": 3, "position": i, "temperature": 0.7, "top_k": 6} for i in range(count)])
+    logits = jnp.broadcast_to(jnp.asarray(one), (count, 8))
+    tokens = np.asarray(sample(logits, settings, SlotState.empty(1, 8)))
+    p = np.exp(one / 0.7)
+    p[np.argsort(one)[:2]] = 0
+    p /= p.sum()
+    seen = np.bincount(tokens, minlength=8)
+    assert (seen[p == 0] == 0).all()
+    live = p > 0
+    chi_squared = ((seen[live] - count * p[live]) ** 2 / (count * p[live])).sum()
+    assert chi_squared < 20.5  # 5 degrees of freedom, p = 0.001; the seed is fixed
+
+
+def test_a_row_does_not_feel_its_neighbours():
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(rng.standard_normal((3, V)), jnp.float32)
+    plain = [{"seed_low": 5, "position": 9}, {"temperature": 0.0, "slot": 1}, {"seed_low": 6, "slot": 2}]
+    state = SlotState.empty(3, V)
+    state = dataclasses.replace(state, counts_SV=state.counts_SV.at[2].set(3))
+    loud = dict(plain[2], flags=sampling.PENALTIES | sampling.BIAS, top_k=3, top_p=0.5, frequency=1.0, repetition=2.0)
+    alone = sample(logits, rows(*plain), state)
+    beside = sample(logits, rows(*plain[:2], loud), state)
+    np.testing.assert_array_equal(alone[:2], beside[:2])
+
+
+def test_penalties_bias_and_held_back_stops_are_openais_formulas():
+    rng = np.random.default_rng(2)
+    raw = rng.standard_normal((1, V)).astype(np.float32)
+    state = SlotState.empty(1, V)
+    seen, counts = np.zeros((1, V), bool), np.zeros((1, V), np.int32)
+    seen[0, [3, 4, 5]], counts[0, [5, 6, 7]] = True, [1, 2, 4]
+    state = dataclasses.replace(state, seen_SV=jnp.asarray(seen), counts_SV=jnp.asarray(counts))
+    ids = np.full(sampling.MAX_BIAS, V, np.int32)
+    values = np.zeros(sampling.MAX_BIAS, np.float32)
+    ids[:2], values[:2] = [8, 9], [4.0, -100.0]
+    stops = np.full(sampling.MAX_STOPS, V, np.int32)
+    stops[0] = int(np.argmax(raw))
+    state = sampling.setup_slot(state, jnp.int32(0), jnp.asarray(ids), jnp.asarray(values), jnp.asarray(stops))
+    expected = raw[0].copy()
+    met = seen[0] | (counts[0] > 0)
+    expected[met] = np.where(expected[met] > 0, expected[met] / 1.5, expected[met] * 1.5)
+    expected -= 0.25 * counts[0] + 0.5 * (counts[0] > 0)
+    expected[8] += 4
+    expected[9] -= 100
+    expected[stops[0]] = -np.inf
+    settings = {"temperature": 0.0, "repetition": 1.5, "frequency": 0.25, "presence": 0.5}
+    settings["flags"] = sampling.PENALTIES | sampling.BIAS | sampling.HOLD_STOPS
+    token = sample(jnp.asarray(raw), rows(settings), state)
+    assert int(token[0]) == int(np.argmax(expected))
+    # The order of all others too: ban the winner and look again.
+    for _ in range(6):
+        expected[int(token[0])] = -np.inf
+        raw[0, int(token[0])] = -1e30
+        token = sample(jnp.asarray(raw), rows(settings), state)
+        assert int(token[0]) == int(np.argmax(expected))
+
+
+def test_fed_tokens_are_counted_for_those_who_pay_for_them():
+    state = SlotState.empty(2, V)
+    settings = rows({"slot": 0, "flags": sampling.PENALTIES | sampling.RESET}, {"slot": 1})
+    token = jnp.asarray([3, 4, 4, 9], jnp.int32)
+    slot = jnp.asarray([0, 0, 0, 2], jnp.int32)  # 2: padding
+    generated = jnp.asarray([False, True, True, True])
+    state = sampling.record_tokens(state, settings, token, slot, generated)
+    assert np.flatnonzero(state.seen_SV[0]).tolist() == [3]
+    assert state.counts_SV[0, 4] == 2
+    assert int(jnp.sum(state.counts_SV)) == 2
+    again = sampling.record_tokens(state, settings, token[:1], slot[:1], generated[:1])  # RESET forgets
+    assert int(jnp.sum(again.counts_SV)) == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_told_and_spoil_one_row_only(bad):
+    logits = np.zeros((2, V), np.float32)
+    logits[0, 3], logits[1, 7] = bad, 1.0
+    tokens = sample(jnp.asarray(logits), rows({}, {"temperature": 0.0}), SlotState.empty(2, V))
+    assert tokens.tolist() == [-1, 7]
+
+
+def test_logprobs_are_the_log_softmax():
+    logits = np.random.default_rng(4).standard_normal((2, V)).astype(np.float32)
+    own, ids, top = top_logprobs(jnp.asarray(logits), jnp.asarray([5, 6]))
+    exact = np.asarray(jax.nn.log_softmax(logits))
+    np.testing.assert_allclose(own, exact[[0, 1], [5, 6]], rtol=1e-5)
+    np.testing.assert_array_equal(ids, np.argsort(-exact, axis=-1)[:, :20])
+    np.testing.assert_allclose(top, -np.sort(-exact, axis=-1)[:, :20], rtol=1e-5)
