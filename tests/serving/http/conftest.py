@@ -151,8 +151,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start_server(model_folder: Path, repository: Path) -> Callable[..., Server]:
+def start_server(
+    model_folder: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Server]:
     """Starts a server; `ready=False` returns at once, else when it takes requests."""
+    temporary = tmp_path_factory.mktemp("t")  # servers that are killed leave their folders behind
 
     def start(*, ready: bool = True, environment: dict[str, str] | None = None, **changes: Any) -> Server:
         config = {
@@ -170,7 +173,7 @@ def start_server(model_folder: Path, repository: Path) -> Callable[..., Server]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | (environment or {}),
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "TMPDIR": str(temporary)} | (environment or {}),
         )
         lines: list[str] = []
         found = threading.Event()
