@@ -30,7 +30,7 @@ def update(config: OptimizerConfig, params: Arrays, state: dict, grads: Arrays, 
     Args:
         params, state: before the step.
         grads: gradient of the mean loss, float32.
-        norm: the global norm of `grads` (`optax.global_norm`), which the caller has for its own use.
+        norm: the global norm of `grads` (`optax.tree.norm`), which the caller has for its own use.
         lr: learning rate of this step.
 
     Returns:

@@ -16,7 +16,7 @@ from .data.config import DataConfig
 from .schedules import ScheduleConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
-REMAT = ("none", "full", "dots")
+REMAT = ("none", "dots", "full")
 
 
 class RecipeError(ValueError):

@@ -126,7 +126,7 @@ def make_step(
 
     def step(state: State, batch: DeviceBatch) -> tuple[State, dict[str, jax.Array]]:
         grads, loss, weight = gradients(model, mesh, state["params"], batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         lr = schedule(state["step"])
         params, moments = optimizer.update(optimizer_config, state["params"], state["optimizer"], grads, norm, lr)
         new = {"params": params, "optimizer": moments, "step": state["step"] + 1}
