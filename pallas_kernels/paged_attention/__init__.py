@@ -46,8 +46,8 @@ def paged_attention(
     - Token rows that nobody owns: output 0, nothing written.
     - Promise by the caller, which shapes the program: requests with one new token and row r < `decode_rows` have it at
       token row r; all others' token rows lie in `[decode_rows, T)`.
-    - A token's result depends, bit for bit, on its own request only: not on the other requests, on the request's row, on
-      the token rows' place, nor on how the prompt was cut into chunks.
+    - A token's result depends, bit for bit, on its own request only: not on the other requests, the request's row, the
+      token rows' place, nor on how the prompt was cut into chunks.
 
     Jit with `pages` donated (or carry them through a scan): the update is then in place.
 

@@ -2,8 +2,12 @@
 
 PagedAttention is Kwon et al. 2023, arXiv:2309.06180; the online softmax Milakov and Gimelshein 2018, arXiv:1805.02867.
 Requests are taken one after another and pages one a turn, always from the request's own first: so nothing in a token's
-result depends on its neighbours, nor on which chunk of the prompt it came in with. Taking the requests together would
-read, on a CPU whose memory is the limit, every page of the longest for each of them.
+result depends on its neighbours. Taking the requests together would read, on a CPU whose memory is the limit, as many
+pages for each as for the longest.
+
+Nor may it depend on the chunk of the prompt that the token came in with, so each step must round a row alike in a tile
+of one token and in one of many. XLA:CPU's products do when both S and D are multiples of 64, and otherwise from 17 rows
+up (measured for 1 to 256 rows); its sums do not, so the sum over keys is a tree of additions of our own.
 
 Shapes: T token rows, R requests, S slots a page, K key/value heads, G query heads for each, D head size;
 t: the query tokens of one tile, r: their rows, row = t * G + g.
@@ -18,6 +22,7 @@ from .batch import token_rows, write
 from .pages import Pages
 
 TILE = 64  # query tokens of a chunk that are taken together
+ROWS = 32  # a tile has so many rows at least, unless S and D are such that it need not
 MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
 
 
@@ -90,9 +95,9 @@ def _attend(
     acc_dtype = jnp.promote_types(q_tKGD.dtype, jnp.float32)
     q_KrD = jnp.swapaxes(q_tKGD, 0, 1).reshape(K, t * G, D)
     position_r, real_r = jnp.repeat(position_t, G), jnp.repeat(real_t, G)
-    if t * G == 1 and min(S, D) < 64:
-        # XLA:CPU has another product, which rounds otherwise, for one row: it would tell a decode from a chunk.
-        q_KrD, position_r, real_r = (jnp.concatenate([x, x], x.ndim == 3) for x in (q_KrD, position_r, real_r))
+    if (S % 64 or D % 64) and t * G < ROWS:
+        q_KrD = jnp.pad(q_KrD, ((0, 0), (0, ROWS - t * G), (0, 0)))
+        position_r, real_r = (jnp.pad(x, (0, ROWS - t * G)) for x in (position_r, real_r))
     last = jnp.where(real_t, position_t, -1).max()
 
     def turn(j: Any, carry: Any) -> Any:
@@ -116,7 +121,7 @@ def _attend(
         p_KrS = jnp.where(mask_rS, jnp.exp(scores_KrS - new_max), 0)
         decay = jnp.exp(max_Kr1 - new_max)
         pv_KrD = _dot("krs,ksd->krd", p_KrS.astype(q_KrD.dtype), v_KSD.astype(q_KrD.dtype))
-        return acc_KrD * decay + pv_KrD, new_max, sum_Kr1 * decay + p_KrS.sum(-1, keepdims=True)
+        return acc_KrD * decay + pv_KrD, new_max, sum_Kr1 * decay + _sum(p_KrS)
 
     zeros_Kr1 = jnp.zeros((*q_KrD.shape[:2], 1), acc_dtype)
     start = (jnp.zeros(q_KrD.shape, acc_dtype), jnp.full_like(zeros_Kr1, MASKED), zeros_Kr1)
@@ -124,6 +129,17 @@ def _attend(
     acc_KrD, _, sum_Kr1 = jax.lax.fori_loop(low, last // S + 1, turn, start)
     out_KrD = (acc_KrD / jnp.where(sum_Kr1 > 0, sum_Kr1, 1)).astype(q_tKGD.dtype)
     return jnp.swapaxes(out_KrD[:, : t * G].reshape(K, t, G, D), 0, 1)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """The sum over the last axis, kept as one, in an order that does not depend on the shape of the rest."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        rest = x[..., 2 * half :]
+        x = x[..., :half] + x[..., half : 2 * half]
+        if rest.shape[-1]:
+            x = jnp.concatenate([x, rest], -1)
+    return x
 
 
 def _dot(subscripts: str, x: Any, y: Any) -> jax.Array:
