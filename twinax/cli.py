@@ -29,6 +29,9 @@ examples:
 `twinax COMMAND --help` teaches a command; `twinax --version` says the version.
 """
 
+# What only an extra installs.
+_EXTRAS = dict.fromkeys(("starlette", "uvicorn", "uvloop", "httptools", "prometheus_client"), "serve")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 good, 1 it failed, 2 the command line is wrong."""
@@ -49,6 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # whoever read our output (`| head`) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        message = f"this needs {error.name}, which is not installed: pip install 'twinax[{extra}]'"
+        print(f"{name}: error: {message}", file=sys.stderr)
         return 1
     except Exception as error:
         if not _is_for_the_user(error):

@@ -132,7 +132,8 @@ class Model:
 
     def _warm_engine(self) -> Engine:
         if self._engine is None:
-            engine = Engine(self._loaded, EngineConfig(max_running=1, dtype=self.dtype))
+            chunk = min(256, self.config.max_position_embeddings)
+            engine = Engine(self._loaded, EngineConfig(max_running=1, chunk_tokens=chunk, dtype=self.dtype))
             engine.warmup()
             self._engine = engine
         return self._engine

@@ -134,6 +134,14 @@ def test_what_goes_wrong_later_is_one_message(
     assert says in wrong(capsys, *words, status=1)
 
 
+def test_serve_without_its_extra_names_it():
+    code = "import sys; sys.modules['uvicorn'] = None; from twinax.cli import main; sys.exit(main(['serve', '.']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    message = "this needs uvicorn, which is not installed: pip install 'twinax[serve]'"
+    assert done.stderr == f"twinax serve: error: {message}\n"
+
+
 def test_an_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
     """A library's ValueError is a bug of ours; only messages that were written for the user are cut to one line."""
     monkeypatch.setattr(commands.load("inspect"), "run", lambda options, given: int("not a number"))

@@ -14,6 +14,7 @@ Ctrl-C or SIGTERM lets the requests in flight finish, then stops. Needs the extr
 
 from argparse import Namespace
 
+from ..overrides import apply, existing
 from ..parser import Parser
 
 USAGE = "twinax serve PATH [--host ADDRESS] [--port N] [--api-key KEY] ..."
@@ -27,7 +28,6 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: Namespace, given: set[str]) -> None:
-    from ..overrides import apply, existing
     from ..serving.http.server import ServeConfig, serve
 
     path = existing(options.path, "The model")
