@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from twinax.layers.rope import angles, frequencies, rotate
 from twinax.layers.rope_config import Llama3Scaling, RopeConfig
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from twinax.layers.contexts import PackedContext
 from twinax.models.config import DecoderConfig
 from twinax.models.decoder import (
@@ -191,7 +192,8 @@ def test_parameters_that_do_not_fit_are_all_listed():
     del wrong["final_norm.weight"]
     wrong["extra"] = shapes["embed.weight"]
     wrong["embed.weight"] = jax.ShapeDtypeStruct((2, 2), jnp.float32)
-    with pytest.raises(ValueError, match=r"missing final_norm\.weight; unknown extra; embed\.weight has shape \(2, 2\)"):
+    listed = r"missing final_norm\.weight; unknown extra; embed\.weight has shape \(2, 2\)"
+    with pytest.raises(ValueError, match=listed):
         check_params(wrong, shapes)
 
 

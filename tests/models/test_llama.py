@@ -1,6 +1,7 @@
 """The Llama family's config.json: read strictly, written back the same. (Its tensors: tests/checkpoints.)"""
 
 import pytest
+
 from twinax.models import families
 from twinax.models.families import llama
 

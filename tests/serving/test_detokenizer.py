@@ -2,6 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from twinax.checkpoints.tokenizer import Tokenizer
 from twinax.serving.detokenizer import Detokenizer
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from twinax.checkpoints.load import LoadedModel
 from twinax.checkpoints.tokenizer import Tokenizer
 from twinax.layers.contexts import PackedContext
@@ -35,7 +36,8 @@ def loaded(params=PARAMS) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    engine = Engine(loaded(), EngineConfig(max_running=6, page_size=16, chunk_tokens=64, compile_cache="", max_waiting=9))
+    config = EngineConfig(max_running=6, page_size=16, chunk_tokens=64, compile_cache="", max_waiting=9)
+    engine = Engine(loaded(), config)
     engine.warmup()
     return engine
 
@@ -74,7 +76,8 @@ def full_logits(ids: list[int], params=PARAMS) -> np.ndarray:
     tokens = np.zeros((1, total), np.int32)
     tokens[0, : len(ids)] = ids
     positions = np.arange(total, dtype=np.int32)[None]
-    hidden = FORWARD(params, tokens, PackedContext(jnp.asarray(positions < len(ids), jnp.int32), jnp.asarray(positions)))
+    context = PackedContext(jnp.asarray(positions < len(ids), jnp.int32), jnp.asarray(positions))
+    hidden = FORWARD(params, tokens, context)
     return np.asarray(functional(CONFIG).unembed(params, hidden))[0, : len(ids)]
 
 
@@ -232,11 +235,14 @@ def test_what_cannot_be_served_is_refused_by_field(engine):
 
 
 def test_a_full_queue_says_so_and_loses_nothing(engine):
+    for index in range(engine.config.max_waiting):
+        engine.add(Request(f"q{index}", [1, 2], greedy(4)))
     with pytest.raises(QueueFull):
-        for index in range(100):
-            engine.add(Request(f"q{index}", [1, 2], greedy(4)))
+        engine.add(Request("one too many", [1, 2], greedy(4)))
+    finished = set()
     while engine.has_work:
-        engine.step()
+        finished |= {output.request_id for output in engine.step() if output.finish_reason}
+    assert finished == {f"q{index}" for index in range(engine.config.max_waiting)}
 
 
 def test_damaged_weights_end_the_request_with_an_error_not_the_engine():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from twinax.serving import sampling
 from twinax.serving.sampling import SamplingRows, SlotState, filter_logits, sample, top_logprobs
 

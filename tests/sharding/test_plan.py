@@ -3,6 +3,7 @@
 import jax
 import pytest
 from jax.sharding import PartitionSpec
+
 from twinax.sharding.plan import Plan
 from twinax.sharding.rules import PARAMETER_RULES, parameter_sharding, partition_spec
 

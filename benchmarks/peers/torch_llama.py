@@ -1,0 +1,66 @@
+"""transformers' Llama on torch: `python torch_llama.py decode|train QUESTION.json ANSWER.json`. Needs no Twinax."""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def decode(question: dict) -> dict:
+    """Greedy `generate`, batches of `batch` in the order given, padded on the left; all run until the longest ends."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(question["model"], dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    requests, size = question["requests"], question["batch"]
+
+    def run(batch: list[dict]) -> list[list[int]]:
+        longest = max(len(one["prompt"]) for one in batch)
+        ids = torch.tensor([[0] * (longest - len(one["prompt"])) + one["prompt"] for one in batch])
+        mask = torch.tensor(
+            [[0] * (longest - len(one["prompt"])) + [1] * len(one["prompt"]) for one in batch], dtype=torch.long
+        )
+        new = max(one["tokens"] for one in batch)
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+            )
+        return [row[longest : longest + one["tokens"]].tolist() for row, one in zip(out, batch, strict=True)]
+
+    run(requests[:size])  # warm-up
+    start = time.perf_counter()
+    tokens = [row for at in range(0, len(requests), size) for row in run(requests[at : at + size])]
+    return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+
+def train(question: dict) -> dict:
+    """AdamW steps on given rows of tokens; the median of the steps after the first two."""
+    config = transformers.AutoConfig.from_pretrained(question["model"])
+    config.use_cache = False
+    model = transformers.AutoModelForCausalLM.from_pretrained(question["model"], config=config, dtype=torch.float32)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    seconds, losses = [], []
+    for rows in question["batches"]:
+        ids = torch.tensor(rows)
+        start = time.perf_counter()
+        # One token more than the row: what the loss of transformers shifts away, ours predicts.
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds[2:]), "losses": losses}
+
+
+if __name__ == "__main__":
+    job, question_file, answer_file = sys.argv[1:]
+    answer = {"decode": decode, "train": train}[job](json.loads(Path(question_file).read_text()))
+    answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    answer["version"] = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    Path(answer_file).write_text(json.dumps(answer))

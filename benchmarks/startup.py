@@ -1,0 +1,52 @@
+"""How long a user waits: `import twinax`, and a server of the 60M model until ready, cold and with a warm cache."""
+
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from . import report
+from .model import write
+
+
+def import_seconds(runs: int = 5) -> float:
+    """Median of whole processes, the interpreter's own start included."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import twinax"], check=True)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def server_seconds(model: Path, cache: Path) -> float:
+    """From the command to the ready line."""
+    command = [sys.executable, "-m", "twinax", "serve", str(model), "--port", "0", "--compile-cache", str(cache)]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if re.search(r"ready at http", line):
+                seconds = time.perf_counter() - start
+                process.send_signal(signal.SIGTERM)
+                process.communicate(timeout=60)
+                return seconds
+    raise RuntimeError(f"The server ended with status {process.returncode} before it was ready.")
+
+
+def main() -> None:
+    options = report.arguments(str(__doc__), peer=False).parse_args()
+    rows = [report.Row("startup", "import twinax", import_seconds(), None, "", "s", 3.0, False)]
+    with tempfile.TemporaryDirectory() as folder:
+        model, cache = write(Path(folder) / "model"), Path(folder) / "cache"
+        for case, goal in (("server ready, cold", 15.0), ("server ready, warm", 5.0)):
+            rows.append(report.Row("startup", case, server_seconds(model, cache), None, "", "s", goal, False))
+    report.finish(rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
