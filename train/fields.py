@@ -57,7 +57,8 @@ def names(kind: type, prefix: str = "") -> list[str]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(typing.cast(Any, kind)):
         hint = hints[field.name]
-        found += names(hint, f"{prefix}{field.name}.") if dataclasses.is_dataclass(hint) else [prefix + field.name]
+        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        found += names(hint, f"{prefix}{field.name}.") if nested else [prefix + field.name]
     return found
 
 

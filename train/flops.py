@@ -50,7 +50,7 @@ def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     return 6.0 * weights + 6.0 * attention
 
 
-def peak_flops(devices: Sequence[jax.Device], dtype: Any) -> Peak:
+def peak_flops(devices: Sequence[Any], dtype: Any) -> Peak:
     """What `devices` can do: from the table, or on a CPU measured by a product of matrices in `dtype` (0.2 s)."""
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
@@ -62,7 +62,7 @@ def peak_flops(devices: Sequence[jax.Device], dtype: Any) -> Peak:
     return Peak(None, f"unknown peak of {kind}")
 
 
-def _measure(device: jax.Device, dtype: Any, size: int = 1024, seconds: float = 0.2) -> float:
+def _measure(device: Any, dtype: Any, size: int = 1024, seconds: float = 0.2) -> float:
     a = jax.device_put(jnp.ones((size, size), dtype), device)
     product = jax.jit(lambda a, b: a @ b)
     product(a, a).block_until_ready()

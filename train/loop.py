@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ..checkpoints.errors import SaveError
 from ..checkpoints.load import CHECKPOINTS
-from ..checkpoints.manifest import Description
+from ..checkpoints.manifest import Description, step_folders
 from ..checkpoints.store import CheckpointStore
 from ..sharding.plan import Plan
 from . import schedules
@@ -64,6 +64,8 @@ def train(
 
     output = Path(recipe.output)
     directory = output / CHECKPOINTS
+    if resume == "must" and not step_folders(directory):
+        raise ResumeError(f"There is no checkpoint in {directory} to resume from; use resume='auto'.")
     before = None if resume == "never" else newest(directory)
     config, params, tokenizer = open_model(recipe, mesh, before)
     dataset = open_dataset(recipe.data, tokenizer, recipe.sequence_length, recipe.seed, progress=display)
@@ -80,7 +82,7 @@ def train(
             show.message(f"The earlier run in {output} is now in {aside}.")
         keep = recipe.checkpoint
         store = stack.enter_context(CheckpointStore(directory, keep_last=keep.keep_last, keep_every=keep.keep_every))
-        state, start = open_state(store, resume, config, params, recipe.seed, mesh, show)
+        state, start = open_state(store, config, params, recipe.seed, mesh, show)
         del params  # the first step takes their memory over
         board = output / TENSORBOARD if recipe.tensorboard else None
         log = stack.enter_context(MetricsLog(output / METRICS, resume_step=start, tensorboard_dir=board))
@@ -89,10 +91,12 @@ def train(
         show.message(headline(recipe, config, dataset, plan, dtype, entropy))
 
         meter = Meter(recipe, config, mesh, dtype, log, show, on_step)
-        saved, compile_seconds = start if start else None, 0.0
-        if start < recipe.steps:
+        step = make_step(config, recipe.optimizer, schedule, mesh, dtype=dtype, remat=recipe.remat)
+        compile_seconds = 0.0
+        if start >= recipe.steps:
+            show.message(f"Nothing to do: {start} steps are made and the recipe asks for {recipe.steps}; raise steps.")
+        else:
             show.message("Compiling the training step ...")
-            step = make_step(config, recipe.optimizer, schedule, mesh, dtype=dtype, remat=recipe.remat)
             first = put_batch(dataset.batch(start, recipe.batch_size), start, recipe.accumulation, mesh)
             compiling = time.perf_counter()
             step = step.lower(state, first).compile()
@@ -101,7 +105,7 @@ def train(
 
         feed = stack.enter_context(batches(dataset, start, recipe.batch_size))
         meter.restart()
-        done = start
+        done, saved = start, start or None
         while done < recipe.steps and not stop.received:
             batch = next(feed)
             state, metrics = step(state, put_batch(batch, done, recipe.accumulation, mesh))
@@ -112,17 +116,17 @@ def train(
             saving = is_due(done, keep.every, recipe.steps)
             if evaluating or saving:
                 meter.read()  # a state is used only once its step is known to be good
-                if evaluating:
+                if evaluating and evaluate is not None:
                     meter.evaluated(done, evaluate(state["params"]))
                 if saving and done < recipe.steps:
+                    warn_of_failed_save(store, show)
                     saved = save_or_warn(store, done, state, describe_at(done), show) or saved
                 meter.restart()
         meter.read()
-        if saved != done:
+        if warn_of_failed_save(store, show) or saved != done:
             if stop.received:
                 show.message(f"{stop.received}: saving step {done} before leaving.")
             store.save(done, state, describe_at(done), wait=True)
-        store.wait()
 
     result = TrainResult(
         step=done,
@@ -149,14 +153,20 @@ def is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def save_or_warn(
-    store: CheckpointStore, step: int, state: State, description: Description, show: Display
-) -> int | None:
-    """Starts saving in the background. If this save fails, or the one before has, it warns and the run goes on."""
+def warn_of_failed_save(store: CheckpointStore, show: Display) -> bool:
+    """Waits for the save in the background. Whether it failed: that is a warning, the run goes on and saves again."""
     try:
         store.wait()
     except SaveError as error:
         show.message(f"WARNING: {error}")
+        return True
+    return False
+
+
+def save_or_warn(
+    store: CheckpointStore, step: int, state: State, description: Description, show: Display
+) -> int | None:
+    """Starts saving in the background. The step, or None after a warning when that fails at once."""
     try:
         store.save(step, state, description)
     except SaveError as error:

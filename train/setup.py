@@ -16,7 +16,6 @@ from .data import load_tokenizer, open_dataset
 from .display import Display
 from .evaluate import make_evaluate
 from .recipe import Recipe, RecipeError
-from .resume import ResumeError
 from .step import State, init_state, state_like
 
 
@@ -74,7 +73,6 @@ def open_evaluation(recipe: Recipe, config: DecoderConfig, tokenizer: Tokenizer,
 
 def open_state(
     store: CheckpointStore,
-    resume: str,
     config: DecoderConfig,
     params: dict[str, jax.Array] | None,
     seed: int,
@@ -83,8 +81,6 @@ def open_state(
 ) -> tuple[State, int]:
     """The state to start from, and the updates already in it."""
     if store.latest() is None:
-        if resume == "must":
-            raise ResumeError(f"There is no checkpoint in {store.directory} to resume from; use resume='auto'.")
         return init_state(config, seed, mesh, params), 0
     restored = store.restore(state_like(config, mesh))
     for step, reason in restored.skipped:

@@ -128,10 +128,9 @@ def make_step(
         grads, loss, weight = gradients(model, mesh, state["params"], batch)
         norm = optax.tree.norm(grads)
         lr = schedule(state["step"])
-        params, moments = optimizer.update(optimizer_config, state["params"], state["optimizer"], grads, norm, lr)
-        new = {"params": params, "optimizer": moments, "step": state["step"] + 1}
         ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (batch["step"] == state["step"])
-        new = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state)
+        params, moments = optimizer.update(optimizer_config, state["params"], state["optimizer"], grads, norm, lr, ok)
+        new = {"params": params, "optimizer": moments, "step": state["step"] + ok}
         return new, {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": weight, "ok": ok}
 
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.train.helpers import MODEL, WORDS, small_recipe, write_text
-from twinax.checkpoints import store as store_module
+from twinax.checkpoints import manifest
 from twinax.checkpoints.errors import SaveError
 from twinax.checkpoints.load import load_model
 from twinax.checkpoints.store import CheckpointStore
@@ -117,9 +117,10 @@ def test_a_damaged_checkpoint_is_passed_over(straight, copy, capsys):
     assert same(state_of(got), state_of(want))
 
 
-def test_a_finished_run_has_nothing_to_do(straight, copy):
+def test_a_finished_run_has_nothing_to_do(straight, copy, capsys):
     before = read_metrics(straight[2].metrics)
-    result = train(copy, display=False)
+    result = train(copy)
+    assert "Nothing to do: 20 steps are made and the recipe asks for 20" in capsys.readouterr().out
     assert (result.step, result.loss, result.tokens_per_second) == (20, None, None)
     assert read_metrics(result.metrics) == before
 
@@ -137,6 +138,7 @@ def test_never_moves_the_old_run_aside(copy, capsys):
 def test_must_needs_a_checkpoint(tmp_path):
     with pytest.raises(ResumeError, match=r"There is no checkpoint in .*run/checkpoints to resume from"):
         train(small_recipe(tmp_path), resume="must", display=False)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(RecipeError, match="resume is one of auto, never, must; got 'maybe'"):
         train(small_recipe(tmp_path), resume="maybe", display=False)
 
@@ -167,7 +169,9 @@ def test_other_text_or_another_tokenizer_is_refused(copy, tmp_path):
 
     other = write_text(tmp_path, seed=1)
     data = dataclasses.replace(copy.data, path=str(other))
-    with pytest.raises(ResumeError, match=r"data.path is .*text of data.path is not the same: [\d,]+ training tokens"):
+    with pytest.raises(
+        ResumeError, match=r"data.path is .*\n  the text of data.path is not the same: [\d,]+ "
+    ):
         train(dataclasses.replace(copy, data=data), display=False)
     train_bpe([other], 300, tmp_path / "bpe")
     model = dataclasses.replace(copy.model, vocab_size=400)
@@ -204,20 +208,20 @@ def test_an_absurd_learning_rate_is_stopped(tmp_path):
 
 def test_a_failing_save_is_a_warning_and_a_failing_last_one_an_error(tmp_path, monkeypatch, capsys):
     recipe = small_recipe(tmp_path, checkpoint=CheckpointConfig(every=5), eval=EvalConfig(every=0))
-    commit, full = store_module.StepWriter.commit, {5, 10}
+    write, full = manifest.write, {5, 15}
 
-    def disk(self, step, *arguments):
+    def disk(folder, step, *arguments):
         if step in full:
             raise OSError(28, "No space left on device")
-        return commit(self, step, *arguments)
+        return write(folder, step, *arguments)
 
-    monkeypatch.setattr(store_module.StepWriter, "commit", disk)
+    monkeypatch.setattr(manifest, "write", disk)
     train(recipe)
     shown = capsys.readouterr().out
-    assert shown.count("WARNING: step 5 was not saved") == shown.count("WARNING: step 10 was not saved") == 1
+    assert shown.count("WARNING: step 5 was not saved") == shown.count("WARNING: step 15 was not saved") == 1
     assert "No space left on device" in shown
     folder = loop.Path(recipe.output) / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["step_00000015", "step_00000020"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000010", "step_00000020"]
     full.add(24)
     with pytest.raises(SaveError, match=r"step 24 was not saved .*No space left on device"):
         train(dataclasses.replace(recipe, steps=24), display=False)
@@ -232,7 +236,7 @@ def test_training_goes_on_from_another_model(straight, tmp_path):
         output=str(tmp_path / "more"),
         eval=EvalConfig(every=1, batches=2),
         optimizer=OptimizerConfig(lr=1e-12),
-        steps=1,
+        steps=2,
     )
     result = train(changed, display=False)
     assert result.eval_loss == pytest.approx(before.eval_loss, rel=1e-6)

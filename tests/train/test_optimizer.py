@@ -18,7 +18,7 @@ def run(config, params, gradients, rates):
     state = optimizer.init(params)
     for grads, rate in zip(gradients, rates, strict=True):
         params, state = jax.jit(optimizer.update, static_argnums=0)(
-            config, params, state, grads, optax.tree.norm(grads), rate
+            config, params, state, grads, optax.tree.norm(grads), rate, True
         )
     return params, state
 
@@ -88,3 +88,45 @@ def test_norms_and_biases_of_the_real_model_do_not_decay_and_all_matrices_do(tie
 def test_wrong_settings_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**values)
+
+
+def test_it_agrees_with_optax():
+    rng = np.random.default_rng(1)
+    config = OptimizerConfig(lr=1e-2, clip_norm=0.5)
+    params = {name: jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for name in (MATRIX, NORM)}
+    gradients = [{name: jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for name in params} for _ in range(4)]
+    chain = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            config.lr,
+            config.beta1,
+            config.beta2,
+            config.eps,
+            weight_decay=config.weight_decay,
+            mask={name: optimizer.decayed(name) for name in params},
+        ),
+    )
+    want, state = params, chain.init(params)
+    for grads in gradients:
+        updates, state = chain.update(grads, state, want)
+        want = optax.apply_updates(want, updates)
+    got, _ = run(config, params, gradients, [config.lr] * 4)
+    for name in params:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-7)
+
+
+def test_where_it_is_not_ok_nothing_moves():
+    params = {MATRIX: jnp.ones((2, 2))}
+    state = optimizer.init(params)
+    grads = {MATRIX: jnp.full((2, 2), jnp.nan)}
+    after, moments = jax.jit(optimizer.update, static_argnums=0)(CONFIG, params, state, grads, jnp.nan, 1e-3, False)
+    assert jax.tree.all(jax.tree.map(np.array_equal, (after, moments), (params, state)))
+
+
+def test_no_array_is_copied_when_the_caller_donates():
+    shape = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
+    params, scalar = {MATRIX: shape}, jax.ShapeDtypeStruct((), jnp.float32)
+    state = jax.eval_shape(optimizer.init, params)
+    step = jax.jit(optimizer.update, static_argnums=0, donate_argnums=(1, 2))
+    compiled = step.lower(OptimizerConfig(), params, state, params, scalar, scalar, True).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < shape.size
