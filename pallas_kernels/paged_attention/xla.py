@@ -6,8 +6,8 @@ result depends on its neighbours. Taking the requests together would read, on a 
 pages for each as for the longest.
 
 Nor may it depend on the chunk of the prompt that the token came in with, so each step must round a row alike in a tile
-of one token and in one of many. XLA:CPU's products do when both S and D are multiples of 64, and otherwise from 17 rows
-up (measured for 1 to 256 rows); its sums do not, so the sum over keys is a tree of additions of our own.
+of one token and in one of many. XLA:CPU's products do from some number of rows up, which depends on their columns
+(`_rows_needed`); its sums do not, so the sum over keys is a tree of additions of our own.
 
 Shapes: T token rows, R requests, S slots a page, K key/value heads, G query heads for each, D head size;
 t: the query tokens of one tile, r: their rows, row = t * G + g.
@@ -22,7 +22,6 @@ from .batch import token_rows, write
 from .pages import Pages
 
 TILE = 64  # query tokens of a chunk that are taken together
-ROWS = 32  # a tile has so many rows at least, unless S and D are such that it need not
 MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
 
 
@@ -95,9 +94,9 @@ def _attend(
     acc_dtype = jnp.promote_types(q_tKGD.dtype, jnp.float32)
     q_KrD = jnp.swapaxes(q_tKGD, 0, 1).reshape(K, t * G, D)
     position_r, real_r = jnp.repeat(position_t, G), jnp.repeat(real_t, G)
-    if (S % 64 or D % 64) and t * G < ROWS:
-        q_KrD = jnp.pad(q_KrD, ((0, 0), (0, ROWS - t * G), (0, 0)))
-        position_r, real_r = (jnp.pad(x, (0, ROWS - t * G)) for x in (position_r, real_r))
+    extra = max(0, _rows_needed(S) - t * G, _rows_needed(D) - t * G)
+    q_KrD = jnp.pad(q_KrD, ((0, 0), (0, extra), (0, 0)))
+    position_r, real_r = (jnp.pad(x, (0, extra)) for x in (position_r, real_r))
     last = jnp.where(real_t, position_t, -1).max()
 
     def turn(j: Any, carry: Any) -> Any:
@@ -129,6 +128,13 @@ def _attend(
     acc_KrD, _, sum_Kr1 = jax.lax.fori_loop(low, last // S + 1, turn, start)
     out_KrD = (acc_KrD / jnp.where(sum_Kr1 > 0, sum_Kr1, 1)).astype(q_tKGD.dtype)
     return jnp.swapaxes(out_KrD[:, : t * G].reshape(K, t, G, D), 0, 1)
+
+
+def _rows_needed(columns: int) -> int:
+    """Rows from which up a product of so many columns rounds each row alike (measured up to 256 rows, on AVX-512)."""
+    if columns % 64 == 0:
+        return 1
+    return 2 if columns <= 16 else 64
 
 
 def _sum(x: jax.Array) -> jax.Array:
