@@ -16,7 +16,7 @@ from .sampling import SamplingRows
 
 # token: -1 takes the slot's last sampled token. slot: S for rows that are padding. next: the prompt token whose
 # log-probability is wanted, or -1. generated: 1 for tokens that the model produced.
-TOKEN_FIELDS = ("token", "position", "slot", "next", "generated")
+TOKEN_FIELDS: tuple[str, ...] = ("token", "position", "slot", "next", "generated")
 INT_FIELDS = (
     "slot", "flags", "position", "seed_high", "seed_low", "top_k",
     "length", "query_start", "query_length", "sample_row",

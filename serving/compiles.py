@@ -9,7 +9,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _total = 0
 
 
-def _listen(event: str, duration: float, **_: object) -> None:
+def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
     global _total
     if event == _COMPILE_EVENT:
         _total += 1
@@ -34,7 +34,7 @@ class CompileCounter:
 
 def use_compile_cache(folder: str | None) -> None:
     """Keeps compiled programs in `folder`. None: the user's cache folder, unless JAX has one set. "": no change."""
-    if folder == "" or (folder is None and jax.config.jax_compilation_cache_dir):
+    if folder == "" or (folder is None and jax.config.values["jax_compilation_cache_dir"]):
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = Path(folder) if folder else base / "twinax" / "compiled"

@@ -113,6 +113,8 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None):
         config = config or EngineConfig()
+        if loaded.tokenizer is None:
+            raise ValueError(f"{loaded.source} has no tokenizer, which serving needs; copy its tokenizer.json there.")
         self.loaded, self.config, self.tokenizer = loaded, config, loaded.tokenizer
         model = loaded.config
         dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,7 +58,7 @@ class Plan:
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.to_dict().items() if size > 1) or "one device"
 
-    def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over the first devices (default: of `jax.devices()`); raises ValueError when there are too few."""
         devices = jax.devices() if devices is None else devices
         if len(devices) < self.devices:
