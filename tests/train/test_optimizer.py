@@ -121,12 +121,3 @@ def test_where_it_is_not_ok_nothing_moves():
     grads = {MATRIX: jnp.full((2, 2), jnp.nan)}
     after, moments = jax.jit(optimizer.update, static_argnums=0)(CONFIG, params, state, grads, jnp.nan, 1e-3, False)
     assert jax.tree.all(jax.tree.map(np.array_equal, (after, moments), (params, state)))
-
-
-def test_no_array_is_copied_when_the_caller_donates():
-    shape = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
-    params, scalar = {MATRIX: shape}, jax.ShapeDtypeStruct((), jnp.float32)
-    state = jax.eval_shape(optimizer.init, params)
-    step = jax.jit(optimizer.update, static_argnums=0, donate_argnums=(1, 2))
-    compiled = step.lower(OptimizerConfig(), params, state, params, scalar, scalar, True).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < shape.size
