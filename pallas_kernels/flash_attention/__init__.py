@@ -55,7 +55,8 @@ def flash_attention(
     Raises:
       ValueError: shapes, dtypes or options that break the rules above. NotImplementedError: no candidate takes them.
     """
-    B, T, H, D, S, K = _check_shapes(q_BTHD, k_BSKD, v_BSKD)
+    q_BTHD, k_BSKD, v_BSKD = map(jnp.asarray, (q_BTHD, k_BSKD, v_BSKD))
+    B, T, D, S = _check_shapes(q_BTHD, k_BSKD, v_BSKD)
     if (q_segment_ids_BT is None) != (kv_segment_ids_BS is None):
         if T != S:
             raise ValueError(f"one array of segment ids serves queries and keys only if T == S, got T={T}, S={S}")
@@ -105,4 +106,4 @@ def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[int, ...]:
     (B, T, H, D), (_, S, K, _) = q.shape, k.shape
     if H % K:
         raise ValueError(f"the number of query heads must be a multiple of the key/value heads, got {H} and {K}")
-    return B, T, H, D, S, K
+    return B, T, D, S

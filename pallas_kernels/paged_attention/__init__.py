@@ -62,6 +62,9 @@ def paged_attention(
     Raises:
       ValueError: shapes, dtypes or options that break the rules above. NotImplementedError: no candidate takes them.
     """
+    q_THD, k_TKD, v_TKD, page_table_RM, lengths_R, query_start_R, query_length_R = map(
+        jnp.asarray, (q_THD, k_TKD, v_TKD, page_table_RM, lengths_R, query_start_R, query_length_R)
+    )
     T, D = _check_shapes(q_THD, k_TKD, v_TKD, pages)
     R = page_table_RM.shape[0]
     if page_table_RM.ndim != 2:

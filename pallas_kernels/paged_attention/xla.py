@@ -101,7 +101,7 @@ def _attend(
 
     def turn(j: Any, carry: Any) -> Any:
         acc_KrD, max_Kr1, sum_Kr1 = carry
-        corner = (layer, table_M[j], 0, 0, 0)
+        corner = [jnp.asarray(i, jnp.int32) for i in (layer, table_M[j], 0, 0, 0)]
         kT_KDS, v_KSD = (
             jax.lax.dynamic_slice(x, corner, (1, 1, *x.shape[2:]))[0, 0] for x in (pages.k_LPKDS, pages.v_LPKSD)
         )

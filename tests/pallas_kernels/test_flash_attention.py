@@ -1,0 +1,209 @@
+"""The contract of flash_attention, for every candidate.
+
+The reference is held against loops in numpy, one row at a time; every other candidate against the reference in float64.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twinax.pallas_kernels.flash_attention import OPERATION, flash_attention
+
+CANDIDATES = [name for name in OPERATION.names() if name != "reference"]
+ALL = pytest.mark.parametrize("implementation", CANDIDATES)
+
+# B, T, S, H, K, D, options. With blocks of 16: one token, whole blocks, rests, and every pair of options somewhere.
+CASES = {
+    "one token": (1, 1, 1, 1, 1, 4, {}),
+    "one query": (2, 1, 19, 2, 1, 4, {"q_offset": 18, "window": 5}),
+    "causal": (2, 24, 24, 4, 4, 8, {}),
+    "causal with rests": (1, 21, 21, 4, 2, 5, {"softcap": 1.5}),
+    "all keys": (2, 10, 27, 6, 2, 4, {"causal": False}),
+    "all keys of a segment": (2, 19, 19, 2, 2, 4, {"causal": False, "segments": True, "softcap": 0.7}),
+    "window": (1, 43, 43, 3, 1, 4, {"window": 10, "scale": 0.9}),
+    "window of one": (1, 11, 11, 2, 1, 4, {"window": 1, "segments": True}),
+    "window both sides": (2, 20, 33, 2, 1, 4, {"window": 6, "causal": False, "q_offset": 7}),
+    "segments": (3, 30, 30, 4, 2, 4, {"segments": True}),
+    "segments and window": (2, 30, 30, 2, 2, 4, {"segments": True, "window": 7, "softcap": 2.0}),
+    "a later piece of the rows": (2, 9, 40, 2, 1, 4, {"q_offset": 25}),
+    "rows before the first key": (1, 26, 17, 2, 1, 4, {"q_offset": -12}),
+    "offsets by row": (3, 13, 30, 4, 2, 4, {"q_offset": (17, -5, 3), "window": 9}),
+    "offsets by row, segments": (2, 18, 18, 2, 1, 4, {"q_offset": (0, 4), "segments": True, "softcap": 1.0}),
+    "all keys, offsets by row, window": (2, 9, 30, 2, 1, 4, {"q_offset": (2, 11), "window": 4, "causal": False}),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    from twinax.pallas_kernels.flash_attention import xla
+
+    monkeypatch.setattr(xla, "BLOCK", 16)
+
+
+def make(case, dtype=np.float64):
+    """Inputs and options of a case; segment ids with padding in the middle, at the end, and for one whole row."""
+    B, T, S, H, K, D, options = CASES[case]
+    rng = np.random.default_rng(list(CASES).index(case))
+    inputs = [rng.standard_normal(shape).astype(dtype) for shape in ((B, T, H, D), (B, S, K, D), (B, S, K, D))]
+    options = dict(options)
+    if options.pop("segments", False):
+        ids = np.sort(rng.integers(1, 4, (B, T)), axis=1)
+        ids[:, T // 3 : T // 3 + 2] = 0
+        ids[0, -5:] = 0
+        ids[-1] = 0 if B > 2 else ids[-1]
+        options["q_segment_ids_BT"] = options["kv_segment_ids_BS"] = ids.astype(np.int32)
+    if isinstance(options.get("q_offset"), tuple):
+        options["q_offset"] = np.asarray(options["q_offset"], np.int32)
+    return inputs, options
+
+
+def by_hand(q, k, v, options):
+    """The same in numpy, row by row, from the words of the docstring."""
+    (B, T, H, D), (_, S, K, _) = q.shape, k.shape
+    out, lse = np.zeros(q.shape), np.full((B, T, H), -np.inf)
+    q_ids, k_ids = options.get("q_segment_ids_BT"), options.get("kv_segment_ids_BS")
+    window, softcap = options.get("window"), options.get("softcap")
+    for b, t, h in np.ndindex(B, T, H):
+        p = t + int(np.broadcast_to(options.get("q_offset", 0), (B,))[b])
+        keys = [s for s in range(S) if s <= p or not options.get("causal", True)]
+        keys = [s for s in keys if window is None or abs(p - s) < window]
+        keys = [s for s in keys if q_ids is None or (q_ids[b, t] == k_ids[b, s] != 0)]
+        if keys:
+            kv_head = h // (H // K)
+            scores = k[b, keys, kv_head] @ q[b, t, h] * options.get("scale", 1 / math.sqrt(D))
+            scores = softcap * np.tanh(scores / softcap) if softcap else scores
+            lse[b, t, h] = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+            out[b, t, h] = np.exp(scores - lse[b, t, h]) @ v[b, keys, kv_head]
+    return out, lse
+
+
+def outputs_and_gradients(inputs, options, implementation):
+    """out, lse (rows that see nothing: 0), and the gradients of a random function of both."""
+    options = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    rng = np.random.default_rng(0)
+    d_out = rng.standard_normal(inputs[0].shape).astype(inputs[0].dtype)
+    d_lse = rng.standard_normal(inputs[0].shape[:3]).astype(inputs[0].dtype)
+
+    def loss(q, k, v):
+        out, lse = flash_attention(q, k, v, return_lse=True, implementation=implementation, **options)
+        seen = lse > -jnp.inf
+        return (out * d_out).sum() + (jnp.where(seen, lse, 0) * d_lse).sum(), (out, jnp.where(seen, lse, 0), seen)
+
+    (_, (out, lse, seen)), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+    return [np.asarray(x) for x in (seen, out, lse, *gradients)]
+
+
+def check(got, wanted, tolerance):
+    np.testing.assert_array_equal(got[0], wanted[0])
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got[1:], wanted[1:], strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * max(1, np.abs(y).max()), err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_does_what_the_docstring_says(case):
+    with jax.enable_x64(True):
+        inputs, options = make(case)
+        out, lse = flash_attention(*inputs, return_lse=True, implementation="reference", **options)
+        wanted_out, wanted_lse = by_hand(*inputs, options)
+        np.testing.assert_allclose(out, wanted_out, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(lse, wanted_lse, rtol=1e-12, atol=1e-12)
+
+
+@ALL
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_backward_in_float64(case, implementation):
+    with jax.enable_x64(True):
+        inputs, options = make(case)
+        wanted = outputs_and_gradients(inputs, options, "reference")
+        check(outputs_and_gradients(inputs, options, implementation), wanted, 1e-12)
+
+
+@ALL
+@pytest.mark.parametrize("case", ["segments and window", "offsets by row"])
+def test_forward_and_backward_in_float32(case, implementation):
+    with jax.enable_x64(True):
+        wanted = outputs_and_gradients(*make(case), "reference")
+    check(outputs_and_gradients(*make(case, np.float32), implementation), wanted, 3e-6)
+
+
+@ALL
+def test_bfloat16_keeps_its_dtype_and_sums_in_float32(implementation):
+    inputs, options = make("causal with rests", jnp.bfloat16)
+    out, lse = flash_attention(*inputs, return_lse=True, implementation=implementation, **options)
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    wanted_out, wanted_lse = by_hand(*(np.asarray(x, np.float64) for x in inputs), options)
+    np.testing.assert_allclose(lse, wanted_lse, atol=1e-5)  # products of bfloat16 are exact in float32
+    np.testing.assert_allclose(np.asarray(out, np.float64), wanted_out, atol=2**-6)
+
+
+@ALL
+def test_rows_that_see_nothing(implementation):
+    """Padding, and a whole batch row of it: zeros, -inf, no gradient, whatever the padded inputs hold."""
+    inputs, options = make("segments", np.float32)
+    ids = options["q_segment_ids_BT"]
+    assert (ids == 0).any(1).all() and (ids[-1] == 0).all()
+    seen, out, lse, *gradients = outputs_and_gradients(inputs, options, implementation)
+    np.testing.assert_array_equal(seen.all(2), ids != 0)
+    assert not out[ids == 0].any()
+    assert all(np.isfinite(g).all() and not g[ids == 0].any() for g in gradients)
+    poor = [np.where((ids == 0)[:, :, None, None], np.float32(1e30), x) for x in inputs]
+    for x, y in zip(outputs_and_gradients(poor, options, implementation), (seen, out, lse, *gradients), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@ALL
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}], ids=["", "softcap"])
+def test_large_scores_stay_finite(implementation, options):
+    (q, k, v), _ = make("causal", np.float32)
+    results = outputs_and_gradients((q * 1e4, k * 1e4, v), options, implementation)
+    assert all(np.isfinite(x).all() for x in results)
+    if not options:
+        np.testing.assert_allclose(results[1], by_hand(q * 1e4, k * 1e4, v, {})[0], atol=1e-5)
+
+
+@ALL
+def test_one_array_of_segments_serves_both(implementation):
+    inputs, options = make("segments", np.float32)
+    ids = options["q_segment_ids_BT"]
+    one = flash_attention(*inputs, q_segment_ids_BT=ids, implementation=implementation)
+    np.testing.assert_array_equal(one, flash_attention(*inputs, implementation=implementation, **options))
+
+
+@ALL
+def test_a_batch_row_does_not_depend_on_the_others(implementation):
+    inputs, options = make("causal", np.float32)
+    both = flash_attention(*inputs, implementation=implementation, **options)
+    alone = flash_attention(*(x[1:] for x in inputs), implementation=implementation, **options)
+    np.testing.assert_array_equal(both[1:], alone)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": (2, 4, 3, 8)}, "multiple of the key/value heads, got 3 and 2"),
+        ({"k": (2, 4, 2, 4)}, "the same B and D"),
+        ({"q": (2, 0, 2, 8)}, "no axis may be empty"),
+        ({"q": (4, 2, 8)}, "takes q"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"softcap": 0.0}, "softcap must be positive"),
+        ({"q_segment_ids_BT": np.ones((2, 5), np.int32)}, r"integers of shape \(2, 4\)"),
+        ({"kv_segment_ids_BS": np.ones((2, 4), np.float32)}, "integers of shape"),
+        ({"q": (2, 3, 2, 8), "kv_segment_ids_BS": np.ones((2, 4), np.int32)}, "only if T == S, got T=3, S=4"),
+        ({"q_offset": np.zeros(3, np.int32)}, r"q_offset must be an int or integers of shape \(2,\)"),
+        ({"implementation": "cuda"}, "no implementation 'cuda': choose one of"),
+    ],
+)
+def test_bad_arguments(change, message):
+    change = dict(change)
+    q, k = jnp.zeros(change.pop("q", (2, 4, 2, 8))), jnp.zeros(change.pop("k", (2, 4, 2, 8)))
+    with pytest.raises(ValueError, match=message):
+        flash_attention(q, k, jnp.zeros((2, 4, 2, 8)), **change)
+
+
+def test_mixed_dtypes():
+    x = jnp.zeros((1, 2, 1, 4))
+    with pytest.raises(ValueError, match="one floating dtype"):
+        flash_attention(x, x.astype(jnp.bfloat16), x)
