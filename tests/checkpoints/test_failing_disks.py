@@ -124,7 +124,7 @@ for attempt in (
 def test_folders_without_permission(tmp_path):
     os.chmod(tmp_path, 0o755)
     for parent in tmp_path.parents:  # pytest's folders are private: let nobody walk down to this one
-        if parent.stat().st_uid == os.getuid() and parent.name.startswith("pytest-"):
+        if parent.stat().st_uid == os.getuid() and parent.name.startswith(("pytest-", "popen-")):
             os.chmod(parent, 0o755)
     (tmp_path / "read_only").mkdir()
     os.chmod(tmp_path / "read_only", 0o555)

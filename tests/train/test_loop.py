@@ -173,7 +173,7 @@ def test_other_text_or_another_tokenizer_is_refused(copy, tmp_path):
         ResumeError, match=r"data.path is .*\n  the text of data.path is not the same: [\d,]+ "
     ):
         train(dataclasses.replace(copy, data=data), display=False)
-    train_bpe([other], 300, tmp_path / "bpe")
+    train_bpe(str(other), 300, tmp_path / "bpe")
     model = dataclasses.replace(copy.model, vocab_size=400)
     changed = dataclasses.replace(copy, model=model, data=dataclasses.replace(data, tokenizer=str(tmp_path / "bpe")))
     with pytest.raises(ResumeError, match=r"model.vocab_size is 259 .*\n  data.tokenizer \(its fingerprint\) is"):
