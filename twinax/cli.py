@@ -30,7 +30,7 @@ examples:
 """
 
 # What only an extra installs.
-_EXTRAS = dict.fromkeys(("starlette", "uvicorn", "uvloop", "httptools", "prometheus_client"), "serve")
+_EXTRAS: dict[str, str] = dict.fromkeys(("starlette", "uvicorn", "uvloop", "httptools", "prometheus_client"), "serve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
