@@ -1,5 +1,7 @@
 """What flash_attention's XLA candidate promises beyond the contract: its program's shapes, its work and its memory."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,12 @@ import pytest
 from twinax.pallas_kernels.flash_attention import flash_attention, xla
 
 PROGRAMS = {
-    "unrolled": {"UNROLL": 10**9, "TILE_BYTES": 10**9},
+    "short tiles": {"UNROLL": 10**9, "BACKWARD_CHUNK": 1},
     "long tiles by groups": {
         "UNROLL": 10**9,
         "FORWARD_CHUNK": 3,
         "BACKWARD_CHUNK": 3,
-        "TILE_BYTES": 2 * 2 * 24 * 8 * 8,
+        "TILE_BYTES": 2 * 2 * 96 * 16 * 4,
     },
     "loops": {"UNROLL": 0, "TILE_BYTES": 10**9},
     "loops by groups": {"UNROLL": 0, "TILE_BYTES": 1},
@@ -37,7 +39,7 @@ def shapes(T, B=2, H=2, K=1, D=16):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_shape_of_the_program_means_the_same(program, monkeypatch):
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(xla, "BLOCK", 8)
+    monkeypatch.setattr(xla, "BLOCK", 16)
     for name, value in PROGRAMS[program].items():
         monkeypatch.setattr(xla, name, value)
     with jax.enable_x64(True):
@@ -53,8 +55,7 @@ def test_every_shape_of_the_program_means_the_same(program, monkeypatch):
 def test_work_falls_with_the_blocks_that_the_mask_empties(options, share):
     """With 4 x 4 blocks, causality leaves 10 of 16 and a window of 100 leaves 7."""
     flops = [
-        step(**options).lower(*shapes(512, D=64)).compile().cost_analysis()["flops"]
-        for options in (options, {"causal": False})
+        step(**options).lower(*shapes(512, D=64)).cost_analysis()["flops"] for options in (options, {"causal": False})
     ]
     assert flops[0] < share * flops[1]
 
@@ -68,10 +69,9 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
 
 def test_no_score_outlives_its_tile_in_what_the_backward_pass_keeps():
     """The residuals are the inputs, the output and one number a row."""
-    _, pullback = jax.vjp(
-        lambda q, k, v: flash_attention(q, k, v, implementation="xla"), *(jnp.ones(s.shape) for s in shapes(256))
-    )
-    assert max(x.size for x in jax.tree.leaves(pullback)) <= 2 * 256 * 2 * 16
+    attend = partial(flash_attention, implementation="xla")
+    pullback = jax.eval_shape(lambda *inputs: jax.vjp(attend, *inputs)[1], *shapes(256))
+    assert 0 < max(x.size for x in jax.tree.leaves(pullback)) <= 2 * 256 * 2 * 16
 
 
 def test_under_vmap_and_remat():
@@ -81,6 +81,7 @@ def test_under_vmap_and_remat():
     def loss(q, k, v):
         return (flash_attention(q, k, v, implementation="xla") ** 2).sum()
 
-    wanted = [jax.grad(loss)(*(x[i] for x in inputs)) for i in range(3)]
-    got = jax.jit(jax.vmap(jax.grad(jax.checkpoint(loss))))(*inputs)
-    np.testing.assert_allclose(got, jnp.stack(wanted), rtol=1e-5, atol=1e-6)
+    one = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1, 2)))
+    wanted = jax.tree.map(lambda *x: jnp.stack(x), *(one(*(x[i] for x in inputs)) for i in range(3)))
+    got = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))(*inputs)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, wanted)

@@ -170,9 +170,18 @@ def test_against_the_reference(case, implementation):
             for x, y in zip(*map(jax.tree.leaves, (pages, new_pages)), strict=True)
         )
         assert (changed > 0) == batch.owned().any()
+
+
+@ALL
+@pytest.mark.parametrize("case", ["a prompt longer than a tile", "a mix, window"])
+def test_in_float32(case, implementation):
+    case = CASES[case]
+    with jax.enable_x64(True):
+        batch, num_pages = make(case)
+        wanted, _ = run(batch, filled(case, num_pages, np.float64), "reference")
     batch, _ = make(case, np.float32)
-    pages = filled(case, num_pages, np.float32)
-    np.testing.assert_allclose(run(batch, pages, implementation)[0], wanted, rtol=2e-6, atol=2e-6)
+    out, _ = run(batch, filled(case, num_pages, np.float32), implementation)
+    np.testing.assert_allclose(out, wanted, rtol=2e-6, atol=2e-6)
 
 
 @BOTH
