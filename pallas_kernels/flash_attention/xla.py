@@ -39,6 +39,7 @@ class _Options:
     scale: float
     softcap: float | None
     offset: int | None
+    T: int
     S: int
     G: int
     block_q: int
@@ -58,44 +59,38 @@ def flash_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-    B, T, H, D = q_BTHD.shape
+    T, H = q_BTHD.shape[1:3]
     S, K = k_BSKD.shape[1:3]
-    G = H // K
     offset, offset_B = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
-    block_q, block_k = min(BLOCK, T), min(BLOCK, S)
-    o = _Options(causal, window, scale, softcap, offset, S, G, block_q, block_k)
-    q_BKRD = jnp.transpose(_pad(q_BTHD, block_q).reshape(B, -1, K, G, D), (0, 2, 1, 3, 4)).reshape(B, K, -1, D)
-    k_BKSD, v_BKSD = (jnp.swapaxes(_pad(x, block_k), 1, 2) for x in (k_BSKD, v_BSKD))
-    segments = None
-    if q_segment_ids_BT is not None and kv_segment_ids_BS is not None:
-        segments = (jnp.repeat(_pad(q_segment_ids_BT, block_q), G, axis=1), _pad(kv_segment_ids_BS, block_k))
-    out_BKRD, lse_BKR = _attention(o, q_BKRD, k_BKSD, v_BKSD, segments, offset_B)
-    out_BTHD = jnp.swapaxes(out_BKRD.reshape(B, K, -1, G, D), 1, 2).reshape(B, -1, H, D)[:, :T]
-    lse_BTH = jnp.swapaxes(lse_BKR.reshape(B, K, -1, G), 1, 2).reshape(B, -1, H)[:, :T]
-    return out_BTHD, lse_BTH
+    o = _Options(causal, window, scale, softcap, offset, T, S, H // K, min(BLOCK, T), min(BLOCK, S))
+    segments = None if q_segment_ids_BT is None else (q_segment_ids_BT, kv_segment_ids_BS)
+    return _attention(o, q_BTHD, k_BSKD, v_BSKD, segments, offset_B)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    o: _Options, q_BKRD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, segments: Any, offset_B: Any
+    o: _Options, q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, segments: Any, offset_B: Any
 ) -> tuple[jax.Array, jax.Array]:
-    return _by_groups(partial(_forward, o), _tile(o, q_BKRD), (q_BKRD, k_BKSD, v_BKSD, segments, offset_B))
+    return _by_groups(o, _forward, (q_BTHD, k_BSKD, v_BSKD, segments, offset_B))
 
 
 def _attention_forward(o: _Options, *inputs: Any) -> Any:
-    out_BKRD, lse_BKR = _attention(o, *inputs)
-    return (out_BKRD, lse_BKR), (*inputs, out_BKRD, lse_BKR)
+    out_BTHD, lse_BTH = _attention(o, *inputs)
+    return (out_BTHD, lse_BTH), (*inputs, out_BTHD, lse_BTH)
 
 
 def _attention_backward(o: _Options, residuals: Any, cotangents: Any) -> Any:
-    gradients = _by_groups(partial(_backward, o), _tile(o, residuals[0]), (*residuals, *cotangents))
-    return *gradients, None, None
+    return *_by_groups(o, _backward, (*residuals, *cotangents)), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _forward(o: _Options, q: Any, k: Any, v: Any, segments: Any, offset_B: Any) -> Any:
+def _forward(
+    o: _Options, q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, segments: Any, offset_B: Any
+) -> tuple[jax.Array, jax.Array]:
+    q, k, v = _to_rows(o, q_BTHD), _to_keys(o, k_BSKD), _to_keys(o, v_BSKD)
+    segments = _pad_segments(o, segments)
     B, K, R, D = q.shape
     acc_dtype = jnp.promote_types(q.dtype, jnp.float32)
 
@@ -132,18 +127,32 @@ def _forward(o: _Options, q: Any, k: Any, v: Any, segments: Any, offset_B: Any) 
     blocks = R // (o.block_q * o.G)
     start = (jnp.zeros(q.shape, q.dtype), jnp.zeros((B, K, R), acc_dtype))
     unroll = _tiles(o, blocks, _keys_seen, FORWARD_CHUNK) <= UNROLL
-    return _loop(0, blocks, 1, query_block, start, unroll)
+    out, lse = _loop(0, blocks, 1, query_block, start, unroll)
+    return _from_rows(o, out), _from_rows(o, lse[..., None])[..., 0]
 
 
-def _backward(o: _Options, q: Any, k: Any, v: Any, segments: Any, offset_B: Any, out: Any, lse: Any, *d: Any) -> Any:
-    B, K, R, D = q.shape
-    d_out, d_lse = d
-    acc_dtype = lse.dtype
-    kT_BKDS = jnp.swapaxes(k, 2, 3)
-    seen = lse > -jnp.inf
-    lse = jnp.where(seen, lse, 0)
+def _backward(
+    o: _Options,
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    segments: Any,
+    offset_B: Any,
+    out_BTHD: jax.Array,
+    lse_BTH: jax.Array,
+    d_out_BTHD: jax.Array,
+    d_lse_BTH: jax.Array,
+) -> tuple[jax.Array, ...]:
+    acc_dtype = lse_BTH.dtype
+    seen_BTH = lse_BTH > -jnp.inf
     # d score = p (dp - sum_s p dp + d lse), and sum_s p dp is out . d_out: both corrections are one number a row.
-    correction = jnp.where(seen, d_lse - (out.astype(acc_dtype) * d_out.astype(acc_dtype)).sum(-1), 0)
+    out_d_out_BTH = (out_BTHD.astype(acc_dtype) * d_out_BTHD.astype(acc_dtype)).sum(-1)
+    correction = _to_rows(o, jnp.where(seen_BTH, d_lse_BTH - out_d_out_BTH, 0)[..., None])[..., 0]
+    lse = _to_rows(o, jnp.where(seen_BTH, lse_BTH, 0)[..., None])[..., 0]
+    q, k, v, d_out = _to_rows(o, q_BTHD), _to_keys(o, k_BSKD), _to_keys(o, v_BSKD), _to_rows(o, d_out_BTHD)
+    kT_BKDS = jnp.swapaxes(k, 2, 3)
+    segments = _pad_segments(o, segments)
+    B, K, R, D = q.shape
 
     def key_block(j: Any, _: int, carry: Any) -> Any:
         dqT_BKDR, dk, dv = carry
@@ -186,7 +195,32 @@ def _backward(o: _Options, q: Any, k: Any, v: Any, segments: Any, offset_B: Any,
     start = (jnp.zeros((B, K, D, R), acc_dtype), jnp.zeros(k.shape, k.dtype), jnp.zeros(v.shape, v.dtype))
     unroll = _tiles(o, blocks, partial(_queries_seeing, R=R), BACKWARD_CHUNK) <= UNROLL
     dqT_BKDR, dk, dv = _loop(0, blocks, 1, key_block, start, unroll)
-    return jnp.swapaxes(dqT_BKDR, 2, 3).astype(q.dtype), dk, dv
+    dq = jnp.swapaxes(dqT_BKDR, 2, 3).astype(q.dtype)
+    return _from_rows(o, dq), jnp.swapaxes(dk, 1, 2)[:, : o.S], jnp.swapaxes(dv, 1, 2)[:, : o.S]
+
+
+def _to_rows(o: _Options, x_BTHD: jax.Array) -> jax.Array:
+    """[B, K, R, D]: each key head's queries, with padding up to whole blocks."""
+    B, _, H, D = x_BTHD.shape
+    x_BTKGD = _pad(x_BTHD, o.block_q).reshape(B, -1, H // o.G, o.G, D)
+    return jnp.swapaxes(x_BTKGD, 1, 2).reshape(B, H // o.G, -1, D)
+
+
+def _from_rows(o: _Options, x_BKRD: jax.Array) -> jax.Array:
+    B, K, _, D = x_BKRD.shape
+    x_BKTGD = x_BKRD.reshape(B, K, -1, o.G, D)[:, :, : o.T]
+    return jnp.swapaxes(x_BKTGD, 1, 2).reshape(B, o.T, K * o.G, D)
+
+
+def _to_keys(o: _Options, x_BSKD: jax.Array) -> jax.Array:
+    return jnp.swapaxes(_pad(x_BSKD, o.block_k), 1, 2)
+
+
+def _pad_segments(o: _Options, segments: Any) -> Any:
+    """The segment of each row and of each key; padding is segment 0."""
+    if segments is None:
+        return None
+    return jnp.repeat(_pad(segments[0], o.block_q), o.G, axis=1), _pad(segments[1], o.block_k)
 
 
 def _mask(
@@ -264,21 +298,16 @@ def _loop(
     return carry
 
 
-def _tile(o: _Options, q_BKRD: jax.Array) -> int:
-    """Bytes of the largest tile of one batch row."""
-    _, K, R, _ = q_BKRD.shape
-    chunk = min(max(FORWARD_CHUNK, BACKWARD_CHUNK) * o.block_q * o.G, R)
-    return K * chunk * o.block_k * 4
-
-
-def _by_groups(f: Callable[..., Any], row_bytes: int, inputs: tuple[Any, ...]) -> Any:
-    """`f(*inputs)`, over so many batch rows at a time that a tile stays in cache."""
-    B = inputs[0].shape[0]
-    size = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or n * row_bytes <= TILE_BYTES))
+def _by_groups(o: _Options, f: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """`f(o, *inputs)`, over so many batch rows at a time that their tiles stay in cache."""
+    B, _, H, _ = inputs[0].shape
+    chunk = min(max(FORWARD_CHUNK, BACKWARD_CHUNK), -(-o.T // o.block_q))
+    tile = H * chunk * o.block_q * o.block_k * 4  # bytes, of one batch row
+    size = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or n * tile <= TILE_BYTES))
     if size == B:
-        return f(*inputs)
+        return f(o, *inputs)
     grouped = jax.tree.map(lambda x: x.reshape(B // size, size, *x.shape[1:]), inputs)
-    outputs = jax.lax.map(lambda xs: f(*xs), grouped)
+    outputs = jax.lax.map(lambda xs: f(o, *xs), grouped)
     return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), outputs)
 
 
