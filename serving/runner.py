@@ -31,8 +31,9 @@ from .batch import Bucket, DeviceBatch, HostBatch, unpack
 
 # A chunk region of this and its multiples by four: short prompts need not pay for long ones.
 SMALLEST_CHUNK = 64
-# XLA:CPU sums a row differently in batches of a few rows, and takes about as long for two rows as for eight. With no
-# smaller batch, a request's numbers do not depend on how many run beside it.
+# XLA:CPU rounds a row differently in batches of a few rows, and takes about as long for two rows as for eight. With no
+# smaller batch, a request's numbers do not depend on how many run beside it. One row alone takes half as long, with a
+# rounding of its own: it is used where there is never a neighbour.
 FEWEST_ROWS = 8
 
 
@@ -100,7 +101,7 @@ class Runner:
         )
         self._state = sampling.SlotState.empty(slots, config.vocab_size)
         self._programs: dict[tuple[str, Bucket | int | None], Any] = {}
-        rows = ladder(FEWEST_ROWS, max(slots, FEWEST_ROWS), 4)
+        rows = [1] if slots == 1 else ladder(FEWEST_ROWS, max(slots, FEWEST_ROWS), 4)
         chunks = ladder(SMALLEST_CHUNK, max(chunk_tokens, SMALLEST_CHUNK), 4)
         # A chunk dwarfs decode rows, so with one there is no gain from fewer of these.
         self.buckets = [Bucket(size, 0) for size in rows] + [Bucket(rows[-1], size) for size in chunks]
