@@ -101,6 +101,7 @@ class Runner:
         )
         self._state = sampling.SlotState.empty(slots, config.vocab_size)
         self._programs: dict[tuple[str, Bucket | int | None], Any] = {}
+        self._begun_shapes: dict[Bucket, Any] = {}
         rows = [1] if slots == 1 else ladder(FEWEST_ROWS, max(slots, FEWEST_ROWS), 4)
         chunks = ladder(SMALLEST_CHUNK, max(chunk_tokens, SMALLEST_CHUNK), 4)
         # A chunk dwarfs decode rows, so with one there is no gain from fewer of these.
@@ -204,10 +205,11 @@ class Runner:
         return sampling.top_logprobs(logits_TV, self._unpack(bucket, array).tokens["next"])
 
     def _begun(self, bucket: Bucket) -> Any:
-        """Shapes of what `begin` returns, without the state."""
-        return jax.eval_shape(
-            partial(self._begin, bucket), *_abstract((self._outside, self._state)), self._array(bucket)
-        )[1:]
+        """Shapes of what `begin` returns, without the state. Kept: tracing is most of a warm start."""
+        if bucket not in self._begun_shapes:
+            arguments = (*_abstract((self._outside, self._state)), self._array(bucket))
+            self._begun_shapes[bucket] = jax.eval_shape(partial(self._begin, bucket), *arguments)[1:]
+        return self._begun_shapes[bucket]
 
     def _array(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((bucket.size(self.pages_per_request),), jnp.int32)
