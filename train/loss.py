@@ -130,7 +130,7 @@ def _forward(hidden_BTD, weight_VD, targets_BT, weights_BT, columns):
     compute_weight_VD = weight_VD.astype(dtype)
 
     def body(carry, start, size):
-        nll_BT, dhidden_BTD, dweight_VD = carry
+        nll_BT, dhidden_BTD, dweight_DV = carry
         hidden_BCD, targets_BC = _slice(hidden_BTD, start, size), _slice(targets_BT, start, size)
         weights_BC1 = _slice(weights_BT, start, size)[..., None].astype(accumulator)
         nll_BC, logits_BCV, lse_BC = _chunk(hidden_BCD, compute_weight_VD, targets_BC)
@@ -140,20 +140,21 @@ def _forward(hidden_BTD, weight_VD, targets_BT, weights_BT, columns):
         dhidden_BCD = jnp.einsum(
             "bcv,vd->bcd", dlogits_BCV, compute_weight_VD, precision=precision, preferred_element_type=accumulator
         )
-        dweight_VD += jnp.einsum(
-            "bcv,bcd->vd", dlogits_BCV, hidden_BCD, precision=precision, preferred_element_type=accumulator
+        # [D, V], not [V, D]: the left side of this product is transposed on a CPU, and the logits are the larger one.
+        dweight_DV += jnp.einsum(
+            "bcd,bcv->dv", hidden_BCD, dlogits_BCV, precision=precision, preferred_element_type=accumulator
         )
-        return _put(nll_BT, nll_BC, start), _put(dhidden_BTD, dhidden_BCD, start), dweight_VD
+        return _put(nll_BT, nll_BC, start), _put(dhidden_BTD, dhidden_BCD, start), dweight_DV
 
     zeros = functools.partial(_zeros, like=hidden_BTD)
     carry = (
         zeros(targets_BT.shape, accumulator),
         zeros(hidden_BTD.shape, dtype),
-        zeros(weight_VD.shape, accumulator),
+        zeros(weight_VD.shape[::-1], accumulator),
     )
-    nll_BT, dhidden_BTD, dweight_VD = _over_chunks(body, carry, targets_BT.shape[1], columns)
+    nll_BT, dhidden_BTD, dweight_DV = _over_chunks(body, carry, targets_BT.shape[1], columns)
     # The weights ride along only for their dtype.
-    residuals = dhidden_BTD, dweight_VD.astype(weight_VD.dtype), nll_BT, weights_BT
+    residuals = dhidden_BTD, dweight_DV.T.astype(weight_VD.dtype), nll_BT, weights_BT
     return _sums(nll_BT, weights_BT), residuals
 
 
