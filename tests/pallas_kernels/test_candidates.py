@@ -48,7 +48,7 @@ def test_files_are_the_candidates_and_others_are_not(operation):
 def test_a_name_runs_that_candidate_only(operation):
     op = operation(xla=REFUSES.format("xla"), reference=PLUS.format(2))
     assert op(1, n=1, implementation="reference") == 4
-    with pytest.raises(NotImplementedError, match="^xla wants an even n, got 1$"):
+    with pytest.raises(NotImplementedError, match=r"^xla wants an even n, got 1$"):
         op(1, n=1, implementation="xla")
 
 
