@@ -24,9 +24,9 @@ import numpy as np
 
 BLOCK = 128  # queries or keys: the unit in which work is skipped
 FORWARD_CHUNK = 1  # blocks of keys a tile of the forward pass spans at most, when its loop is unrolled
-BACKWARD_CHUNK = 4  # blocks of queries a tile of the backward pass spans at most, likewise
+BACKWARD_CHUNK = 2  # blocks of queries a tile of the backward pass spans at most, likewise
 UNROLL = 16  # tiles up to which loops are unrolled; beyond, compile time matters more
-TILE_BYTES = 2 << 20  # batch rows are taken together as long as their tile is no larger
+TILE_BYTES = 1 << 20  # batch rows are taken together as long as their tile is no larger
 MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
 
 
@@ -71,7 +71,7 @@ def flash_attention(
 def _attention(
     o: _Options, q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, segments: Any, offset_B: Any
 ) -> tuple[jax.Array, jax.Array]:
-    return _by_groups(o, _forward, (q_BTHD, k_BSKD, v_BSKD, segments, offset_B))
+    return _by_groups(o, _forward, FORWARD_CHUNK, (q_BTHD, k_BSKD, v_BSKD, segments, offset_B))
 
 
 def _attention_forward(o: _Options, *inputs: Any) -> Any:
@@ -80,7 +80,7 @@ def _attention_forward(o: _Options, *inputs: Any) -> Any:
 
 
 def _attention_backward(o: _Options, residuals: Any, cotangents: Any) -> Any:
-    return *_by_groups(o, _backward, (*residuals, *cotangents)), None, None
+    return *_by_groups(o, _backward, BACKWARD_CHUNK, (*residuals, *cotangents)), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -298,10 +298,9 @@ def _loop(
     return carry
 
 
-def _by_groups(o: _Options, f: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+def _by_groups(o: _Options, f: Callable[..., Any], chunk: int, inputs: tuple[Any, ...]) -> Any:
     """`f(o, *inputs)`, over so many batch rows at a time that their tiles stay in cache."""
     B, _, H, _ = inputs[0].shape
-    chunk = min(max(FORWARD_CHUNK, BACKWARD_CHUNK), -(-o.T // o.block_q))
     tile = H * chunk * o.block_q * o.block_k * 4  # bytes, of one batch row
     size = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or n * tile <= TILE_BYTES))
     if size == B:
