@@ -10,7 +10,7 @@ recipe = Recipe(
     schedule=ScheduleConfig(name="cosine", warmup_steps=20),
     checkpoint=CheckpointConfig(every=100),
     eval=EvalConfig(every=100, batches=8),
-    steps=300,
+    steps=240,
     batch_size=8,
     sequence_length=256,
     output="runs/demo/run",
