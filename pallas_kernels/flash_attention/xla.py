@@ -80,7 +80,8 @@ def _attention_forward(o: _Options, *inputs: Any) -> Any:
 
 
 def _attention_backward(o: _Options, residuals: Any, cotangents: Any) -> Any:
-    return *_by_groups(o, _backward, BACKWARD_CHUNK, (*residuals, *cotangents)), None, None
+    dq_BTHD, dk_BSKD, dv_BSKD = _by_groups(o, _backward, BACKWARD_CHUNK, (*residuals, *cotangents))
+    return dq_BTHD, dk_BSKD, dv_BSKD, None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -164,17 +165,16 @@ def _backward(
             rows = (i * o.block_q * o.G, blocks * o.block_q * o.G)
             q_BKrD, do_BKrD = _slice(q, *rows, 2), _slice(d_out, *rows, 2)
             scores = _dot("bksd,bkrd->bksr", k_BKsD, q_BKrD) * o.scale
+            slope = o.scale
             if o.softcap is not None:
                 bent = jnp.tanh(scores / o.softcap)
-                scores = o.softcap * bent
+                scores, slope = o.softcap * bent, o.scale * (1 - bent * bent)
             p_BKsr = jnp.exp(scores - _slice(lse, *rows, 2)[:, :, None])
             mask = _mask(o, rows, keys, segments, offset_B, keys_first=True)
             if mask is not None:
                 p_BKsr = jnp.where(mask, p_BKsr, 0)
             dp_BKsr = _dot("bksd,bkrd->bksr", v_BKsD, do_BKrD)
-            ds_BKsr = p_BKsr * (dp_BKsr + _slice(correction, *rows, 2)[:, :, None]) * o.scale
-            if o.softcap is not None:
-                ds_BKsr = ds_BKsr * (1 - bent * bent)
+            ds_BKsr = p_BKsr * (dp_BKsr + _slice(correction, *rows, 2)[:, :, None]) * slope
             p_BKsr, ds_BKsr = p_BKsr.astype(v.dtype), ds_BKsr.astype(q.dtype)
             dqT_BKDr = _slice(dqT_BKDR, *rows, 3) + _dot("bkds,bksr->bkdr", kT_BKDs, ds_BKsr)
             return (
@@ -224,7 +224,7 @@ def _pad_segments(o: _Options, segments: Any) -> Any:
 
 
 def _mask(
-    o: _Options, rows: Any, keys: Any, segments: Any, offset_B: Any, keys_first: bool = False
+    o: _Options, rows: tuple[Any, int], keys: tuple[Any, int], segments: Any, offset_B: Any, keys_first: bool = False
 ) -> jax.Array | np.ndarray | None:
     """What a tile's rows see of its keys, [B or 1, 1, r, s] (or [.., s, r]); None when it is known to be all."""
     s = keys[0] + np.arange(keys[1])
