@@ -75,7 +75,7 @@ def _attention(
 
 
 def _attention_forward(o: _Options, *inputs: Any) -> Any:
-    out_BTHD, lse_BTH = _attention(o, *inputs)
+    out_BTHD, lse_BTH = _by_groups(o, _forward, FORWARD_CHUNK, inputs)
     return (out_BTHD, lse_BTH), (*inputs, out_BTHD, lse_BTH)
 
 
