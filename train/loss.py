@@ -128,6 +128,8 @@ def _forward(hidden_BTD, weight_VD, targets_BT, weights_BT, columns):
     dtype, accumulator = hidden_BTD.dtype, _accumulator(hidden_BTD)
     precision = matmul_precision(dtype)
     compute_weight_VD = weight_VD.astype(dtype)
+    # XLA:CPU refuses this product of bfloat16 with a float32 sum; widening it first changes no bit of the result.
+    operand_dtype = accumulator if jax.default_backend() == "cpu" else dtype
 
     def body(carry, start, size):
         nll_BT, dhidden_BTD, dweight_DV = carry
@@ -142,7 +144,11 @@ def _forward(hidden_BTD, weight_VD, targets_BT, weights_BT, columns):
         )
         # [D, V], not [V, D]: the left side of this product is transposed on a CPU, and the logits are the larger one.
         dweight_DV += jnp.einsum(
-            "bcd,bcv->dv", hidden_BCD, dlogits_BCV, precision=precision, preferred_element_type=accumulator
+            "bcd,bcv->dv",
+            hidden_BCD.astype(operand_dtype),
+            dlogits_BCV.astype(operand_dtype),
+            precision=precision,
+            preferred_element_type=accumulator,
         )
         return _put(nll_BT, nll_BC, start), _put(dhidden_BTD, dhidden_BCD, start), dweight_DV
 
