@@ -11,6 +11,7 @@ import jax
 
 from ..pallas_kernels.flash_attention import flash_attention
 from ..pallas_kernels.paged_attention import paged_attention
+from ..sharding.rules import ACTIVATION_RULES, current, partition_spec
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["segment_ids_BT", "positions_BT"], meta_fields=[])
@@ -32,10 +33,18 @@ class PackedContext:
 
     def attend(self, q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, cache: None, layer: Any):
         """Mixes values within segments; returns ([B, T, H, D], None), as nothing is kept."""
-        out = flash_attention(
-            q_BTHD, k_BTKD, v_BTKD, q_segment_ids_BT=self.segment_ids_BT, kv_segment_ids_BS=self.segment_ids_BT
-        )
-        return out, cache
+
+        def local(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+            return flash_attention(
+                q_BTHD, k_BTKD, v_BTKD, q_segment_ids_BT=segment_ids_BT, kv_segment_ids_BS=segment_ids_BT
+            )
+
+        mesh = current()
+        if mesh is not None:
+            heads = partition_spec(("batch", "tokens", "heads", None), mesh, ACTIVATION_RULES)
+            rows = partition_spec(("batch", "tokens"), mesh, ACTIVATION_RULES)
+            local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+        return local(q_BTHD, k_BTKD, v_BTKD, self.segment_ids_BT), cache
 
 
 @partial(

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..sharding.rules import gather
+
 
 class Embedding(nnx.Module):
     """Rows of a table, [...] int32 to [..., D]. Tokens must lie in [0, V): the edges check that, a gather can't."""
@@ -13,4 +15,4 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(draw * jnp.asarray(0.02, param_dtype), axes=("vocab", "embed"))
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return self.weight[...][tokens].astype(dtype)
+        return gather(self.weight[...], self.weight.axes)[tokens].astype(dtype)

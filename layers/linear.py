@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from ..sharding.rules import gather
+
 
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
     """Full precision for float32 and wider (TPUs would round to bfloat16), the native one for narrower types."""
@@ -73,4 +75,6 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=axes[:1]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+        # Cast before it is gathered: half the bytes travel.
+        weight_OI = gather(self.weight[...].astype(x.dtype), self.weight.axes)
+        return linear(x, weight_OI, None if self.bias is None else gather(self.bias[...], self.bias.axes))

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..sharding.rules import gather
+
 
 class RMSNorm(nnx.Module):
     """Scales [..., D] to unit root mean square, then by a learned weight. Statistics are at least float32."""
@@ -16,4 +18,4 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         # Hugging Face rounds to the compute dtype before the weight; the order is kept, so that bfloat16 agrees too.
-        return (wide * inverse).astype(x.dtype) * self.weight[...].astype(x.dtype)
+        return (wide * inverse).astype(x.dtype) * gather(self.weight[...], self.weight.axes).astype(x.dtype)

@@ -19,13 +19,13 @@ from ..layers.linear import matmul_precision
 from ..layers.mlp import SwiGLU
 from ..layers.norm import RMSNorm
 from ..layers.rope import angles
-from ..sharding.rules import constrain, parameter_sharding
+from ..sharding.rules import GATHERED, constrain, current, parameter_sharding
 from .config import DecoderConfig
 
 Params = dict[str, jax.Array]
 
 REMAT_POLICIES = {
-    "none": None,
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -60,9 +60,19 @@ class Block(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, rope: Any, context: Any, cache: Any, layer: Any) -> tuple[jax.Array, Any]:
-        mixed, cache = self.attention(self.attention_norm(x), rope, context, cache, layer)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cache
+        mixed, cache = self.attention(_inside(self.attention_norm(x)), rope, context, cache, layer)
+        x = x + _between(mixed)
+        return x + _between(self.mlp(_inside(self.mlp_norm(x)))), cache
+
+
+def _between(x: jax.Array) -> jax.Array:
+    """Where the residual stream lives. A served batch [T, D] is flat and has no rows to spread over a mesh."""
+    return constrain(x, ("batch", "sequence", "embed")) if x.ndim == 3 else x
+
+
+def _inside(x: jax.Array) -> jax.Array:
+    """Where a layer wants its input: tensor parallelism cuts heads and widths there, not tokens."""
+    return constrain(x, ("batch", "tokens", "embed")) if x.ndim == 3 else x
 
 
 class Decoder(nnx.Module):
@@ -74,7 +84,6 @@ class Decoder(nnx.Module):
         dtype: compute dtype; parameters are cast to it where they are used.
         param_dtype: dtype of the parameters.
         remat: what the backward pass recomputes: "none", "full" (whole blocks) or "dots" (all but matrix products).
-        mesh: pins activations to it.
     """
 
     def __init__(
@@ -85,11 +94,10 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         remat: str = "none",
-        mesh: Mesh | None = None,
     ):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat is one of {', '.join(REMAT_POLICIES)}; got {remat!r}.")
-        self.config, self.dtype, self.remat, self.mesh = config, jnp.dtype(dtype), remat, mesh
+        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         self.embed = Embedding(config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
         # One stack [L, ...] of all blocks, run by `scan`: compile time does not grow with depth.
         make = partial(Block, config, param_dtype=param_dtype)
@@ -110,7 +118,7 @@ class Decoder(nnx.Module):
     def begin(self, tokens: jax.Array, context: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """What the blocks start from: embeddings [..., D], and the cosines and sines of the positions."""
         rope = angles(self.config.rope, self.config.head_dim, context.positions)
-        return self._pin(self.embed(tokens, self.dtype)), rope
+        return _between(self.embed(tokens, self.dtype)), rope
 
     def run_blocks(self, x: jax.Array, rope: Any, context: Any, cache: Any) -> tuple[jax.Array, Any]:
         """All blocks in turn; the cache is a carry, so that it is updated in place."""
@@ -120,17 +128,12 @@ class Decoder(nnx.Module):
             x, cache = carry
             state, layer = scanned
             x, cache = nnx.merge(block_def, state)(x, rope, context, cache, layer)
-            return (self._pin(x), cache), None
+            return (_between(x), cache), None
 
-        policy = REMAT_POLICIES[self.remat]
-        if policy is not None:
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        if self.remat != "none" or current() is not None:
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         return jax.lax.scan(body, (x, cache), (block_state, layers))[0]
-
-    def _pin(self, x: jax.Array) -> jax.Array:
-        # A served batch [T, D] is flat and has no rows to spread over a mesh.
-        return constrain(x, ("batch", "sequence", "embed"), self.mesh) if x.ndim == 3 else x
 
     def unembedding_weight(self) -> jax.Array:
         """The output projection, [V, D]."""
@@ -218,10 +221,9 @@ def functional(
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
-    mesh: Mesh | None = None,
 ) -> FunctionalDecoder:
     """The decoder of `config` as pure functions; options as in `Decoder`."""
-    return FunctionalDecoder(config, dtype=dtype, remat=remat, mesh=mesh)
+    return FunctionalDecoder(config, dtype=dtype, remat=remat)
 
 
 def _abstract(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:

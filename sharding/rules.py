@@ -1,30 +1,76 @@
 """Logical axes, the names parameters and activations carry, and the mesh axes they map to.
 
-A layer only ever says what an axis *is* (`"embed"`, `"heads"`, `"batch"`); these rules say where it goes. The mesh
-axes that a mesh lacks are skipped, so the same rules serve one chip and a pod.
+A layer only ever says what an axis *is* (`"embed"`, `"heads"`, `"batch"`); these rules say where it goes. Mesh axes of
+size 1, or that a mesh lacks, are skipped, so the same rules serve one chip and a pod.
+
+The mesh is JAX's own context (`with use(mesh):` around what is traced): a layer pins an array with `constrain` and never
+holds a mesh, and without one nothing happens.
+
+- Parameters rest cut over every axis that helps memory (`PARAMETER_RULES`). A block's are gathered as it runs
+  (`COMPUTE_RULES`): fully sharded data parallelism, ZeRO-3 (Rajbhandari et al. 2020, arXiv:1910.02054). What stays cut
+  is tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053) and expert parallelism.
+- Between blocks the tokens are cut over `tensor` too, so that norms and residuals are not computed twice (Korthikanti
+  et al. 2022, arXiv:2205.05198): "sequence" there, "tokens" inside a layer.
 """
 
-import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-# Fully sharded data parallelism cuts every matrix along its model width, the one axis all of them have.
-PARAMETER_RULES: dict[str, tuple[str, ...]] = {
-    "embed": ("fsdp",),
-    "vocab": (),
-    "heads": (),
-    "kv_heads": (),
-    "mlp": (),
-    "layers": (),
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+Rules = dict[str, tuple[str, ...]]
+AnyMesh = Mesh | AbstractMesh
+
+# All that a parameter's width can be cut over: the devices that hold equal parameters otherwise.
+_SHARED = ("fsdp", "expert", "sequence")
+PARAMETER_RULES: Rules = {
+    "embed": _SHARED,
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "layers": ("stage",),
+    "experts": ("expert",),
+    # The width of an expert's weights, which the expert axis already cuts by expert.
+    "expert_embed": ("fsdp", "sequence"),
 }
-ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "sequence": (),
+COMPUTE_RULES: Rules = {**PARAMETER_RULES, "embed": (), "expert_embed": ()}
+ACTIVATION_RULES: Rules = {
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": ("sequence", "tensor"),
+    "tokens": ("sequence",),
     "embed": (),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "stage": ("stage",),
 }
+# Gathered weights are never kept for the backward pass, which gathers them again: kept, they would undo ZeRO-3.
+GATHERED = "gathered_weight"
+
+
+def use(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """A context in which what is traced sees `mesh`; with None, or one device, it sees none."""
+    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def current() -> AbstractMesh | None:
+    """The mesh in use, if it has several devices that the compiler places for us."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def mesh_axes(axis: str, mesh: AnyMesh, rules: Rules = ACTIVATION_RULES) -> tuple[str, ...]:
+    """The mesh axes, of more than one device, over which the logical `axis` is cut; ValueError if it has no rule."""
+    if axis not in rules:
+        raise ValueError(f"Logical axis {axis!r} has no rule; the known ones are {sorted(rules)}.")
+    return tuple(name for name in rules[axis] if mesh.shape.get(name, 1) > 1)
 
 
 def partition_spec(
-    axes: tuple[str | None, ...], mesh: Mesh, rules: dict[str, tuple[str, ...]], shape: tuple[int, ...] | None = None
+    axes: tuple[str | None, ...], mesh: AnyMesh, rules: Rules, shape: tuple[int, ...] | None = None
 ) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions are the logical `axes`.
 
@@ -37,10 +83,8 @@ def partition_spec(
         if axis is None:
             entries.append(None)
             continue
-        if axis not in rules:
-            raise ValueError(f"Logical axis {axis!r} has no rule; the known ones are {sorted(rules)}.")
-        mesh_axes = tuple(name for name in rules[axis] if name in mesh.shape)
-        for name in mesh_axes:
+        names = mesh_axes(axis, mesh, rules)
+        for name in names:
             if name in taken:
                 raise ValueError(
                     f"Mesh axis {name!r} would cut both {taken[name]!r} and {axis!r} of one array with axes {axes}; "
@@ -48,15 +92,15 @@ def partition_spec(
                 )
             taken[name] = axis
         parts = 1
-        for name in mesh_axes:
+        for name in names:
             parts *= mesh.shape[name]
         if shape is not None and shape[dimension] % parts:
             fitting = max(n for n in range(1, parts + 1) if shape[dimension] % n == 0)
             raise ValueError(
                 f"Axis {axis!r} has size {shape[dimension]}, which does not divide over {parts} devices "
-                f"(mesh axes {'x'.join(mesh_axes)}). Use {fitting} devices there, or a multiple of {parts}."
+                f"(mesh axes {'x'.join(names)}). Use {fitting} devices there, or a multiple of {parts}."
             )
-        entries.append(mesh_axes or None)
+        entries.append(names or None)
     return PartitionSpec(*entries)
 
 
@@ -72,8 +116,26 @@ def activation_sharding(
     return NamedSharding(mesh, partition_spec(axes, mesh, ACTIVATION_RULES, shape))
 
 
-def constrain(x: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
-    """Pins activation `x` to its place, so that the compiler gathers parameters and never the batch."""
-    if mesh is None or mesh.size == 1:
+def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Pins activation `x` to its place on the mesh in use, so that the compiler gathers parameters, never the batch."""
+    mesh = current()
+    if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, activation_sharding(axes, mesh, x.shape))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, mesh, ACTIVATION_RULES, x.shape))
+
+
+def gather(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A parameter as a block computes with it: whole, but for what tensor and expert parallelism cut.
+
+    Its gradient comes back summed and cut as the parameter is (a reduce-scatter).
+    """
+    mesh = current()
+    if mesh is None:
+        return weight
+    resting = partition_spec(axes, mesh, PARAMETER_RULES, weight.shape)
+    computing = partition_spec(axes, mesh, COMPUTE_RULES, weight.shape)
+    if resting == computing:
+        return weight
+    weight = jax.lax.with_sharding_constraint(weight, resting)
+    return checkpoint_name(jax.lax.with_sharding_constraint(weight, computing), GATHERED)
+

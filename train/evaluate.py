@@ -11,16 +11,22 @@ from jax.sharding import Mesh
 
 from ..models.config import DecoderConfig
 from ..models.decoder import functional
+from ..sharding.rules import use
 from .data.dataset import Dataset
-from .step import loss_sums, put_batch
+from .step import DeviceBatch, loss_sums, put_batch
 
 
 def make_evaluate(
     config: DecoderConfig, dataset: Dataset, batch_size: int, batches: int, mesh: Mesh, *, dtype: Any = jnp.float32
 ) -> Callable[[dict[str, jax.Array]], float]:
     """A function from parameters to the mean loss, nats per token, over the first `batches` of `dataset` (0: all)."""
-    model = functional(config, dtype=dtype, mesh=mesh)
-    sums = jax.jit(lambda params, batch: loss_sums(model, mesh, params, batch))
+    model = functional(config, dtype=dtype)
+
+    @jax.jit
+    def sums(params: dict[str, jax.Array], batch: DeviceBatch) -> Any:
+        with use(mesh):
+            return loss_sums(model, params, batch)
+
     count = batches or None
 
     def evaluate(params: dict[str, jax.Array]) -> float:

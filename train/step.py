@@ -23,10 +23,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..layers.contexts import PackedContext
 from ..models.config import DecoderConfig
 from ..models.decoder import FunctionalDecoder, functional, init_params, param_shapes, param_shardings
-from ..sharding.rules import activation_sharding
+from ..sharding.rules import activation_sharding, use
 from . import optimizer
 from .data.dataset import Batch
-from .loss import sharded_cross_entropy
+from .loss import cross_entropy
 from .recipe import OptimizerConfig
 from .schedules import Schedule
 
@@ -73,17 +73,17 @@ def put_batch(batch: Batch, step: int, accumulation: int, mesh: Mesh) -> DeviceB
     return placed
 
 
-def loss_sums(model: FunctionalDecoder, mesh: Mesh, params: dict[str, jax.Array], batch: DeviceBatch):
-    """Summed loss in nats and summed weight of rows [B, T]."""
+def loss_sums(model: FunctionalDecoder, params: dict[str, jax.Array], batch: DeviceBatch):
+    """Summed loss in nats and summed weight of rows [B, T], on the mesh in use."""
     context = PackedContext(batch["segment_ids_BT"], batch["positions_BT"])
     hidden_BTD, _ = model.hidden(params, batch["tokens_BT"], context)
     weight_VD = model.unembedding_weight(params)
-    return sharded_cross_entropy(hidden_BTD, weight_VD, batch["targets_BT"], batch["weights_BT"], mesh)
+    return cross_entropy(hidden_BTD, weight_VD, batch["targets_BT"], batch["weights_BT"])
 
 
-def gradients(model: FunctionalDecoder, mesh: Mesh, params: dict[str, jax.Array], batch: DeviceBatch):
+def gradients(model: FunctionalDecoder, params: dict[str, jax.Array], batch: DeviceBatch):
     """(gradient of the mean loss, mean loss, summed weight) over all micro-batches of [K, B, T]."""
-    value_and_grad = jax.value_and_grad(functools.partial(loss_sums, model, mesh), has_aux=True)
+    value_and_grad = jax.value_and_grad(functools.partial(loss_sums, model), has_aux=True)
     rows = {name: array for name, array in batch.items() if array.ndim == 3}
 
     def add(total, micro):
@@ -122,16 +122,17 @@ def make_step(
         `step(state, batch) -> (state, metrics)`. Metrics are float32 scalars `loss` (mean nats per token), `grad_norm`
         (before clipping), `lr`, `tokens` (weight of the batch), and `ok`: whether the update was applied.
     """
-    model = functional(config, dtype=dtype, remat=remat, mesh=mesh)
+    model = functional(config, dtype=dtype, remat=remat)
 
     def step(state: State, batch: DeviceBatch) -> tuple[State, dict[str, jax.Array]]:
-        grads, loss, weight = gradients(model, mesh, state["params"], batch)
-        norm = optax.tree.norm(grads)
-        lr = schedule(state["step"])
-        ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (batch["step"] == state["step"])
-        params, moments = optimizer.update(optimizer_config, state["params"], state["optimizer"], grads, norm, lr, ok)
-        new = {"params": params, "optimizer": moments, "step": state["step"] + ok}
-        return new, {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": weight, "ok": ok}
+        with use(mesh):
+            grads, loss, weight = gradients(model, state["params"], batch)
+            norm = optax.tree.norm(grads)
+            lr = schedule(state["step"])
+            ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (batch["step"] == state["step"])
+            params, moments = optimizer.update(optimizer_config, state["params"], state["optimizer"], grads, norm, lr, ok)
+            new = {"params": params, "optimizer": moments, "step": state["step"] + ok}
+            return new, {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": weight, "ok": ok}
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(config, mesh), everywhere))

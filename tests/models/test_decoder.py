@@ -20,6 +20,7 @@ from twinax.models.decoder import (
     split_layers,
 )
 from twinax.sharding.plan import Plan
+from twinax.sharding.rules import use
 
 TINY = DecoderConfig(
     vocab_size=61,
@@ -146,18 +147,19 @@ def test_layers_one_by_one_are_the_scan():
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", [Plan(fsdp=4), Plan(data=4), Plan(data=2, fsdp=2)], ids=str)
+@pytest.mark.parametrize("plan", [Plan(fsdp=4), Plan(data=4), Plan(data=2, fsdp=2), Plan(fsdp=2, tensor=2)], ids=str)
 def test_a_mesh_gives_the_numbers_of_one_device(plan):
-    config = dataclasses.replace(TINY, attention_bias=True)
+    config = dataclasses.replace(TINY, attention_bias=True, vocab_size=64)
     mesh = plan.mesh()
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (4, 10)).astype(np.int32)
     segments = np.ones((4, 10), np.int32)
     positions = np.tile(np.arange(10, dtype=np.int32), (4, 1))
 
     def loss(params, tokens, context, mesh):
-        model = functional(config, dtype=jnp.float64, mesh=mesh)
-        hidden, _ = model.hidden(params, tokens, context)
-        return jnp.mean(jax.nn.logsumexp(model.unembed(params, hidden), axis=-1) ** 2)
+        model = functional(config, dtype=jnp.float64)
+        with use(mesh):
+            hidden, _ = model.hidden(params, tokens, context)
+            return jnp.mean(jax.nn.logsumexp(model.unembed(params, hidden), axis=-1) ** 2)
 
     with jax.enable_x64(True):
         gradient = jax.jit(jax.value_and_grad(loss), static_argnums=3)

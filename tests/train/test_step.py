@@ -10,11 +10,12 @@ import pytest
 from tests.train.helpers import MODEL, random_batch
 from twinax.models.decoder import functional, init_params
 from twinax.sharding.plan import Plan
+from twinax.sharding.rules import use
 from twinax.train import optimizer, schedules
 from twinax.train.recipe import OptimizerConfig, ScheduleConfig
 from twinax.train.step import gradients, init_state, make_step, put_batch, state_like, state_shardings
 
-CONFIG = MODEL.decoder(61, 16)
+CONFIG = MODEL.decoder(64, 16)
 ONE = Plan()
 QUICK = {"xla_backend_optimization_level": 0}  # the same products and sums, compiled in a third of the time
 
@@ -61,13 +62,14 @@ def difference(got, want) -> float:
 def mean_gradients(plan: Plan, accumulation: int, dtype, remat: str = "none"):
     mesh = plan.mesh()
     params = init_params(CONFIG, 0, dtype=dtype, mesh=mesh)
-    model = functional(CONFIG, dtype=dtype, mesh=mesh, remat=remat)
+    model = functional(CONFIG, dtype=dtype, remat=remat)
     batch = put_batch(random_batch(0), 0, accumulation, mesh)
-    grads, loss, weight = jax.jit(functools.partial(gradients, model, mesh), compiler_options=QUICK)(params, batch)
+    with use(mesh):
+        grads, loss, weight = jax.jit(functools.partial(gradients, model), compiler_options=QUICK)(params, batch)
     return jax.device_get(grads), float(loss), float(weight)
 
 
-LAYOUTS = [("", 4), ("fsdp=4", 1), ("fsdp=2", 2), ("data=4", 2), ("data=2,fsdp=2", 1)]
+LAYOUTS = [("", 4), ("fsdp=4", 1), ("fsdp=2", 2), ("data=4", 2), ("data=2,fsdp=2", 1), ("tensor=2", 1), ("fsdp=2,tensor=2", 2)]
 
 
 @pytest.mark.parametrize(("plan", "accumulation"), LAYOUTS)
@@ -80,7 +82,7 @@ def test_any_layout_gives_the_loss_and_gradients_of_one_device_in_float64(plan, 
     assert difference(got[0], want[0]) < 1e-9
 
 
-@pytest.mark.parametrize(("plan", "accumulation"), [("", 4), ("fsdp=4", 1)])
+@pytest.mark.parametrize(("plan", "accumulation"), [("", 4), ("fsdp=4", 1), ("fsdp=2,tensor=2", 1)])
 def test_and_in_float32_to_rounding(plan, accumulation):
     want = mean_gradients(ONE, 1, jnp.float32)
     got = mean_gradients(Plan.parse(plan), accumulation, jnp.float32)
@@ -99,7 +101,7 @@ def test_the_loss_in_chunks_under_a_mesh_sums_the_gradient_once(monkeypatch):
     from twinax.train import loss
 
     monkeypatch.setattr(loss, "LEAST_TOKENS", 0)
-    monkeypatch.setattr(loss, "CPU_CHUNK_BYTES", 8 * 5 * 61 * 4)
+    monkeypatch.setattr(loss, "CPU_CHUNK_BYTES", 8 * 5 * 64 * 4)
     want = mean_gradients(ONE, 1, jnp.float32)
     got = mean_gradients.__wrapped__(Plan.parse("fsdp=4"), 1, jnp.float32)
     assert difference(got[0], want[0]) < 1e-6
@@ -123,7 +125,7 @@ def test_it_overfits_a_small_batch():
     state = start()
     for step in range(120):
         state, metrics = stepper()(state, put(0, step))
-    assert float(metrics["loss"]) < 0.1 < np.log(61)
+    assert float(metrics["loss"]) < 0.1 < np.log(64)
 
 
 def test_metrics_are_those_of_the_step():
@@ -170,7 +172,7 @@ def test_the_state_is_donated_and_lives_where_the_plan_says():
         lambda s: s.spec, state_shardings(CONFIG, mesh)
     )
     moment = after["optimizer"]["mu"]["embed.weight"]
-    assert moment.addressable_shards[0].data.shape == (61, 8)
+    assert moment.addressable_shards[0].data.shape == (64, 8)
 
 
 def test_the_optimizer_state_is_made_of_plain_dicts():
