@@ -3,8 +3,8 @@
 A layer only ever says what an axis *is* (`"embed"`, `"heads"`, `"batch"`); these rules say where it goes. Mesh axes of
 size 1, or that a mesh lacks, are skipped, so the same rules serve one chip and a pod.
 
-The mesh is JAX's own context (`with use(mesh):` around what is traced): a layer pins an array with `constrain` and never
-holds a mesh, and without one nothing happens.
+The mesh is JAX's own context (`with use(mesh):` around what is traced): a layer pins an array with `constrain` and
+never holds a mesh, and without one nothing happens.
 
 - Parameters rest cut over every axis that helps memory (`PARAMETER_RULES`). A block's are gathered as it runs
   (`COMPUTE_RULES`): fully sharded data parallelism, ZeRO-3 (Rajbhandari et al. 2020, arXiv:1910.02054). What stays cut

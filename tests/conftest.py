@@ -1,4 +1,4 @@
-"""What every test shares: JAX on the CPU with four simulated devices, a compile cache, repeatable Hypothesis."""
+"""What every test shares: JAX on the CPU with eight simulated devices, a compile cache, repeatable Hypothesis."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 # A second run of the suite finds its compiled programs here. Only those that took a while: reading one costs too.
 jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

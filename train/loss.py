@@ -8,8 +8,8 @@ With ``logits_BTV = hidden_BTD @ weight_VD.T``, ``nll_BT = logsumexp(logits) - l
 - Chunks are cut along T, so rows stay sharded as they come; one chunk of logits is alive at a time.
 - The gradient is computed in the forward pass, while the chunk's logits are there: none is computed twice.
 - Softmax and sums are float32 (float64 if the hidden states are); products take the hidden states' dtype.
-- On a mesh each device sums over its own rows and tokens, and over its own part of the vocabulary; the softmax takes its
-  maximum and its sum over the parts, and the weight's gradient travels once, not once a chunk.
+- On a mesh each device sums over its own rows and tokens, and over its own part of the vocabulary; the softmax takes
+  its maximum and its sum over the parts, and the weight's gradient travels once, not once a chunk.
 - Sums, not means, are returned: accumulation and sharding then give the exact mean over tokens.
 """
 

@@ -130,7 +130,8 @@ def make_step(
             norm = optax.tree.norm(grads)
             lr = schedule(state["step"])
             ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (batch["step"] == state["step"])
-            params, moments = optimizer.update(optimizer_config, state["params"], state["optimizer"], grads, norm, lr, ok)
+            params, moments = state["params"], state["optimizer"]
+            params, moments = optimizer.update(optimizer_config, params, moments, grads, norm, lr, ok)
             new = {"params": params, "optimizer": moments, "step": state["step"] + ok}
             return new, {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": weight, "ok": ok}
 

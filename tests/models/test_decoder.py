@@ -169,7 +169,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(plan):
             np.testing.assert_array_equal(np.asarray(alone[name]), np.asarray(spread[name]), err_msg=name)
         if plan.fsdp > 1:
             weight = spread["blocks.mlp.up.weight"]
-            assert weight.addressable_shards[0].data.size == weight.size // plan.fsdp
+            assert weight.addressable_shards[0].data.size == weight.size // (plan.fsdp * plan.tensor)
         one, gradients = gradient(alone, tokens, PackedContext(segments, positions), None)
         rows = [jax.device_put(a, plan.batch_sharding(mesh)) for a in (tokens, segments, positions)]
         many, spread_gradients = gradient(spread, rows[0], PackedContext(rows[1], rows[2]), mesh)
