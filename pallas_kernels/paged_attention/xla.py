@@ -1,18 +1,22 @@
-"""Paged attention in plain XLA: online softmax over a request's pages, in loops as long as the real contexts.
+"""Paged attention in plain XLA: a softmax for each page, merged page by page, in loops as long as the real contexts.
 
-PagedAttention is Kwon et al. 2023, arXiv:2309.06180; the online softmax Milakov and Gimelshein 2018, arXiv:1805.02867.
-Requests are taken one after another and pages one a turn, always from the request's own first: so nothing in a token's
-result depends on its neighbours. Taking the requests together would read, on a CPU whose memory is the limit, as many
-pages for each as for the longest.
+PagedAttention is Kwon et al. 2023, arXiv:2309.06180; merging parts of a softmax Milakov and Gimelshein 2018,
+arXiv:1805.02867. A page's part is computed by itself and merged into its request's result in the order of the pages,
+from the request's own first: so nothing in a token's result depends on its neighbours.
 
-Nor may it depend on the chunk of the prompt that the token came in with, so each step must round a row alike in a tile
-of one token and in one of many. XLA:CPU's products do from some number of rows up, which depends on their columns
+Decoding takes the pages of all requests as one list, some a turn: what it reads is the real contexts and no more, and
+a turn is long enough to hide what a turn costs. A prompt's chunk is taken by itself, a tile of queries and a page a
+turn.
+
+Nor may a result depend on the chunk of the prompt that the token came in with, so each step must round a row alike in a
+tile of one token and in one of many. XLA:CPU's products do from some number of rows up, which depends on their columns
 (`_rows_needed`); its sums do not, so the sum over keys is a tree of additions of our own.
 
 Shapes: T token rows, R requests, S slots a page, K key/value heads, G query heads for each, D head size;
-t: the query tokens of one tile, r: their rows, row = t * G + g.
+t: the query tokens of one tile, r: their rows, row = t * G + g; W: the pages of one turn, each with its own queries.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,6 +26,7 @@ from .batch import token_rows, write
 from .pages import Pages
 
 TILE = 64  # query tokens of a chunk that are taken together
+TURN = 8  # pages that decoding takes together
 MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
 
 
@@ -49,85 +54,146 @@ def paged_attention(
     first_R = lengths_R - query_length_R  # position of the first new token
 
     is_decode_R = (query_length_R == 1) & (query_start_R == jnp.arange(R))
+    attend = _Attend(pages, layer, window, scale, softcap)
 
-    def tile(size: int, r: Any, nth: Any, stop: Any, out_TKGD: jax.Array) -> jax.Array:
-        """New tokens nth .. nth + size of request r, of which those from `stop` on are not its own."""
-        at, nth_t = query_start_R[r] + nth, nth + jnp.arange(size)
-        q_tKGD, old_tKGD = (jax.lax.dynamic_slice_in_dim(x, at, size) for x in (q_TKGD, out_TKGD))
-        position_t, real_t = first_R[r] + nth_t, nth_t < stop
-        new_tKGD = _attend(q_tKGD, position_t, real_t, pages, layer, table_RM[r], window, scale, softcap)
+    def tile(r: Any, nth: Any, out_TKGD: jax.Array) -> jax.Array:
+        """New tokens nth .. nth + TILE of request r, as far as they are its own."""
+        at, nth_t = query_start_R[r] + nth, nth + jnp.arange(TILE)
+        q_tKGD, old_tKGD = (jax.lax.dynamic_slice_in_dim(x, at, TILE) for x in (q_TKGD, out_TKGD))
+        real_t = nth_t < query_length_R[r]
+        new_tKGD = attend.tile(q_tKGD, first_R[r] + nth_t, real_t, table_RM[r])
         out_tKGD = jnp.where(real_t[:, None, None, None], new_tKGD, old_tKGD)
         return jax.lax.dynamic_update_slice_in_dim(out_TKGD, out_tKGD, at, 0)
 
-    def decode(r: Any, out_TKGD: jax.Array) -> jax.Array:
-        return tile(1, r, 0, is_decode_R[r].astype(int), out_TKGD)
-
     def chunk(r: Any, out_TKGD: jax.Array) -> jax.Array:
         tiles = jnp.where(query_start_R[r] >= decode_rows, -(-query_length_R[r] // TILE), 0)
-        return jax.lax.fori_loop(0, tiles, lambda i, out: tile(TILE, r, i * TILE, query_length_R[r], out), out_TKGD)
+        return jax.lax.fori_loop(0, tiles, lambda i, out: tile(r, i * TILE, out), out_TKGD)
 
     # A tile may reach past the last token row, where a slice would be moved back to fit.
     extra = TILE if decode_rows < T else 0
     q_TKGD = jnp.pad(q_THD.reshape(T, K, H // K, D), ((0, extra), (0, 0), (0, 0), (0, 0)))
     out_TKGD = jnp.zeros_like(q_TKGD)
     if decode_rows:
-        out_TKGD = jax.lax.fori_loop(0, min(decode_rows, R), decode, out_TKGD)
+        N = min(decode_rows, R)
+        new_NKGD = attend.rows(q_TKGD[:N], first_R[:N], is_decode_R[:N], table_RM[:N])
+        out_TKGD = out_TKGD.at[:N].set(new_NKGD)
     if decode_rows < T:
         out_TKGD = jax.lax.fori_loop(0, R, chunk, out_TKGD)
     return out_TKGD[:T].reshape(T, H, D), pages
 
 
-def _attend(
-    q_tKGD: jax.Array,
-    position_t: jax.Array,
-    real_t: jax.Array,
-    pages: Pages,
-    layer: int | jax.Array,
-    table_M: jax.Array,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> jax.Array:
-    """Attention of consecutive tokens of one request; anything for those that are not real."""
-    t, K, G, D = q_tKGD.shape
-    S = pages.page_size
-    acc_dtype = jnp.promote_types(q_tKGD.dtype, jnp.float32)
-    q_KrD = jnp.swapaxes(q_tKGD, 0, 1).reshape(K, t * G, D)
-    position_r, real_r = jnp.repeat(position_t, G), jnp.repeat(real_t, G)
-    extra = max(0, _rows_needed(S) - t * G, _rows_needed(D) - t * G)
-    q_KrD = jnp.pad(q_KrD, ((0, 0), (0, extra), (0, 0)))
-    position_r, real_r = (jnp.pad(x, (0, extra)) for x in (position_r, real_r))
-    last = jnp.where(real_t, position_t, -1).max()
+@dataclass(frozen=True)
+class _Attend:
+    """Attention of queries over the pages of one layer."""
 
-    def turn(j: Any, carry: Any) -> Any:
-        acc_KrD, max_Kr1, sum_Kr1 = carry
-        corner = [jnp.asarray(i, jnp.int32) for i in (layer, table_M[j], 0, 0, 0)]
-        kT_KDS, v_KSD = (
-            jax.lax.dynamic_slice(x, corner, (1, 1, *x.shape[2:]))[0, 0] for x in (pages.k_LPKDS, pages.v_LPKSD)
-        )
-        s = j * S + jnp.arange(S)
+    pages: Pages
+    layer: int | jax.Array
+    window: int | None
+    scale: float
+    softcap: float | None
+
+    def tile(self, q_tKGD: jax.Array, position_t: jax.Array, real_t: jax.Array, table_M: jax.Array) -> jax.Array:
+        """Consecutive tokens of one request; anything for those that are not real."""
+        t, K, G, D = q_tKGD.shape
+        q_WKrD = self._pad(jnp.swapaxes(q_tKGD, 0, 1).reshape(1, K, t * G, D))
+        extra = q_WKrD.shape[2] - t * G
+        position_Wr = jnp.pad(jnp.repeat(position_t, G), (0, extra))[None]
+        real_Wr = jnp.pad(jnp.repeat(real_t, G), (0, extra))[None]
+        last = jnp.where(real_t, position_t, -1).max()
+
+        def turn(j: Any, carry: Any) -> Any:
+            part = self._page(q_WKrD, position_Wr, real_Wr, last[None], jnp.asarray(j)[None], table_M[j][None])
+            return _merge(carry, jax.tree.map(lambda x: x[0], part))
+
+        stop = last // self.pages.page_size + 1
+        out_KrD = _result(jax.lax.fori_loop(self._low(position_t[0]), stop, turn, _nothing(q_WKrD.shape[1:], q_tKGD)))
+        return jnp.swapaxes(out_KrD[:, : t * G].reshape(K, t, G, D), 0, 1).astype(q_tKGD.dtype)
+
+    def rows(self, q_RKGD: jax.Array, position_R: jax.Array, real_R: jax.Array, table_RM: jax.Array) -> jax.Array:
+        """The one token of each request; 0 for those that are not real."""
+        (R, _, G, _), S = q_RKGD.shape, self.pages.page_size
+        q_RKrD = self._pad(q_RKGD)
+        low_R = self._low(position_R)
+        count_R = jnp.where(real_R, position_R // S + 1 - low_R, 0)
+        end_R = jnp.cumsum(count_R)
+        total = end_R[-1]
+
+        def turn(i: Any, carry: Any) -> Any:
+            item_W = i * TURN + jnp.arange(TURN)
+            r_W = jnp.minimum(jnp.searchsorted(end_R, item_W, side="right"), R - 1)
+            # Past the end of the list: any page, without a query.
+            real_W = item_W < total
+            j_W = jnp.where(real_W, item_W - (end_R - count_R)[r_W] + low_R[r_W], 0)
+            last_W = jnp.where(real_W, position_R[r_W], -1)
+            rows_Wr = jnp.broadcast_to(last_W[:, None], (TURN, q_RKrD.shape[2]))
+            part = self._page(q_RKrD[r_W], rows_Wr, rows_Wr >= 0, last_W, j_W, table_RM[r_W, j_W])
+
+            def merge(w: Any, carry: Any) -> Any:
+                mine, one = (jax.tree.map(lambda x, at=at: x[at], tree) for tree, at in ((carry, r_W[w]), (part, w)))
+                return jax.tree.map(lambda x, new: x.at[r_W[w]].set(new), carry, _merge(mine, one))
+
+            return jax.lax.fori_loop(0, jnp.minimum(TURN, total - i * TURN), merge, carry)
+
+        out_RKrD = _result(jax.lax.fori_loop(0, -(-total // TURN), turn, _nothing(q_RKrD.shape, q_RKGD)))
+        return out_RKrD[:, :, :G].astype(q_RKGD.dtype)
+
+    def _low(self, position: jax.Array) -> Any:
+        """The first page that a query sees, given its position."""
+        zero = jnp.zeros_like(position)
+        return zero if self.window is None else jnp.maximum(position - self.window + 1, 0) // self.pages.page_size
+
+    def _pad(self, q_WKrD: jax.Array) -> jax.Array:
+        """More rows, where fewer would be rounded in another way."""
+        needed = max(_rows_needed(self.pages.page_size), _rows_needed(q_WKrD.shape[3]))
+        return jnp.pad(q_WKrD, ((0, 0), (0, 0), (0, max(0, needed - q_WKrD.shape[2])), (0, 0)))
+
+    def _page(
+        self,
+        q_WKrD: jax.Array,
+        position_Wr: jax.Array,
+        real_Wr: jax.Array,
+        last_W: jax.Array,
+        j_W: jax.Array,
+        page_W: jax.Array,
+    ) -> Any:
+        """The part of page j of a request, for W of them: values [W, K, r, D], maxima and sums [W, K, r, 1]."""
+        S = self.pages.page_size
+        kT_WKDS, v_WKSD = self.pages.k_LPKDS[self.layer, page_W], self.pages.v_LPKSD[self.layer, page_W]
+        s_WS = j_W[:, None] * S + jnp.arange(S)
         # Slots beyond the request may hold what another one left, even nan, which a weight of 0 would not hide.
-        v_KSD = jnp.where((s <= last)[:, None], v_KSD, 0)
-        distance_rS = position_r[:, None] - s
-        mask_rS = (distance_rS >= 0) & real_r[:, None]
-        if window is not None:
-            mask_rS &= distance_rS < window
-        scores_KrS = _dot("krd,kds->krs", q_KrD, kT_KDS.astype(q_KrD.dtype)) * scale
-        if softcap is not None:
-            scores_KrS = softcap * jnp.tanh(scores_KrS / softcap)
-        scores_KrS = jnp.where(mask_rS, scores_KrS, MASKED)
-        new_max = jnp.maximum(max_Kr1, scores_KrS.max(-1, keepdims=True))
-        p_KrS = jnp.where(mask_rS, jnp.exp(scores_KrS - new_max), 0)
-        decay = jnp.exp(max_Kr1 - new_max)
-        pv_KrD = _dot("krs,ksd->krd", p_KrS.astype(q_KrD.dtype), v_KSD.astype(q_KrD.dtype))
-        return acc_KrD * decay + pv_KrD, new_max, sum_Kr1 * decay + _sum(p_KrS)
+        v_WKSD = jnp.where((s_WS <= last_W[:, None])[:, None, :, None], v_WKSD, 0)
+        distance_WrS = position_Wr[:, :, None] - s_WS[:, None]
+        mask_WrS = (distance_WrS >= 0) & real_Wr[:, :, None]
+        if self.window is not None:
+            mask_WrS &= distance_WrS < self.window
+        mask_WKrS = mask_WrS[:, None]
+        scores_WKrS = _dot("wkrd,wkds->wkrs", q_WKrD, kT_WKDS.astype(q_WKrD.dtype)) * self.scale
+        if self.softcap is not None:
+            scores_WKrS = self.softcap * jnp.tanh(scores_WKrS / self.softcap)
+        scores_WKrS = jnp.where(mask_WKrS, scores_WKrS, MASKED)
+        max_WKr1 = scores_WKrS.max(-1, keepdims=True)
+        p_WKrS = jnp.where(mask_WKrS, jnp.exp(scores_WKrS - max_WKr1), 0)
+        pv_WKrD = _dot("wkrs,wksd->wkrd", p_WKrS.astype(q_WKrD.dtype), v_WKSD.astype(q_WKrD.dtype))
+        return pv_WKrD, max_WKr1, _sum(p_WKrS)
 
-    zeros_Kr1 = jnp.zeros((*q_KrD.shape[:2], 1), acc_dtype)
-    start = (jnp.zeros(q_KrD.shape, acc_dtype), jnp.full_like(zeros_Kr1, MASKED), zeros_Kr1)
-    low = 0 if window is None else jnp.maximum(position_t[0] - window + 1, 0) // S
-    acc_KrD, _, sum_Kr1 = jax.lax.fori_loop(low, last // S + 1, turn, start)
-    out_KrD = (acc_KrD / jnp.where(sum_Kr1 > 0, sum_Kr1, 1)).astype(q_tKGD.dtype)
-    return jnp.swapaxes(out_KrD[:, : t * G].reshape(K, t, G, D), 0, 1)
+
+def _nothing(shape: tuple[int, ...], like: jax.Array) -> Any:
+    """The state of a softmax over no keys yet: values, maxima and sums."""
+    dtype = jnp.promote_types(like.dtype, jnp.float32)
+    zeros = jnp.zeros((*shape[:-1], 1), dtype)
+    return jnp.zeros(shape, dtype), jnp.full_like(zeros, MASKED), zeros
+
+
+def _merge(one: Any, other: Any) -> Any:
+    (acc, top, total), (new_acc, new_top, new_total) = one, other
+    highest = jnp.maximum(top, new_top)
+    keep, take = jnp.exp(top - highest), jnp.exp(new_top - highest)
+    return acc * keep + new_acc * take, highest, total * keep + new_total * take
+
+
+def _result(state: Any) -> jax.Array:
+    acc, _, total = state
+    return acc / jnp.where(total > 0, total, 1)
 
 
 def _rows_needed(columns: int) -> int:
