@@ -14,6 +14,7 @@ import numpy as np
 from ..candidates import Operation
 
 OPERATION = Operation(__name__, "flash_attention")
+BACKWARD = Operation(__name__, "flash_attention_backward")
 
 
 def flash_attention(
@@ -55,8 +56,69 @@ def flash_attention(
     Raises:
       ValueError: shapes, dtypes or options that break the rules above. NotImplementedError: no candidate takes them.
     """
-    q_BTHD, k_BSKD, v_BSKD = map(jnp.asarray, (q_BTHD, k_BSKD, v_BSKD))
-    B, T, D, S = _check_shapes(q_BTHD, k_BSKD, v_BSKD)
+    inputs = tuple(map(jnp.asarray, (q_BTHD, k_BSKD, v_BSKD)))
+    options = _check_options(inputs, causal, window, q_segment_ids_BT, kv_segment_ids_BS, q_offset, scale, softcap)
+    out_BTHD, lse_BTH = OPERATION(*inputs, **options, implementation=implementation)
+    return (out_BTHD, lse_BTH) if return_lse else out_BTHD
+
+
+def flash_attention_backward(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    d_out_BTHD: jax.Array,
+    lse_BTH: jax.Array,
+    delta_BTH: jax.Array,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    q_segment_ids_BT: jax.Array | None = None,
+    kv_segment_ids_BS: jax.Array | None = None,
+    q_offset: int | jax.Array = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients that these queries and keys pass each other, where they may be a part of a longer row.
+
+    The whole row's softmax enters by two numbers a query. Over any division of the keys, dq adds up, and dk and dv are
+    those of the whole; likewise with queries and keys exchanged. That is how attention over several devices goes back.
+
+    Args:
+      q_BTHD, k_BSKD, v_BSKD, and the options: as `flash_attention`.
+      d_out_BTHD: gradient of the whole output, in q's dtype.
+      lse_BTH: log-sum-exp of each query over **all** its keys, from `flash_attention`; -inf passes no gradient.
+      delta_BTH: `sum_D out * d_out - d_lse` of the whole row's output, in lse's dtype.
+
+    Returns:
+      dq_BTHD, dk_BSKD and dv_BSKD in lse's dtype, unrounded, as they are terms of a sum.
+
+    Raises:
+      As `flash_attention`.
+    """
+    inputs = tuple(map(jnp.asarray, (q_BTHD, k_BSKD, v_BSKD)))
+    options = _check_options(inputs, causal, window, q_segment_ids_BT, kv_segment_ids_BS, q_offset, scale, softcap)
+    if d_out_BTHD.shape != inputs[0].shape or d_out_BTHD.dtype != inputs[0].dtype:
+        raise ValueError(f"d_out is as q, {inputs[0].dtype}{inputs[0].shape}, got {d_out_BTHD.dtype}{d_out_BTHD.shape}")
+    wide, rows = jnp.promote_types(inputs[0].dtype, jnp.float32), inputs[0].shape[:3]
+    for what, x in (("lse", lse_BTH), ("delta", delta_BTH)):
+        if x.shape != rows or x.dtype != wide:
+            raise ValueError(f"{what} is one {wide} a query and head, {rows}, got {x.dtype}{x.shape}")
+    return BACKWARD(*inputs, d_out_BTHD, lse_BTH, delta_BTH, **options, implementation=implementation)
+
+
+def _check_options(
+    inputs: tuple[jax.Array, ...],
+    causal: bool,
+    window: int | None,
+    q_segment_ids_BT: jax.Array | None,
+    kv_segment_ids_BS: jax.Array | None,
+    q_offset: int | jax.Array,
+    scale: float | None,
+    softcap: float | None,
+) -> dict[str, Any]:
+    """What a candidate takes as keywords; ValueError where the rules of `flash_attention` are broken."""
+    B, T, D, S = _check_shapes(*inputs)
     if (q_segment_ids_BT is None) != (kv_segment_ids_BS is None):
         if T != S:
             raise ValueError(f"one array of segment ids serves queries and keys only if T == S, got T={T}, S={S}")
@@ -77,20 +139,15 @@ def flash_attention(
                 f"q_offset must be an int or integers of shape ({B},), got {q_offset.dtype}{q_offset.shape}"
             )
         q_offset = jnp.broadcast_to(q_offset, (B,))
-    out_BTHD, lse_BTH = OPERATION(
-        q_BTHD,
-        k_BSKD,
-        v_BSKD,
-        causal=causal,
-        window=window,
-        q_segment_ids_BT=q_segment_ids_BT,
-        kv_segment_ids_BS=kv_segment_ids_BS,
-        q_offset=q_offset,
-        scale=1 / math.sqrt(D) if scale is None else scale,
-        softcap=softcap,
-        implementation=implementation,
-    )
-    return (out_BTHD, lse_BTH) if return_lse else out_BTHD
+    return {
+        "causal": causal,
+        "window": window,
+        "q_segment_ids_BT": q_segment_ids_BT,
+        "kv_segment_ids_BS": kv_segment_ids_BS,
+        "q_offset": q_offset,
+        "scale": 1 / math.sqrt(D) if scale is None else scale,
+        "softcap": softcap,
+    }
 
 
 def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 Shapes: B batch rows, T queries, S keys, H query heads, K key/value heads, G = H // K, D head size.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +22,59 @@ def flash_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
+    scores, sees = _scores(
+        q_BTHD, k_BSKD, causal, window, q_segment_ids_BT, kv_segment_ids_BS, q_offset, scale, softcap
+    )
+    # A row that sees nothing must give 0 and no gradient: `where` on both sides of every operation that could make nan.
+    any_1 = sees.any(-1, keepdims=True)
+    max_1 = jax.lax.stop_gradient(jnp.where(sees, scores, -jnp.inf).max(-1, keepdims=True))
+    exp_BKGTS = jnp.where(sees, jnp.exp(jnp.where(sees, scores - jnp.where(any_1, max_1, 0), 0)), 0)
+    sum_1 = exp_BKGTS.sum(-1, keepdims=True)
+    out_BTHD = _weighted(exp_BKGTS / jnp.where(any_1, sum_1, 1), v_BSKD)
+    lse_BKGT1 = jnp.where(any_1, jnp.log(jnp.where(any_1, sum_1, 1)) + jnp.where(any_1, max_1, 0), -jnp.inf)
+    return out_BTHD.astype(q_BTHD.dtype), _rows(lse_BKGT1[..., 0])
+
+
+def flash_attention_backward(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    d_out_BTHD: jax.Array,
+    lse_BTH: jax.Array,
+    delta_BTH: jax.Array,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """These keys' terms of the output, `sum_s p v` and `sum_s p`, with the softmax's denominator held fixed.
+
+    The denominator's own share of the gradient is what `delta` takes off.
+    """
+    B, T, H, _ = q_BTHD.shape
+    K, wide = k_BSKD.shape[2], lse_BTH.dtype
+    lse_BKGT1 = jnp.transpose(lse_BTH.reshape(B, T, K, H // K), (0, 2, 3, 1))[..., None]
+    seen = lse_BKGT1 > -jnp.inf
+
+    def terms(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores, sees = _scores(q_BTHD, k_BSKD, **options)
+        sees = sees & seen
+        p_BKGTS = jnp.where(sees, jnp.exp(jnp.where(sees, scores - jnp.where(seen, lse_BKGT1, 0), 0)), 0)
+        return _weighted(p_BKGTS, v_BSKD), _rows(p_BKGTS.sum(-1))
+
+    pullback = jax.vjp(terms, *(x.astype(wide) for x in (q_BTHD, k_BSKD, v_BSKD)))[1]
+    return pullback((d_out_BTHD.astype(wide), -delta_BTH))
+
+
+def _scores(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    causal: bool,
+    window: int | None,
+    q_segment_ids_BT: jax.Array | None,
+    kv_segment_ids_BS: jax.Array | None,
+    q_offset: int | jax.Array,
+    scale: float,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Every score, [B, K, G, T, S], and which of them count, [B, 1, 1, T, S]."""
     B, T, H, D = q_BTHD.shape
     S, K = k_BSKD.shape[1:3]
     dtype = jnp.promote_types(q_BTHD.dtype, jnp.float32)
@@ -39,15 +94,18 @@ def flash_attention(
     if q_segment_ids_BT is not None and kv_segment_ids_BS is not None:
         sees_BTS &= q_segment_ids_BT[:, :, None] == kv_segment_ids_BS[:, None, :]
         sees_BTS &= q_segment_ids_BT[:, :, None] != 0
-    sees = sees_BTS[:, None, None]
+    return scores_BKGTS, sees_BTS[:, None, None]
 
-    # A row that sees nothing must give 0 and no gradient: `where` on both sides of every operation that could make nan.
-    any_1 = sees.any(-1, keepdims=True)
-    max_1 = jax.lax.stop_gradient(jnp.where(sees, scores_BKGTS, -jnp.inf).max(-1, keepdims=True))
-    exp_BKGTS = jnp.where(sees, jnp.exp(jnp.where(sees, scores_BKGTS - jnp.where(any_1, max_1, 0), 0)), 0)
-    sum_1 = exp_BKGTS.sum(-1, keepdims=True)
-    weights_BKGTS = exp_BKGTS / jnp.where(any_1, sum_1, 1)
-    out_BTKGD = jnp.einsum("bkgts,bskd->btkgd", weights_BKGTS, v_BSKD.astype(dtype), precision=precision)
-    lse_BKGT1 = jnp.where(any_1, jnp.log(jnp.where(any_1, sum_1, 1)) + jnp.where(any_1, max_1, 0), -jnp.inf)
-    lse_BTH = jnp.transpose(lse_BKGT1[..., 0], (0, 3, 1, 2)).reshape(B, T, H)
-    return out_BTKGD.reshape(B, T, H, D).astype(q_BTHD.dtype), lse_BTH
+
+def _weighted(weights_BKGTS: jax.Array, v_BSKD: jax.Array) -> jax.Array:
+    """The sum over the keys of weight times value, [B, T, H, D]."""
+    B, K, G, T, _ = weights_BKGTS.shape
+    values = v_BSKD.astype(weights_BKGTS.dtype)
+    precision = jax.lax.Precision.HIGHEST
+    return jnp.einsum("bkgts,bskd->btkgd", weights_BKGTS, values, precision=precision).reshape(B, T, K * G, -1)
+
+
+def _rows(x_BKGT: jax.Array) -> jax.Array:
+    """[B, T, H]."""
+    B, K, G, T = x_BKGT.shape
+    return jnp.transpose(x_BKGT, (0, 3, 1, 2)).reshape(B, T, K * G)

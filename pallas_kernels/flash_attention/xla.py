@@ -59,12 +59,47 @@ def flash_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
+    o, offset_B = _options(q_BTHD, k_BSKD, causal, window, q_offset, scale, softcap)
+    segments = None if q_segment_ids_BT is None else (q_segment_ids_BT, kv_segment_ids_BS)
+    return _attention(o, q_BTHD, k_BSKD, v_BSKD, segments, offset_B)
+
+
+def flash_attention_backward(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    d_out_BTHD: jax.Array,
+    lse_BTH: jax.Array,
+    delta_BTH: jax.Array,
+    *,
+    causal: bool,
+    window: int | None,
+    q_segment_ids_BT: jax.Array | None,
+    kv_segment_ids_BS: jax.Array | None,
+    q_offset: int | jax.Array,
+    scale: float,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    o, offset_B = _options(q_BTHD, k_BSKD, causal, window, q_offset, scale, softcap)
+    segments = None if q_segment_ids_BT is None else (q_segment_ids_BT, kv_segment_ids_BS)
+    inputs = q_BTHD, k_BSKD, v_BSKD, segments, offset_B, d_out_BTHD, lse_BTH, delta_BTH
+    return _by_groups(o, _backward, BACKWARD_CHUNK, inputs)
+
+
+def _options(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    causal: bool,
+    window: int | None,
+    q_offset: int | jax.Array,
+    scale: float,
+    softcap: float | None,
+) -> tuple[_Options, jax.Array | None]:
+    """The static part of a call, and the offsets by batch row if they are not."""
     T, H = q_BTHD.shape[1:3]
     S, K = k_BSKD.shape[1:3]
     offset, offset_B = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
-    o = _Options(causal, window, scale, softcap, offset, T, S, H // K, min(BLOCK, T), min(BLOCK, S))
-    segments = None if q_segment_ids_BT is None else (q_segment_ids_BT, kv_segment_ids_BS)
-    return _attention(o, q_BTHD, k_BSKD, v_BSKD, segments, offset_B)
+    return _Options(causal, window, scale, softcap, offset, T, S, H // K, min(BLOCK, T), min(BLOCK, S)), offset_B
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -80,8 +115,11 @@ def _attention_forward(o: _Options, *inputs: Any) -> Any:
 
 
 def _attention_backward(o: _Options, residuals: Any, cotangents: Any) -> Any:
-    dq_BTHD, dk_BSKD, dv_BSKD = _by_groups(o, _backward, BACKWARD_CHUNK, (*residuals, *cotangents))
-    return dq_BTHD, dk_BSKD, dv_BSKD, None, None
+    *inputs, out_BTHD, lse_BTH = residuals
+    d_out_BTHD, d_lse_BTH = cotangents
+    delta_BTH = (out_BTHD.astype(lse_BTH.dtype) * d_out_BTHD.astype(lse_BTH.dtype)).sum(-1) - d_lse_BTH
+    grads = _by_groups(o, _backward, BACKWARD_CHUNK, (*inputs, d_out_BTHD, lse_BTH, delta_BTH))
+    return *(grad.astype(x.dtype) for grad, x in zip(grads, inputs[:3], strict=True)), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -139,16 +177,14 @@ def _backward(
     v_BSKD: jax.Array,
     segments: Any,
     offset_B: Any,
-    out_BTHD: jax.Array,
-    lse_BTH: jax.Array,
     d_out_BTHD: jax.Array,
-    d_lse_BTH: jax.Array,
-) -> tuple[jax.Array, ...]:
+    lse_BTH: jax.Array,
+    delta_BTH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     acc_dtype = lse_BTH.dtype
     seen_BTH = lse_BTH > -jnp.inf
-    # d score = p (dp - sum_s p dp + d lse), and sum_s p dp is out . d_out: both corrections are one number a row.
-    out_d_out_BTH = (out_BTHD.astype(acc_dtype) * d_out_BTHD.astype(acc_dtype)).sum(-1)
-    correction = _to_rows(o, jnp.where(seen_BTH, d_lse_BTH - out_d_out_BTH, 0)[..., None])[..., 0]
+    # d score = p (dp - sum_s p dp + d lse), and sum_s p dp is out . d_out: together one number a row, delta.
+    delta = _to_rows(o, jnp.where(seen_BTH, delta_BTH, 0)[..., None])[..., 0]
     lse = _to_rows(o, jnp.where(seen_BTH, lse_BTH, 0)[..., None])[..., 0]
     q, k, v, d_out = _to_rows(o, q_BTHD), _to_keys(o, k_BSKD), _to_keys(o, v_BSKD), _to_rows(o, d_out_BTHD)
     kT_BKDS = jnp.swapaxes(k, 2, 3)
@@ -174,7 +210,7 @@ def _backward(
             if mask is not None:
                 p_BKsr = jnp.where(mask, p_BKsr, 0)
             dp_BKsr = _dot("bksd,bkrd->bksr", v_BKsD, do_BKrD)
-            ds_BKsr = p_BKsr * (dp_BKsr + _slice(correction, *rows, 2)[:, :, None]) * slope
+            ds_BKsr = p_BKsr * (dp_BKsr - _slice(delta, *rows, 2)[:, :, None]) * slope
             p_BKsr, ds_BKsr = p_BKsr.astype(v.dtype), ds_BKsr.astype(q.dtype)
             dqT_BKDr = _slice(dqT_BKDR, *rows, 3) + _dot("bkds,bksr->bkdr", kT_BKDs, ds_BKsr)
             return (
@@ -187,15 +223,15 @@ def _backward(
         dqT_BKDR, dk_BKsD, dv_BKsD = _loop(*_queries_seeing(o, j, R, offset_B), BACKWARD_CHUNK, query_tile, start)
         return (
             dqT_BKDR,
-            _update(dk, dk_BKsD.astype(k.dtype), keys[0], 2),
-            _update(dv, dv_BKsD.astype(v.dtype), keys[0], 2),
+            _update(dk, dk_BKsD, keys[0], 2),
+            _update(dv, dv_BKsD, keys[0], 2),
         )
 
     blocks = k.shape[2] // o.block_k
-    start = (jnp.zeros((B, K, D, R), acc_dtype), jnp.zeros(k.shape, k.dtype), jnp.zeros(v.shape, v.dtype))
+    start = (jnp.zeros((B, K, D, R), acc_dtype), jnp.zeros(k.shape, acc_dtype), jnp.zeros(v.shape, acc_dtype))
     unroll = _tiles(o, blocks, partial(_queries_seeing, R=R), BACKWARD_CHUNK) <= UNROLL
     dqT_BKDR, dk, dv = _loop(0, blocks, 1, key_block, start, unroll)
-    dq = jnp.swapaxes(dqT_BKDR, 2, 3).astype(q.dtype)
+    dq = jnp.swapaxes(dqT_BKDR, 2, 3)
     return _from_rows(o, dq), jnp.swapaxes(dk, 1, 2)[:, : o.S], jnp.swapaxes(dv, 1, 2)[:, : o.S]
 
 

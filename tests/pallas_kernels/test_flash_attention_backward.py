@@ -1,0 +1,101 @@
+"""The contract of flash_attention_backward, for every candidate: parts of a row add up to the whole row's gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twinax.pallas_kernels.flash_attention import BACKWARD, flash_attention, flash_attention_backward
+
+ALL = pytest.mark.parametrize("implementation", BACKWARD.names())
+B, T, H, K, D = 2, 37, 4, 2, 5
+OPTIONS = {
+    "causal": {},
+    "window, softcap": {"window": 9, "softcap": 1.5, "scale": 0.8},
+    "all keys": {"causal": False},
+    "window both sides": {"causal": False, "window": 12},
+    "segments": {"segments": True},
+    "segments, window": {"segments": True, "window": 6, "softcap": 2.0},
+}
+IDS = np.sort(np.random.default_rng(1).integers(0, 4, (B, T)), axis=1).astype(np.int32)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    from twinax.pallas_kernels.flash_attention import xla
+
+    monkeypatch.setattr(xla, "BLOCK", 8)
+
+
+def part(inputs, rows, keys, options, implementation):
+    """dq, dk, dv of some of the queries and some of the keys."""
+    q, k, v, d_out, lse, delta, ids = inputs
+    segments = {} if ids is None else {"q_segment_ids_BT": ids[:, rows], "kv_segment_ids_BS": ids[:, keys]}
+    return flash_attention_backward(
+        *(q[:, rows], k[:, keys], v[:, keys], d_out[:, rows], lse[:, rows], delta[:, rows]),
+        **segments,
+        **options,
+        # Traced, as the ring's are: a device learns its place only when it runs.
+        q_offset=jnp.asarray(rows.start - keys.start),
+        implementation=implementation,
+    )
+
+
+@ALL
+@pytest.mark.parametrize("case", OPTIONS)
+def test_parts_add_up_to_the_gradients_of_the_whole(case, implementation):
+    options = dict(OPTIONS[case])
+    ids = IDS if options.pop("segments", False) else None
+    rng = np.random.default_rng(0)
+    cuts = [slice(0, 15), slice(15, T)]
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(rng.standard_normal((B, T, heads, D))) for heads in (H, K, K))
+        d_out, d_lse = jnp.asarray(rng.standard_normal(q.shape)), jnp.asarray(rng.standard_normal(q.shape[:3]))
+
+        def attend(q, k, v):
+            return flash_attention(
+                q, k, v, **options, q_segment_ids_BT=ids, return_lse=True, implementation="reference"
+            )
+
+        @jax.jit
+        def whole(q, k, v):
+            (out, lse), pullback = jax.vjp(attend, q, k, v)
+            return out, lse, pullback((d_out, jnp.where(lse > -jnp.inf, d_lse, 0)))
+
+        @jax.jit
+        def by_parts(q, k, v, out, lse):
+            delta = (out * d_out).sum(-1) - jnp.where(lse > -jnp.inf, d_lse, 0)
+            grids = [
+                [part((q, k, v, d_out, lse, delta, ids), rows, keys, options, implementation) for keys in cuts]
+                for rows in cuts
+            ]
+            dq = jnp.concatenate([sum(column[0] for column in row) for row in grids], 1)
+            dk, dv = (jnp.concatenate([sum(row[j][i] for row in grids) for j in range(len(cuts))], 1) for i in (1, 2))
+            return dq, dk, dv
+
+        out, lse, wanted = whole(q, k, v)
+        for x, y in zip(by_parts(q, k, v, out, lse), wanted, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12 * np.abs(y).max())
+
+
+@ALL
+def test_gradients_of_bfloat16_are_not_rounded(implementation):
+    q, k = jnp.ones((1, 9, 2, 4), jnp.bfloat16), jnp.ones((1, 7, 1, 4), jnp.bfloat16)
+    rows = jnp.ones((1, 9, 2), jnp.float32)
+    gradients = flash_attention_backward(q, k, k, q, rows, rows, implementation=implementation)
+    assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, jnp.float32) for x in (q, k, k)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_out": jnp.zeros((1, 3, 2, 4), jnp.bfloat16)}, "d_out is as q, float32"),
+        ({"lse": jnp.zeros((1, 3, 1))}, r"lse is one float32 a query and head, \(1, 3, 2\), got float32\(1, 3, 1\)"),
+        ({"delta": jnp.zeros((1, 3, 2), jnp.bfloat16)}, "delta is one float32"),
+    ],
+)
+def test_bad_arguments(change, message):
+    q, k, rows = jnp.zeros((1, 3, 2, 4)), jnp.zeros((1, 3, 1, 4)), jnp.zeros((1, 3, 2))
+    given = {"d_out": q, "lse": rows, "delta": rows, **change}
+    with pytest.raises(ValueError, match=message):
+        flash_attention_backward(q, k, k, *given.values())
