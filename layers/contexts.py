@@ -8,43 +8,82 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..pallas_kernels.flash_attention import flash_attention
 from ..pallas_kernels.paged_attention import paged_attention
-from ..sharding.rules import ACTIVATION_RULES, current, partition_spec
+from ..pallas_kernels.ring_attention import ring_attention, zigzag
+from ..sharding.all_to_all import over_heads
+from ..sharding.plan import CHOICES
+from ..sharding.rules import ACTIVATION_RULES, current, mesh_axes, partition_spec
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["segment_ids_BT", "positions_BT"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["segment_ids_BT", "positions_BT"], meta_fields=["attention"])
 @dataclasses.dataclass(frozen=True)
 class PackedContext:
     """Rows of packed documents, for training and scoring. Causal within a segment, nothing across.
 
+    Where a mesh cuts the tokens of a row over devices, the rows are in the order that `in_order` gives them.
+
     Attributes:
         segment_ids_BT: int32; equal ids see each other, 0 is padding.
         positions_BT: int32; position of a token in its document.
+        attention: static; how attention crosses those devices, as in a `Plan`.
     """
 
     segment_ids_BT: jax.Array
     positions_BT: jax.Array
+    attention: str = "ring"
+
+    def __post_init__(self) -> None:
+        if self.attention not in CHOICES["attention"]:
+            raise ValueError(f"attention is one of {', '.join(CHOICES['attention'])}; got {self.attention!r}.")
 
     @property
     def positions(self) -> jax.Array:
         return self.positions_BT
 
+    @property
+    def is_token(self) -> jax.Array:
+        """Bool [B, T], False for padding."""
+        return self.segment_ids_BT != 0
+
     def attend(self, q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, cache: None, layer: Any):
         """Mixes values within segments; returns ([B, T, H, D], None), as nothing is kept."""
 
-        def local(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-            return flash_attention(
-                q_BTHD, k_BTKD, v_BTKD, q_segment_ids_BT=segment_ids_BT, kv_segment_ids_BS=segment_ids_BT
-            )
-
         mesh = current()
-        if mesh is not None:
-            heads = partition_spec(("batch", "tokens", "heads", None), mesh, ACTIVATION_RULES)
-            rows = partition_spec(("batch", "tokens"), mesh, ACTIVATION_RULES)
-            local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+        if mesh is None:
+            return _attend_rows(q_BTHD, k_BTKD, v_BTKD, self.segment_ids_BT), cache
+        local, ring = _attend_rows, mesh_axes("tokens", mesh)
+        if ring and self.attention == "all_to_all":
+            local = partial(over_heads, _attend_rows, axis=ring[0])
+        elif ring:
+            local = partial(_attend_ring, axis=ring[0], two_way=self.attention == "ring_two_way")
+        heads = partition_spec(("batch", "tokens", "heads", None), mesh, ACTIVATION_RULES)
+        rows = partition_spec(("batch", "tokens"), mesh, ACTIVATION_RULES)
+        local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
         return local(q_BTHD, k_BTKD, v_BTKD, self.segment_ids_BT), cache
+
+
+def _attend_rows(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    return flash_attention(q_BTHD, k_BTKD, v_BTKD, q_segment_ids_BT=ids_BT, kv_segment_ids_BS=ids_BT)
+
+
+def _attend_ring(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, ids_BT: jax.Array, **way: Any) -> jax.Array:
+    return ring_attention(q_BTHD, k_BTKD, v_BTKD, segment_ids_BT=ids_BT, **way)
+
+
+def in_order(x_BT: jax.Array, attention: str) -> jax.Array:
+    """`x_BT`, which has its tokens in the order of the row, as `PackedContext(..., attention)` wants them.
+
+    A ring over devices has them in `zigzag` order, so that under the causal mask every device has as much to do; all
+    else leaves them where they are. ValueError when a ring's tokens are not a multiple of twice its devices.
+    """
+    mesh = current()
+    ring = () if mesh is None else mesh_axes("tokens", mesh)
+    if mesh is None or not ring or attention == "all_to_all":
+        return x_BT
+    return zigzag(x_BT, mesh.shape[ring[0]])
 
 
 @partial(
@@ -74,6 +113,13 @@ class PagedContext:
     @property
     def positions(self) -> jax.Array:
         return self.positions_T
+
+    @property
+    def is_token(self) -> jax.Array:
+        """Bool [T], False for rows of no request."""
+        row_T1 = jnp.arange(len(self.positions_T))[:, None]
+        end_R = self.query_start_R + self.query_length_R
+        return jnp.any((self.query_start_R <= row_T1) & (row_T1 < end_R), axis=1)
 
     def attend(self, q_THD: jax.Array, k_TKD: jax.Array, v_TKD: jax.Array, cache: Any, layer: Any):
         """Writes the new keys and values of `layer`, mixes over the cache; returns ([T, H, D], cache)."""

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from ..layers.moe_config import MoEConfig
 from ..layers.rope_config import Llama3Scaling, RopeConfig
 
 
@@ -14,7 +15,7 @@ class DecoderConfig:
         family: name of the file in `models/families` that knows its Hugging Face form.
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
-        intermediate_size: hidden width of the feed-forward.
+        intermediate_size: hidden width of the feed-forward; unused with a mixture of experts.
         num_layers: transformer blocks.
         num_heads: query heads.
         num_kv_heads: key and value heads; divides num_heads.
@@ -24,6 +25,7 @@ class DecoderConfig:
         norm_eps: epsilon of RMSNorm.
         tie_embeddings: the output projection is the embedding.
         attention_bias, mlp_bias: biases on those projections.
+        moe: the mixture of experts that takes the feed-forward's place in every layer; None is a dense model.
     """
 
     vocab_size: int
@@ -40,6 +42,7 @@ class DecoderConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     family: str = "llama"
+    moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -52,6 +55,8 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, as rotary embedding turns pairs; got {self.head_dim}.")
+        if self.moe is not None and self.mlp_bias:
+            raise ValueError("mlp_bias=True is for a dense model; experts have no biases. Leave it out, or moe.")
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps lies between 0 and 1; got {self.norm_eps!r}.")
 
@@ -77,7 +82,9 @@ class DecoderConfig:
             )
         rope = dict(values.get("rope") or {})
         scaling = rope.pop("scaling", None)
+        moe = values.get("moe")
         return cls(
-            **{key: value for key, value in values.items() if key != "rope"},
+            **{key: value for key, value in values.items() if key not in ("rope", "moe")},
+            moe=None if moe is None else MoEConfig.from_dict(moe),
             rope=RopeConfig(**rope, scaling=Llama3Scaling(**scaling) if scaling else None),
         )

@@ -2,6 +2,8 @@
 
 Shapes: B rows, T tokens, D width, V vocabulary, L layers. Tokens are [B, T] in training and [T] in serving; every
 layer works on [..., D] and the context alone knows the difference.
+
+A mixture of experts also gives `Statistics`, which training needs to balance the load; a dense model gives None.
 """
 
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ from ..layers.attention import Attention
 from ..layers.embedding import Embedding
 from ..layers.linear import matmul_precision
 from ..layers.mlp import SwiGLU
+from ..layers.moe import MoE, Statistics
 from ..layers.norm import RMSNorm
 from ..layers.rope import angles
 from ..sharding.rules import GATHERED, constrain, current, parameter_sharding
@@ -50,19 +53,23 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         self.mlp_norm = norm()
-        self.mlp = SwiGLU(
-            config.hidden_size,
-            config.intermediate_size,
-            bias=config.mlp_bias,
-            out_scale=out_scale,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        width, common = config.hidden_size, {"out_scale": out_scale, "param_dtype": param_dtype, "rngs": rngs}
+        if config.moe is None:
+            self.mlp = SwiGLU(width, config.intermediate_size, bias=config.mlp_bias, **common)
+        else:
+            self.mlp = MoE(width, config.moe, **common)
 
-    def __call__(self, x: jax.Array, rope: Any, context: Any, cache: Any, layer: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, rope: Any, context: Any, cache: Any, layer: Any
+    ) -> tuple[jax.Array, Any, Statistics | None]:
         mixed, cache = self.attention(_inside(self.attention_norm(x)), rope, context, cache, layer)
         x = x + _between(mixed)
-        return x + _between(self.mlp(_inside(self.mlp_norm(x)))), cache
+        inside, statistics = _inside(self.mlp_norm(x)), None
+        if isinstance(self.mlp, MoE):
+            y, statistics = self.mlp(inside, context.is_token)
+        else:
+            y = self.mlp(inside)
+        return x + _between(y), cache, statistics
 
 
 def _between(x: jax.Array) -> jax.Array:
@@ -109,31 +116,32 @@ class Decoder(nnx.Module):
             else Embedding(config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
         )
 
-    def __call__(self, tokens: jax.Array, context: Any, cache: Any = None) -> tuple[jax.Array, Any]:
-        """Tokens [...] int32 to final hidden states [..., D] in the compute dtype, and the cache after them."""
+    def __call__(self, tokens: jax.Array, context: Any, cache: Any = None) -> tuple[jax.Array, Any, Statistics | None]:
+        """Tokens [...] int32 to final hidden states [..., D] in the compute dtype, the cache after them, statistics."""
         x, rope = self.begin(tokens, context)
-        x, cache = self.run_blocks(x, rope, context, cache)
-        return self.final_norm(x), cache
+        x, cache, statistics = self.run_blocks(x, rope, context, cache)
+        return self.final_norm(x), cache, statistics
 
     def begin(self, tokens: jax.Array, context: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """What the blocks start from: embeddings [..., D], and the cosines and sines of the positions."""
         rope = angles(self.config.rope, self.config.head_dim, context.positions)
         return _between(self.embed(tokens, self.dtype)), rope
 
-    def run_blocks(self, x: jax.Array, rope: Any, context: Any, cache: Any) -> tuple[jax.Array, Any]:
-        """All blocks in turn; the cache is a carry, so that it is updated in place."""
+    def run_blocks(self, x: jax.Array, rope: Any, context: Any, cache: Any) -> tuple[jax.Array, Any, Statistics | None]:
+        """All blocks in turn; the cache is a carry, so that it is updated in place. Statistics are stacked, [L, ...]."""
         block_def, block_state = nnx.split(self.blocks)
 
-        def body(carry: Any, scanned: Any) -> tuple[Any, None]:
+        def body(carry: Any, scanned: Any) -> tuple[Any, Statistics | None]:
             x, cache = carry
             state, layer = scanned
-            x, cache = nnx.merge(block_def, state)(x, rope, context, cache, layer)
-            return (_between(x), cache), None
+            x, cache, statistics = nnx.merge(block_def, state)(x, rope, context, cache, layer)
+            return (_between(x), cache), statistics
 
         if self.remat != "none" or current() is not None:
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        return jax.lax.scan(body, (x, cache), (block_state, layers))[0]
+        (x, cache), statistics = jax.lax.scan(body, (x, cache), (block_state, layers))
+        return x, cache, statistics
 
     def unembedding_weight(self) -> jax.Array:
         """The output projection, [V, D]."""

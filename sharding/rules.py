@@ -33,6 +33,9 @@ PARAMETER_RULES: Rules = {
     "mlp": ("tensor",),
     "layers": ("stage",),
     "experts": ("expert",),
+    "expert_mlp": ("tensor",),
+    # A router is small, and every device has all of it.
+    "routes": (),
     # The width of an expert's weights, which the expert axis already cuts by expert.
     "expert_embed": ("fsdp", "sequence"),
 }
@@ -138,4 +141,3 @@ def gather(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         return weight
     weight = jax.lax.with_sharding_constraint(weight, resting)
     return checkpoint_name(jax.lax.with_sharding_constraint(weight, computing), GATHERED)
-

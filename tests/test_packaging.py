@@ -25,7 +25,7 @@ params = init_params(config, seed=0)
 tokens = np.arange(6, dtype=np.int32)[None]
 context = PackedContext(np.ones((1, 6), np.int32), np.arange(6, dtype=np.int32)[None])
 apply = functional(config)
-hidden, _ = apply.hidden(params, tokens, context)
+hidden, *_ = apply.hidden(params, tokens, context)
 logits = np.asarray(apply.unembed(params, hidden))
 assert logits.shape == (1, 6, 64) and np.isfinite(logits).all()
 print(json.dumps({"file": str(pathlib.Path(twinax.__file__).resolve()), "version": twinax.__version__}))

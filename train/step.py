@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..layers.contexts import PackedContext
+from ..layers.contexts import PackedContext, in_order
 from ..models.config import DecoderConfig
 from ..models.decoder import FunctionalDecoder, functional, init_params, param_shapes, param_shardings
 from ..sharding.rules import activation_sharding, use
@@ -73,17 +73,19 @@ def put_batch(batch: Batch, step: int, accumulation: int, mesh: Mesh) -> DeviceB
     return placed
 
 
-def loss_sums(model: FunctionalDecoder, params: dict[str, jax.Array], batch: DeviceBatch):
-    """Summed loss in nats and summed weight of rows [B, T], on the mesh in use."""
-    context = PackedContext(batch["segment_ids_BT"], batch["positions_BT"])
-    hidden_BTD, _ = model.hidden(params, batch["tokens_BT"], context)
+def loss_sums(model: FunctionalDecoder, params: dict[str, jax.Array], batch: DeviceBatch, attention: str = "ring"):
+    """Summed loss in nats and summed weight of rows [B, T], on the mesh in use; `attention` as in a plan."""
+    # Sums over tokens do not care for their order, so nothing is put back.
+    batch = {name: in_order(array, attention) for name, array in batch.items()}
+    context = PackedContext(batch["segment_ids_BT"], batch["positions_BT"], attention)
+    hidden_BTD, *_ = model.hidden(params, batch["tokens_BT"], context)
     weight_VD = model.unembedding_weight(params)
     return cross_entropy(hidden_BTD, weight_VD, batch["targets_BT"], batch["weights_BT"])
 
 
-def gradients(model: FunctionalDecoder, params: dict[str, jax.Array], batch: DeviceBatch):
+def gradients(model: FunctionalDecoder, params: dict[str, jax.Array], batch: DeviceBatch, attention: str = "ring"):
     """(gradient of the mean loss, mean loss, summed weight) over all micro-batches of [K, B, T]."""
-    value_and_grad = jax.value_and_grad(functools.partial(loss_sums, model), has_aux=True)
+    value_and_grad = jax.value_and_grad(functools.partial(loss_sums, model, attention=attention), has_aux=True)
     rows = {name: array for name, array in batch.items() if array.ndim == 3}
 
     def add(total, micro):
@@ -107,6 +109,7 @@ def make_step(
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
+    attention: str = "ring",
 ) -> Callable[[State, DeviceBatch], tuple[State, dict[str, jax.Array]]]:
     """The jitted step. It consumes (donates) the state it is given.
 
@@ -117,6 +120,7 @@ def make_step(
         mesh: where everything lives.
         dtype: of the products.
         remat: what the backward pass computes again.
+        attention: how attention crosses devices that share rows, as in a plan.
 
     Returns:
         `step(state, batch) -> (state, metrics)`. Metrics are float32 scalars `loss` (mean nats per token), `grad_norm`
@@ -126,7 +130,7 @@ def make_step(
 
     def step(state: State, batch: DeviceBatch) -> tuple[State, dict[str, jax.Array]]:
         with use(mesh):
-            grads, loss, weight = gradients(model, state["params"], batch)
+            grads, loss, weight = gradients(model, state["params"], batch, attention)
             norm = optax.tree.norm(grads)
             lr = schedule(state["step"])
             ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (batch["step"] == state["step"])

@@ -1,9 +1,9 @@
 """A model in a notebook: generate with it, look at its logits, train it a little.
 
-    model = twinax.load("runs/demo")
-    model.generate("def main(", max_tokens=40, temperature=0.7, seed=1)
-    model.logits("import os")           # [T, V]
-    model.train("docs/", steps=10)      # the losses; the model is now the trained one
+model = twinax.load("runs/demo")
+model.generate("def main(", max_tokens=40, temperature=0.7, seed=1)
+model.logits("import os")           # [T, V]
+model.train("docs/", steps=10)      # the losses; the model is now the trained one
 """
 
 import itertools
@@ -203,5 +203,5 @@ def _logits(config: DecoderConfig, dtype: str, params: dict[str, jax.Array], tok
     """[B, T, V] float32."""
     model = functional(config, dtype=jnp.dtype(dtype))
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    hidden_BTD, _ = model.hidden(params, tokens_BT, PackedContext(segments_BT, positions_BT))
+    hidden_BTD, *_ = model.hidden(params, tokens_BT, PackedContext(segments_BT, positions_BT))
     return model.unembed(params, hidden_BTD)

@@ -28,7 +28,7 @@ def logits_of(model: LoadedModel, tokens: np.ndarray) -> np.ndarray:
     ids = jnp.asarray(tokens)
     context = PackedContext(jnp.ones_like(ids), jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape))
     with jax.default_matmul_precision("highest"):
-        hidden, _ = decoder.hidden(model.params, ids, context)
+        hidden, *_ = decoder.hidden(model.params, ids, context)
         return np.asarray(decoder.unembed(model.params, hidden))
 
 

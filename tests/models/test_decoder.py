@@ -97,7 +97,7 @@ def test_logits_are_those_of_a_plain_llama_in_float64(config):
     with jax.enable_x64(True):
         model = functional(config, dtype=jnp.float64)
         wide = {name: jnp.asarray(value, jnp.float64) for name, value in params.items()}
-        hidden, _ = model.hidden(wide, jnp.asarray(tokens), packed(lengths, 19))
+        hidden, *_ = model.hidden(wide, jnp.asarray(tokens), packed(lengths, 19))
         logits = np.asarray(model.unembed(wide, hidden))[0]
     assert logits.dtype == np.float64
     start = 0
@@ -111,8 +111,8 @@ def test_module_and_function_are_one_model():
     model = Decoder(TINY, rngs=nnx.Rngs(0))
     tokens = jnp.arange(8)[None]
     context = packed([8], 8)
-    hidden, _ = model(tokens, context)
-    again, _ = functional(TINY).hidden(model.params(), tokens, context)
+    hidden, *_ = model(tokens, context)
+    again, *_ = functional(TINY).hidden(model.params(), tokens, context)
     np.testing.assert_array_equal(hidden, again)
     other = Decoder(TINY, rngs=nnx.Rngs(1))
     other.load_params(model.params())
@@ -125,7 +125,7 @@ def test_remat_changes_memory_and_no_gradient(remat):
     tokens = jnp.arange(12)[None]
 
     def loss(params, remat):
-        hidden, _ = functional(TINY, remat=remat).hidden(params, tokens, packed([7, 5], 12))
+        hidden, *_ = functional(TINY, remat=remat).hidden(params, tokens, packed([7, 5], 12))
         return jnp.sum(hidden**2)
 
     plain = jax.grad(loss)(params, "none")
@@ -141,9 +141,9 @@ def test_layers_one_by_one_are_the_scan():
     context = packed([6], 6)
     x, rope = model.bind(outside).begin(jnp.arange(6)[None], context)
     for index, layer in enumerate(layers):
-        x, _ = model.block(layer)(x, rope, context, None, index)
+        x, *_ = model.block(layer)(x, rope, context, None, index)
     x = model.bind(outside).final_norm(x)
-    expected, _ = model.hidden(params, jnp.arange(6)[None], context)
+    expected, *_ = model.hidden(params, jnp.arange(6)[None], context)
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -158,7 +158,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(plan):
     def loss(params, tokens, context, mesh):
         model = functional(config, dtype=jnp.float64)
         with use(mesh):
-            hidden, _ = model.hidden(params, tokens, context)
+            hidden, *_ = model.hidden(params, tokens, context)
             return jnp.mean(jax.nn.logsumexp(model.unembed(params, hidden), axis=-1) ** 2)
 
     with jax.enable_x64(True):

@@ -1,0 +1,232 @@
+"""A mixture of experts that drops no token, whatever the load (as in MegaBlocks, Gale et al. 2022, arXiv:2211.15841).
+
+Shapes: B rows, T tokens, N tokens of one device, D width, E experts, K experts of one token, F hidden width of one;
+R = N * K rows, one for each expert that a token takes; P devices of the mesh axis "expert", L = E / P experts of one.
+
+On a mesh the layer is an island (`shard_map`) in which each device
+- routes its own tokens and sorts them by expert,
+- sends them to the devices that hold these experts (`sharding/exchange.py`),
+- runs its experts over what arrived, sorted by expert: `layers/grouped.py`, each expert's width cut over "tensor",
+- sends the results back, weighs and adds them, and sums over "tensor".
+
+What it costs in memory: on arrival there is room for the case in which all tokens of P devices choose experts of one,
+P * N * min(K, L) rows, of which an even load fills 1 / min(P, E / K).
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from ..sharding.exchange import Exchange, give_back, send
+from ..sharding.rules import ACTIVATION_RULES, COMPUTE_RULES, current, gather, mesh_axes, partition_spec
+from .grouped import grouped_linear
+from .mlp import SwiGLU
+from .moe_config import MoEConfig
+from .router import Router, route
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["tokens_E", "probability_E", "z"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Sums over the tokens of all devices, padding left out. Of several layers: stacked, [L, E] and [L].
+
+    Attributes:
+        tokens_E: int32, how many tokens took each expert. Passes no gradient.
+        probability_E: sum of the router's scores as shares (see `Routes`).
+        z: sum of the tokens' z-losses.
+    """
+
+    tokens_E: jax.Array
+    probability_E: jax.Array
+    z: jax.Array
+
+
+class ExpertLinear(nnx.Module):
+    """The weights [E, O, I] of one projection of every expert, initialised as `Linear` is."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        axes: tuple[str, str, str],
+        scale: float = 1.0,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        draw = jax.random.normal(rngs.params(), shape, param_dtype)
+        self.weight = nnx.Param(draw * jnp.asarray(scale * shape[2] ** -0.5, param_dtype), axes=axes)
+
+
+class MoE(nnx.Module):
+    """Router, experts (SwiGLU each) and shared experts. `out_scale` shrinks the initial weights of the last product."""
+
+    def __init__(
+        self,
+        width: int,
+        config: MoEConfig,
+        *,
+        out_scale: float = 1.0,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        common: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        self.router = Router(width, config, **common)
+        into, out = (config.num_experts, config.expert_size, width), (config.num_experts, width, config.expert_size)
+        into_axes, out_axes = ("experts", "expert_mlp", "expert_embed"), ("experts", "expert_embed", "expert_mlp")
+        self.gate = ExpertLinear(into, axes=into_axes, **common)
+        self.up = ExpertLinear(into, axes=into_axes, **common)
+        self.down = ExpertLinear(out, axes=out_axes, scale=out_scale, **common)
+        self.shared = (
+            SwiGLU(width, config.shared_experts * config.expert_size, out_scale=out_scale, **common)
+            if config.shared_experts
+            else None
+        )
+
+    def __call__(self, x: jax.Array, is_token: jax.Array) -> tuple[jax.Array, Statistics]:
+        """[..., D] to [..., D], and what training needs to balance the load.
+
+        Args:
+            x: tokens; on a mesh [B, T, D].
+            is_token: bool [...]; where False the token is padding: no expert sees it, and it gets zeros from them.
+        """
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        bias = self.router.bias
+        router = (
+            gather(self.router.weight[...].astype(wide), self.router.weight.axes),
+            None if bias is None else gather(bias[...].astype(wide), bias.axes),
+        )
+        experts = [p.weight for p in (self.gate, self.up, self.down)]
+        weights = [gather(weight[...].astype(x.dtype), weight.axes) for weight in experts]
+        mesh = current()
+        if mesh is None:
+            y, statistics = _mixture(self.config, None, x, is_token, router, weights)
+        else:
+            y, statistics = _on_mesh(self.config, mesh, x, is_token, router, weights, [w.axes for w in experts])
+        return (y if self.shared is None else y + self.shared(x)), statistics
+
+
+def _on_mesh(
+    config: MoEConfig,
+    mesh: AbstractMesh,
+    x_BTD: jax.Array,
+    is_token_BT: jax.Array,
+    router: Any,
+    weights: Any,
+    axes: Any,
+) -> tuple[jax.Array, Statistics]:
+    """`_mixture` on every device of the mesh, over its own tokens."""
+    if x_BTD.ndim != 3:
+        raise NotImplementedError(f"On a mesh a mixture of experts takes [B, T, D]; got {x_BTD.shape}.")
+    tokens = partition_spec(("batch", "tokens"), mesh, ACTIVATION_RULES, is_token_BT.shape)
+    # The sum over "tensor" leaves each device its part of the tokens, as they lie between blocks.
+    between = partition_spec(("batch", "sequence", None), mesh, ACTIVATION_RULES, x_BTD.shape)
+    placed = [partition_spec(names, mesh, COMPUTE_RULES, w.shape) for names, w in zip(axes, weights, strict=True)]
+    everywhere = PartitionSpec()
+    island = jax.shard_map(
+        partial(_mixture, config, mesh),
+        in_specs=(PartitionSpec(*tokens, None), tokens, everywhere, placed),
+        out_specs=(between, everywhere),
+        check_vma=False,
+    )
+    return island(x_BTD, is_token_BT, router, weights)
+
+
+def _mixture(
+    config: MoEConfig,
+    mesh: AbstractMesh | None,
+    x: jax.Array,
+    is_token: jax.Array,
+    router: tuple[jax.Array, jax.Array | None],
+    weights: list[jax.Array],
+) -> tuple[jax.Array, Statistics]:
+    """The experts' part of the layer for the tokens of one device, and statistics of all devices."""
+    x_ND, is_token_N = x.reshape(-1, x.shape[-1]), is_token.reshape(-1)
+    (N, D), E, K = x_ND.shape, config.num_experts, config.experts_per_token
+    routes = route(config, x_ND, *router)
+    # Padding has the expert after the last: it is sorted to the end and counted nowhere.
+    expert_R = jnp.where(is_token_N[:, None], routes.expert_NK, E).reshape(N * K)
+    order = _order(expert_R)
+    tokens_E = jnp.bincount(expert_R, length=E).astype(jnp.int32)
+    y_RD = _experts(mesh, _spread(x_ND, *order, K), tokens_E, K, weights)
+    y_NKD = _spread(y_RD, *order[::-1], 1).reshape(N, K, D)
+    # Weighted and summed wide, one expert after the other: the same bits however many tokens there are.
+    y_ND = jnp.sum(y_NKD.astype(routes.weight_NK.dtype) * routes.weight_NK[..., None], axis=1)
+    y = jnp.reshape(y_ND, x.shape).astype(x.dtype)
+
+    statistics = Statistics(
+        tokens_E,
+        jnp.sum(jnp.where(is_token_N[:, None], routes.probability_NE, 0), axis=0),
+        jnp.sum(jnp.where(is_token_N, routes.z_N, 0)),
+    )
+    if mesh is not None:
+        if tensor := mesh_axes("expert_mlp", mesh, COMPUTE_RULES):
+            y = jax.lax.psum_scatter(y, tensor, scatter_dimension=1, tiled=True)
+        if cut := (*mesh_axes("batch", mesh), *mesh_axes("tokens", mesh)):
+            statistics = jax.lax.psum(statistics, cut)
+    return y, statistics
+
+
+def _experts(
+    mesh: AbstractMesh | None, x_RD: jax.Array, tokens_E: jax.Array, most: int, weights: list[jax.Array]
+) -> jax.Array:
+    """Each row's expert applied to it, wherever that expert is.
+
+    Args:
+        x_RD: rows sorted by expert. tokens_E: rows of each expert.
+        most: K, the rows that one token can have.
+    """
+    axes = () if mesh is None else mesh_axes("experts", mesh, COMPUTE_RULES)
+    if mesh is None or not axes:
+        return _swiglu(x_RD, tokens_E, weights)
+    (axis,) = axes
+    P = mesh.shape[axis]
+    L = len(tokens_E) // P
+    sent_PL = tokens_E.reshape(P, L)
+    received_PL = jax.lax.all_to_all(sent_PL, axis, 0, 0)
+    counts = (jnp.sum(counts_PL, axis=1, dtype=jnp.int32) for counts_PL in (sent_PL, received_PL))
+    sent_P, received_P = counts
+    exchange = Exchange(axis, P, rows=len(x_RD), slots=len(x_RD) // most * min(most, L))
+
+    x_SD = send(x_RD, sent_P, received_P, exchange)
+    slot_S = jnp.arange(exchange.slots, dtype=jnp.int32)
+    end_PL = jnp.cumsum(received_PL, axis=1, dtype=jnp.int32)
+    # What one sender's rows are for, in order; empty slots have the expert after the last.
+    expert_PS = jnp.sum(end_PL[:, None] <= slot_S[:, None], axis=-1, dtype=jnp.int32)
+    order = _order(expert_PS.reshape(-1))
+    y_SD = _swiglu(_spread(x_SD, *order, 1), jnp.sum(received_PL, axis=0, dtype=jnp.int32), weights)
+    return give_back(_spread(y_SD, *order[::-1], 1), sent_P, received_P, exchange)
+
+
+def _swiglu(x_RD: jax.Array, rows_L: jax.Array, weights: list[jax.Array]) -> jax.Array:
+    gate_LFD, up_LFD, down_LDF = weights
+    hidden_RF = jax.nn.silu(grouped_linear(x_RD, gate_LFD, rows_L)) * grouped_linear(x_RD, up_LFD, rows_L)
+    return grouped_linear(hidden_RF, down_LDF, rows_L)
+
+
+def _order(expert_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rows sorted by expert, those of one expert in their order, and the way back."""
+    order_R = jnp.argsort(expert_R, stable=True)
+    return order_R, jnp.argsort(order_R)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spread(x_ND: jax.Array, order_R: jax.Array, inverse_R: jax.Array, times: int) -> jax.Array:
+    """Each of the N rows so many `times`, in `order_R`; once is a permutation."""
+    return x_ND[order_R // times]
+
+
+# JAX's own gradient would add rows in place one by one, in no certain order on a GPU.
+_spread.defvjp(
+    lambda x_ND, order_R, inverse_R, times: (_spread(x_ND, order_R, inverse_R, times), inverse_R),
+    lambda times, inverse_R, dy_RD: (
+        jnp.sum(dy_RD[inverse_R].reshape(-1, times, dy_RD.shape[1]), axis=1),
+        None,
+        None,
+    ),
+)

@@ -1,0 +1,68 @@
+"""Settings of a mixture of experts. No JAX here: configs are read where JAX is not wanted."""
+
+import dataclasses
+import math
+from typing import Any
+
+ROUTERS = ("softmax", "sigmoid")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A feed-forward of many experts, of which each token takes a few.
+
+    Attributes:
+        num_experts: experts of a layer.
+        experts_per_token: how many a token takes.
+        expert_size: hidden width of one expert.
+        shared_experts: experts that every token takes besides; one feed-forward of so many times the width.
+        router: "softmax" scores as Mixtral does, "sigmoid" as DeepSeek-V3.
+        normalize: scale the weights of a token's experts so that they sum to one.
+        route_scale: times these weights.
+        balance_loss: coefficient of the load-balancing loss.
+        z_loss: coefficient of the router's z-loss.
+        bias_update: what a step adds to, or takes from, the sigmoid router's bias of an expert that got too few or
+            too many tokens.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    shared_experts: int = 0
+    router: str = "softmax"
+    normalize: bool = True
+    route_scale: float = 1.0
+    balance_loss: float = 0.01
+    z_loss: float = 0.001
+    bias_update: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_experts": 1, "experts_per_token": 1, "expert_size": 1, "shared_experts": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is a whole number from {least} up; got {value!r}.")
+        for name in ("balance_loss", "z_loss", "bias_update", "route_scale"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is a number from 0 up; got {value!r}.")
+        if self.router not in ROUTERS:
+            raise ValueError(f"router is one of {', '.join(ROUTERS)}; got {self.router!r}.")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} is more than num_experts={self.num_experts}; lower it."
+            )
+        if self.bias_update and self.router != "sigmoid":
+            raise ValueError(
+                f"bias_update={self.bias_update} moves the bias of a sigmoid router; this router is {self.router!r}. "
+                "Use router='sigmoid', or balance_loss."
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "MoEConfig":
+        """Reads back `dataclasses.asdict`; raises ValueError on unknown or missing keys."""
+        fields = dataclasses.fields(cls)
+        unknown = sorted(set(values) - {field.name for field in fields})
+        missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in values]
+        if unknown or missing:
+            raise ValueError(f"A mixture of experts has no keys {unknown} and needs {missing}; got {sorted(values)}.")
+        return cls(**values)

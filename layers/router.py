@@ -1,0 +1,74 @@
+"""Routers: which experts a token takes, and with what weights.
+
+Shapes: N tokens, D width, E experts, K experts of one token.
+
+Everything here is float32 or wider, whatever the model computes in: rounding decides which experts a token gets.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .linear import linear
+from .moe_config import MoEConfig
+
+
+class Router(nnx.Module):
+    """The parameters of a router: `weight` [E, D], and for "sigmoid" `bias` [E], which balances the load.
+
+    The bias gets no gradient; `train` moves it (DeepSeek-V3, arXiv:2412.19437; Wang et al. 2024, arXiv:2408.15664).
+    """
+
+    def __init__(self, width: int, config: MoEConfig, *, param_dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        draw = jax.random.normal(rngs.params(), (config.num_experts, width), param_dtype)
+        self.weight = nnx.Param(draw * jnp.asarray(width**-0.5, param_dtype), axes=("routes", "embed"))
+        self.bias = (
+            nnx.Param(jnp.zeros((config.num_experts,), param_dtype), axes=("routes",))
+            if config.router == "sigmoid"
+            else None
+        )
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["expert_NK", "weight_NK", "probability_NE", "z_N"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Routes:
+    """Where tokens go.
+
+    Attributes:
+        expert_NK: int32, different experts, the one with the highest score first.
+        weight_NK: how much of each expert's output the token takes.
+        probability_NE: the router's scores as shares that sum to one; what the load-balancing loss pushes.
+        z_N: square of the log-sum-exp of the logits, the z-loss of ST-MoE (Zoph et al. 2022, arXiv:2202.08906).
+    """
+
+    expert_NK: jax.Array
+    weight_NK: jax.Array
+    probability_NE: jax.Array
+    z_N: jax.Array
+
+
+def route(config: MoEConfig, x_ND: jax.Array, weight_ED: jax.Array, bias_E: jax.Array | None) -> Routes:
+    """Chooses experts. `weight_ED` and `bias_E` are float32 or wider; results have that dtype.
+
+    - "softmax" (Mixtral, arXiv:2401.04088): a softmax over all experts, the K largest.
+    - "sigmoid" (DeepSeek-V3, arXiv:2412.19437): a score in (0, 1) for each; the K with the largest score plus bias
+      are taken, and weighted by their scores alone.
+    """
+    logits_NE = linear(x_ND.astype(weight_ED.dtype), weight_ED)
+    if config.router == "softmax":
+        scores_NE = probability_NE = jax.nn.softmax(logits_NE, axis=-1)
+    else:
+        scores_NE = jax.nn.sigmoid(logits_NE)
+        probability_NE = scores_NE / jnp.sum(scores_NE, axis=-1, keepdims=True)
+    order_NE = scores_NE if bias_E is None else scores_NE + bias_E
+    _, expert_NK = jax.lax.top_k(jax.lax.stop_gradient(order_NE), config.experts_per_token)
+    weight_NK = jnp.take_along_axis(scores_NE, expert_NK, axis=-1)
+    if config.normalize:
+        weight_NK = weight_NK / jnp.sum(weight_NK, axis=-1, keepdims=True)
+    z_N = jnp.square(jax.nn.logsumexp(logits_NE, axis=-1))
+    return Routes(expert_NK, config.route_scale * weight_NK, probability_NE, z_N)

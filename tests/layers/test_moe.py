@@ -1,0 +1,148 @@
+"""The mixture of experts against a loop over tokens and experts, in float64; on meshes; and its bits when served."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from twinax.layers.moe import MoE
+from twinax.layers.moe_config import MoEConfig
+from twinax.sharding.plan import Plan
+from twinax.sharding.rules import activation_sharding, parameter_sharding, use
+
+D = 16
+SOFTMAX = MoEConfig(num_experts=8, experts_per_token=2, expert_size=12)
+SIGMOID = dataclasses.replace(SOFTMAX, router="sigmoid", shared_experts=2, route_scale=2.5, bias_update=0.01)
+CONFIGS = {
+    "softmax": SOFTMAX,
+    "not normalised": dataclasses.replace(SOFTMAX, normalize=False, experts_per_token=3),
+    "sigmoid": SIGMOID,
+    "one expert a token": dataclasses.replace(SOFTMAX, experts_per_token=1, normalize=False, shared_experts=1),
+    "every expert": dataclasses.replace(SOFTMAX, experts_per_token=8),
+}
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def make(config: MoEConfig, seed: int = 0):
+    """The layer as graph and parameters, by name, all of them different from 0 and 1, in float64."""
+    graph, state = nnx.split(MoE(D, config, rngs=nnx.Rngs(seed), param_dtype=jnp.float64))
+    rng = np.random.default_rng(seed)
+    state = jax.tree.map(lambda p: jnp.asarray(0.4 * rng.standard_normal(p.shape)), state)
+    return graph, state
+
+
+def inputs(rows: int = 8, tokens: int = 8, seed: int = 1):
+    """x [B, T, D], which of them are tokens, and a cotangent."""
+    rng = np.random.default_rng(seed)
+    x, dy = rng.standard_normal((2, rows, tokens, D))
+    return x, rng.random((rows, tokens)) < 0.8, dy
+
+
+def by_loops(config: MoEConfig, params: dict, x, is_token):
+    """y [..., D] and the statistics, one token and one expert at a time."""
+
+    def ffn(x_D, gate, up, down):
+        return down @ (jax.nn.silu(gate @ x_D) * (up @ x_D))
+
+    router, experts = params["router"], [params[name]["weight"] for name in ("gate", "up", "down")]
+    E = config.num_experts
+    tokens, probability, z, out = np.zeros(E, int), jnp.zeros(E), 0.0, []
+    for x_D, real in zip(x.reshape(-1, D), is_token.reshape(-1), strict=True):
+        logits = router["weight"] @ x_D
+        scores = jax.nn.softmax(logits) if config.router == "softmax" else 1 / (1 + jnp.exp(-logits))
+        chosen = np.argsort(-np.asarray(jax.lax.stop_gradient(scores + router.get("bias", 0))), kind="stable")
+        chosen = chosen[: config.experts_per_token]
+        total = sum(scores[e] for e in chosen) if config.normalize else 1
+        y = jnp.zeros(D)
+        if real:
+            for e in chosen:
+                y += config.route_scale * scores[e] / total * ffn(x_D, *(weight[e] for weight in experts))
+                tokens[e] += 1
+            probability += scores / jnp.sum(scores)
+            z += jnp.log(jnp.sum(jnp.exp(logits))) ** 2
+        if config.shared_experts:
+            y += ffn(x_D, *(params["shared"][name]["weight"] for name in ("gate", "up", "down")))
+        out.append(y)
+    return jnp.stack(out).reshape(x.shape), (tokens, probability, z)
+
+
+def loss(apply, dy, state, x):
+    """A scalar through which every output passes a gradient, and what it is made of."""
+    y, (tokens, probability, z) = apply(state, x)
+    push = jnp.arange(1.0, len(probability) + 1)
+    return jnp.sum(y * dy) + jnp.sum(push * probability) + 0.3 * z, (y, tokens, probability, z)
+
+
+def layer(graph, is_token, state, x):
+    y, statistics = nnx.merge(graph, state)(x, is_token)
+    return y, (statistics.tokens_E, statistics.probability_E, statistics.z)
+
+
+def value_and_gradients(apply, state, x, dy):
+    return jax.value_and_grad(partial(loss, apply, dy), argnums=(0, 1), has_aux=True)(state, x)
+
+
+def assert_same(got, want, tolerance=1e-10):
+    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(tree) for tree in (got, want)), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), (jax.tree_util.keystr(path), a, b)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_values_statistics_and_gradients_are_those_of_a_loop_over_tokens_and_experts(name):
+    config = CONFIGS[name]
+    with jax.enable_x64(True):
+        graph, state = make(config)
+        x, is_token, dy = inputs(2, 5)
+        got = value_and_gradients(partial(layer, graph, is_token), state, x, dy)
+
+        def loops(state, x):
+            return by_loops(config, nnx.to_pure_dict(state), x, is_token)
+
+        want = value_and_gradients(loops, state, x, dy)
+        assert_same(got, want)
+        if config.router == "sigmoid":
+            assert not np.any(got[1][0]["router"]["bias"].get_value())  # balanced from outside, never learnt
+
+
+PLANS = [
+    ("expert=4", "sigmoid"),
+    ("expert=2,fsdp=2", "not normalised"),
+    ("expert=2,tensor=2", "sigmoid"),
+    ("expert=2,sequence=2", "softmax"),
+    ("expert=8", "every expert"),
+    ("expert=2,data=2,tensor=2", "one expert a token"),
+    ("data=2,tensor=2,sequence=2", "sigmoid"),
+]
+
+
+@pytest.mark.parametrize(("plan", "name"), PLANS)
+def test_a_plan_gives_the_values_statistics_and_gradients_of_one_device(plan, name):
+    check_plan(Plan.parse(plan), CONFIGS[name])
+
+
+def check_plan(plan: Plan, config: MoEConfig, change=lambda state: state):
+    mesh = plan.mesh()
+    with jax.enable_x64(True):
+        graph, state = make(config)
+        state = change(state)
+        x, is_token, dy = inputs()
+
+        def run(mesh, state, x, is_token, dy):
+            with use(mesh):
+                return value_and_gradients(partial(layer, graph, is_token), state, x, dy)
+
+        want = jax.jit(partial(run, None))(state, x, is_token, dy)
+        places = [
+            (path, leaf.replace(parameter_sharding(leaf.get_metadata()["axes"], mesh, leaf.get_value().shape)))
+            for path, leaf in nnx.to_flat_state(state)
+        ]
+        place = nnx.from_flat_state(places), *[activation_sharding(("batch", "tokens"), mesh)] * 3
+        placed = jax.device_put((state, x, is_token, dy), place)
+        got = jax.jit(partial(run, mesh)).lower(*placed).compile(compiler_options=QUICK)(*placed)
+    assert_same(got, want)
+    return got
