@@ -17,7 +17,14 @@ from .step import DeviceBatch, loss_sums, put_batch
 
 
 def make_evaluate(
-    config: DecoderConfig, dataset: Dataset, batch_size: int, batches: int, mesh: Mesh, *, dtype: Any = jnp.float32
+    config: DecoderConfig,
+    dataset: Dataset,
+    batch_size: int,
+    batches: int,
+    mesh: Mesh,
+    *,
+    dtype: Any = jnp.float32,
+    attention: str = "ring",
 ) -> Callable[[dict[str, jax.Array]], float]:
     """A function from parameters to the mean loss, nats per token, over the first `batches` of `dataset` (0: all)."""
     model = functional(config, dtype=dtype)
@@ -25,7 +32,7 @@ def make_evaluate(
     @jax.jit
     def sums(params: dict[str, jax.Array], batch: DeviceBatch) -> Any:
         with use(mesh):
-            return loss_sums(model, params, batch)
+            return loss_sums(model, params, batch, attention)
 
     count = batches or None
 

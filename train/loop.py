@@ -91,7 +91,8 @@ def train(
         show.message(headline(recipe, config, dataset, plan, dtype, entropy))
 
         meter = Meter(recipe, config, mesh, dtype, log, show, on_step)
-        step = make_step(config, recipe.optimizer, schedule, mesh, dtype=dtype, remat=recipe.remat)
+        options = {"dtype": dtype, "remat": recipe.remat, "attention": plan.attention}
+        step = make_step(config, recipe.optimizer, schedule, mesh, **options)
         compile_seconds = 0.0
         if start >= recipe.steps:
             show.message(f"Nothing to do: {start} steps are made and the recipe asks for {recipe.steps}; raise steps.")

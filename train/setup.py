@@ -22,10 +22,10 @@ from .step import State, init_state, state_like
 def check_rows(recipe: Recipe, plan: Plan) -> None:
     """Raises RecipeError unless the devices of `plan` get equal rows of each micro-batch."""
     rows = recipe.batch_size // recipe.accumulation
-    if rows % plan.devices:
+    if rows % plan.batch_shards:
         raise RecipeError(
-            f"A micro-batch of batch_size / accumulation = {rows} rows cannot be cut over the {plan.devices} devices "
-            f"of plan={recipe.plan!r}; make batch_size a multiple of {plan.devices * recipe.accumulation}."
+            f"A micro-batch of batch_size / accumulation = {rows} rows cannot be cut over the {plan.batch_shards} devices "
+            f"of plan={recipe.plan!r}; make batch_size a multiple of {plan.batch_shards * recipe.accumulation}."
         )
 
 
@@ -67,8 +67,9 @@ def open_evaluation(recipe: Recipe, config: DecoderConfig, tokenizer: Tokenizer,
     if not recipe.eval.every or not recipe.data.eval_fraction:
         return None
     held_out = open_dataset(recipe.data, tokenizer, recipe.sequence_length, recipe.seed, "eval", progress=False)
-    rows = recipe.batch_size // recipe.accumulation
-    return make_evaluate(config, held_out, rows, recipe.eval.batches * recipe.accumulation, mesh, dtype=dtype)
+    rows, attention = recipe.batch_size // recipe.accumulation, Plan.parse(recipe.plan).attention
+    batches = recipe.eval.batches * recipe.accumulation
+    return make_evaluate(config, held_out, rows, batches, mesh, dtype=dtype, attention=attention)
 
 
 def open_state(

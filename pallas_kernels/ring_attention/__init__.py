@@ -1,0 +1,70 @@
+"""Causal attention of rows whose tokens are cut over a ring of devices: exact, and no device ever holds a whole row.
+
+What it means is in `reference.py`. Shapes, here and in every candidate, all of one device's part:
+  B batch rows   T tokens   H query heads   K key/value heads (K divides H)   D head size
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ..candidates import Operation
+from .zigzag import unzigzag, zigzag
+
+__all__ = ["OPERATION", "ring_attention", "unzigzag", "zigzag"]
+
+OPERATION = Operation(__name__, "ring_attention")
+
+
+def ring_attention(
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    *,
+    axis: str,
+    segment_ids_BT: jax.Array | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    two_way: bool = False,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Causal attention over the rows of all devices of the mesh axis `axis`, in reverse mode differentiable in q, k, v.
+
+    To be called inside `jax.shard_map`. The n devices hold a row's tokens in `zigzag` order. Window, segments, scale,
+    softcap, head groups and dtypes are as in `flash_attention`; positions are those of the whole row.
+
+    Args:
+      q_BTHD: this device's queries. k_BTKD, v_BTKD: its keys and values, of the same dtype.
+      two_way: whether queries and outputs go round against the keys and values, so that links carry both ways. It is
+        the same function; what travels, and when it pays, is in `xla.py`.
+      implementation: a candidate's name, or None for the best one of the platform.
+
+    Returns:
+      `out_BTHD` in q's dtype.
+
+    Raises:
+      ValueError: as `flash_attention`, and when T is odd. NotImplementedError: no candidate takes the arguments.
+    """
+    q_BTHD, k_BTKD, v_BTKD = map(jnp.asarray, (q_BTHD, k_BTKD, v_BTKD))
+    if q_BTHD.ndim != 4 or q_BTHD.shape[:2] != k_BTKD.shape[:2]:
+        raise ValueError(
+            "ring_attention takes q [B, T, H, D] and k, v [B, T, K, D] of the same tokens, "
+            f"got q {q_BTHD.shape}, k {k_BTKD.shape}, v {v_BTKD.shape}"
+        )
+    if q_BTHD.shape[1] % 2 and jax.lax.axis_size(axis) > 1:
+        raise ValueError(
+            f"each device of a ring holds two chunks of a row, so its number of tokens is even; got {q_BTHD.shape[1]}. "
+            "Pad the rows to a multiple of twice the devices."
+        )
+    return OPERATION(
+        q_BTHD,
+        k_BTKD,
+        v_BTKD,
+        axis=axis,
+        segment_ids_BT=segment_ids_BT,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        two_way=two_way,
+        implementation=implementation,
+    )

@@ -1,0 +1,302 @@
+"""Ring attention by collective permutes, blockwise in between: the local products are `flash_attention`'s.
+
+Device d of n holds chunks d and 2n - 1 - d of 2n (`zigzag`). Its own queries meet its own keys; every other pair of
+devices (i with the queries, j with the keys) meets once, somewhere, and half of its products count: what causality
+empties is never computed, and every meeting costs the same. Partial outputs merge by their log-sum-exp.
+
+- One way (Liu et al. 2023, arXiv:2310.01889): keys and values go from device d to d + 1, n - 1 times. In the backward
+  pass they do so again, and their gradients follow them, the last hop home: n in all.
+- Two ways (after TokenRing, Wang et al. 2024, arXiv:2412.20501): the keys and values make only the first half of the
+  hops, n // 2. The other (n - 1) // 2 meetings are at the keys' home: queries jump that far ahead, and come home hop by
+  hop against the keys, gathering their outputs. Backward likewise: queries, output gradients and two numbers a row go
+  round and gather dq, while dk and dv follow the keys and jump home at the end.
+- A window that does not reach around the ring leaves out the hops of which nobody has a use.
+
+Bytes from a device, where an element has e bytes and sums have s (4, or 8 for float64), B T D = 1, and S hops:
+
+  one way forward    S e 2K                        one way backward    S e 2K + S s 2K
+  two ways forward   S/2 e 2K  with the keys       two ways backward   S/2 e 2K + S/2 s 2K + jump S/2 e 2H
+                     + jump S/2 e H
+                     S/2 (e + s) H  against                            S/2 (e 2H + s H) + jump S/2 s 2K
+
+Two ways spread the load over both directions of the links, but move the queries: it pays where there are as many key
+heads as query heads, and not where few key heads serve many.
+
+What the next meeting needs is sent off before this one is computed, and sums travel one meeting behind what they
+belong to, so no product waits for a message that it does not use. The meetings are turns of a loop: the program does not
+grow with n, and no more than the next arrival is held beside what is in use.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..flash_attention import flash_attention, flash_attention_backward
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """The static part of a call: n devices on `axis` with chunks of C tokens, two each."""
+
+    axis: str
+    n: int
+    C: int
+    window: int | None
+    scale: float | None
+    softcap: float | None
+    two_way: bool
+
+    def paths(self) -> tuple[list[int], list[int]]:
+        """Where the keys visit: hops from home; and where the queries do, nearer at each step."""
+        reach = self.n - 1
+        if self.window is not None:  # chunks further apart than this see nothing of each other
+            reach = min(reach, (self.window + self.C - 2) // self.C)
+        if self.two_way:
+            away = min(reach, (self.n - 1) // 2)
+            return list(range(1, min(reach, self.n // 2) + 1)), list(range(away, 0, -1))
+        return sorted({*range(1, reach + 1), *range(self.n - reach, self.n)}), []
+
+
+@dataclass(frozen=True)
+class _Lap:
+    """One meeting of travelling keys, and perhaps one of travelling queries. A number of hops is 0 where nothing moves.
+
+    Attributes:
+        keys_from, keys_to: hops since the keys' last meeting, and to their next.
+        queries: whether queries meet keys at the keys' home. queries_from, queries_to: as for the keys.
+    """
+
+    keys_from: int
+    keys_to: int
+    queries: bool
+    queries_from: int
+    queries_to: int
+
+
+def ring_attention(
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    *,
+    axis: str,
+    segment_ids_BT: jax.Array | None,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+    two_way: bool,
+) -> jax.Array:
+    o = _Ring(axis, jax.lax.axis_size(axis), q_BTHD.shape[1] // 2, window, scale, softcap, two_way)
+    return _attention(o, q_BTHD, k_BTKD, v_BTKD, segment_ids_BT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
+    return _forward(o, q, k, v, ids)[0].astype(q.dtype)
+
+
+def _attention_forward(o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> Any:
+    out, lse = _forward(o, q, k, v, ids)
+    out = out.astype(q.dtype)
+    return out, (q, k, v, ids, out, lse)
+
+
+def _forward(o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The output, not yet rounded, and the log-sum-exp of this device's queries."""
+    me = jax.lax.axis_index(o.axis)
+    rows, keys = (q, ids), (k, v, ids)
+    nothing = _no_output(q)
+
+    def lap(kind: _Lap, keys_at: Any, queries_at: Any, carry: Any) -> Any:
+        guest_keys, guest_rows, found, guest_found = carry
+        next_keys = _send(o, guest_keys, kind.keys_to)
+        next_rows = _send(o, guest_rows, -kind.queries_to)
+        found = _attend(o, found, rows, guest_keys, _away(o, me, keys_at))
+        if kind.queries:
+            arrived = _send(o, guest_found, -kind.queries_from) if kind.queries_from else nothing
+            guest_found = _attend(o, arrived, guest_rows, keys, _away(o, me, queries_at)[::-1])
+        return next_keys, next_rows, found, guest_found
+
+    keys_path, queries_path = o.paths()
+    guest_keys = _send(o, keys, keys_path[0]) if keys_path else None
+    guest_rows = _send(o, rows, queries_path[0]) if queries_path else None
+    found = _attend(o, nothing, rows, keys, (me, me), own=True)
+    *_, found, guest_found = _laps(keys_path, queries_path, lap, (guest_keys, guest_rows, found, None))
+    return _merge(found, _send(o, guest_found, -queries_path[-1])) if queries_path else found
+
+
+def _attention_backward(o: _Ring, residuals: Any, d_out: jax.Array) -> Any:
+    q, k, v, ids, out, lse = residuals
+    me, wide = jax.lax.axis_index(o.axis), lse.dtype
+    delta = (out.astype(wide) * d_out.astype(wide)).sum(-1)
+    rows, keys = (q, ids, d_out, lse, delta), (k, v, ids)
+
+    def lap(kind: _Lap, keys_at: Any, queries_at: Any, carry: Any) -> Any:
+        guest_keys, guest_rows, dq, dkv, guest_dkv, guest_dq = carry
+        next_keys = _send(o, guest_keys, kind.keys_to)
+        next_rows = _send(o, guest_rows, -kind.queries_to)
+        arrived = _send(o, guest_dkv, kind.keys_from) if kind.keys_from else _zeros((k, v))
+        dq, guest_dkv = _attend_back(o, dq, arrived, rows, guest_keys, _away(o, me, keys_at))
+        if kind.queries:
+            arrived = _send(o, guest_dq, -kind.queries_from) if kind.queries_from else _zeros(q)
+            guest_dq, dkv = _attend_back(o, arrived, dkv, guest_rows, keys, _away(o, me, queries_at)[::-1])
+        return next_keys, next_rows, dq, dkv, guest_dkv, guest_dq
+
+    keys_path, queries_path = o.paths()
+    guest_keys = _send(o, keys, keys_path[0]) if keys_path else None
+    guest_rows = _send(o, rows, queries_path[0]) if queries_path else None
+    carry = (guest_keys, guest_rows, _zeros(q), _zeros((k, v)), None, None)
+    *_, dq, dkv, guest_dkv, guest_dq = _laps(keys_path, queries_path, lap, carry)
+    # Its own keys come last, while what it lent comes home.
+    dq, dkv = _attend_back(o, dq, dkv, rows, keys, (me, me), own=True)
+    if keys_path:
+        dkv = jax.tree.map(jnp.add, dkv, _send(o, guest_dkv, -keys_path[-1]))
+    if queries_path:
+        dq = dq + _send(o, guest_dq, -queries_path[-1])
+    return *(grad.astype(x.dtype) for grad, x in zip((dq, *dkv), (q, k, v), strict=True)), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _laps(keys_path: list[int], queries_path: list[int], lap: Callable[..., Any], carry: Any) -> Any:
+    """`carry = lap(kind, keys_at, queries_at, carry)` along both paths; equal laps in a row are turns of one loop."""
+    # The queries' path may be one shorter; its first lap is then left out, in which they are still on their way.
+    queries_path = [0] * (len(keys_path) - len(queries_path)) + queries_path
+    laps = [
+        (_Lap(*_hops(keys_path, r), queries_path[r] > 0, *map(abs, _hops(queries_path, r))), r)
+        for r in range(len(keys_path))
+    ]
+    for kind, group in itertools.groupby(laps, lambda item: item[0]):
+        first, count = next(group)[1], 1 + len(list(group))
+        body = partial(_turn, lap, kind, keys_path[first], queries_path[first])
+        # One turn is no loop: its carry may change its structure.
+        carry = body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+    return carry
+
+
+def _turn(lap: Callable[..., Any], kind: _Lap, keys_at: int, queries_at: int, turn: Any, carry: Any) -> Any:
+    return lap(kind, keys_at + turn, queries_at - turn, carry)
+
+
+def _hops(path: list[int], r: int) -> tuple[int, int]:
+    """From the stop before stop r, and to the one after; 0 at the ends."""
+    before = path[r] - path[r - 1] if r and path[r - 1] else 0
+    after = path[r + 1] - path[r] if r + 1 < len(path) and path[r] else 0
+    return before, after
+
+
+def _send(o: _Ring, x: Any, hops: int) -> Any:
+    """Every array of `x` goes `hops` devices on; with 0, nothing moves."""
+    if hops % o.n == 0:
+        return x
+    there = [(d, (d + hops) % o.n) for d in range(o.n)]
+    return jax.tree.map(lambda array: jax.lax.ppermute(array, o.axis, there), x)
+
+
+def _away(o: _Ring, me: jax.Array, hops: Any) -> tuple[jax.Array, jax.Array]:
+    """(this device, the one whose part has come `hops` to get here)."""
+    return me, (me - hops) % o.n
+
+
+def _meetings(o: _Ring, pair: tuple[Any, Any], own: bool) -> list[tuple[Any, Any, dict[str, Any]]]:
+    """Which chunk of the queries meets which chunk of the keys (None: both chunks at once), and how they see.
+
+    `pair` is the device of the queries and that of the keys; `own` says that they are the same.
+    """
+
+    def apart(chunks: Any) -> dict[str, Any]:
+        """Queries that are a number of chunks after the keys: without a window, they see all of them."""
+        far = {"causal": True, "window": o.window, "q_offset": chunks * o.C}
+        return {"causal": False} if o.window is None else far
+
+    i, j = pair
+    late = 2 * o.n - 1 - i - j
+    here = {"causal": True, "window": o.window}
+    if own and (o.window is None or o.n == 1):
+        return [(None, None, here)]  # in the order of the row, if not without gaps
+    if own:
+        return [(0, 0, here), (1, 1, here), (1, 0, apart(late))]
+    # Late queries see early keys. Beside that, both chunks of queries see them if they come from before, and late
+    # queries see both chunks of keys otherwise.
+    half = jnp.where(i > j, 0, 1)
+    return [(1, 0, apart(late)), (half, half, apart(jnp.abs(i - j)))]
+
+
+def _attend(o: _Ring, found: Any, rows: Any, keys: Any, pair: tuple[Any, Any], own: bool = False) -> Any:
+    """(output, log-sum-exp) of queries, `found` before, with these keys in view too."""
+    for row, key, seeing in _meetings(o, pair, own):
+        q, q_ids = _take(rows, row)
+        k, v, k_ids = _take(keys, key)
+        more = flash_attention(
+            *(q, k, v),
+            q_segment_ids_BT=q_ids,
+            kv_segment_ids_BS=k_ids,
+            scale=o.scale,
+            softcap=o.softcap,
+            return_lse=True,
+            **seeing,
+        )
+        found = _put(found, _merge(_take(found, row), more), row)
+    return found
+
+
+def _attend_back(
+    o: _Ring, dq: jax.Array, dkv: Any, rows: Any, keys: Any, pair: tuple[Any, Any], own: bool = False
+) -> tuple[jax.Array, Any]:
+    """dq and (dk, dv), with what these queries and keys pass each other added."""
+    for row, key, seeing in _meetings(o, pair, own):
+        q, q_ids, d_out, lse, delta = _take(rows, row)
+        k, v, k_ids = _take(keys, key)
+        more_dq, *more_dkv = flash_attention_backward(
+            *(q, k, v, d_out, lse, delta),
+            q_segment_ids_BT=q_ids,
+            kv_segment_ids_BS=k_ids,
+            scale=o.scale,
+            softcap=o.softcap,
+            **seeing,
+        )
+        dq = _put(dq, _take(dq, row) + more_dq, row)
+        dkv = _put(dkv, jax.tree.map(jnp.add, _take(dkv, key), tuple(more_dkv)), key)
+    return dq, dkv
+
+
+def _zeros(like: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), like)
+
+
+def _no_output(q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    out = _zeros(q)
+    return out, jnp.full(q.shape[:3], -jnp.inf, out.dtype)
+
+
+def _merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Two outputs over different keys as one over all of them, each given with its log-sum-exp."""
+    (out, lse), (more_out, more_lse) = one, other
+    top = jnp.maximum(lse, more_lse)
+    top = jnp.where(top > -jnp.inf, top, 0)
+    part, more_part = jnp.exp(lse - top), jnp.exp(more_lse - top)
+    whole = part + more_part
+    safe = jnp.where(whole > 0, whole, 1)
+    merged = out * (part / safe)[..., None] + more_out * (more_part / safe)[..., None]
+    return merged, jnp.where(whole > 0, top + jnp.log(safe), -jnp.inf)
+
+
+def _take(x: Any, chunk: Any) -> Any:
+    """Chunk 0 or 1 of the tokens of every array of `x`, or with None both."""
+    if chunk is None:
+        return x
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, chunk * (a.shape[1] // 2), a.shape[1] // 2, 1), x)
+
+
+def _put(x: Any, update: Any, chunk: Any) -> Any:
+    """`x` with `_take(x, chunk)` replaced."""
+    if chunk is None:
+        return update
+    return jax.tree.map(
+        lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, chunk * (a.shape[1] // 2), 1), x, update
+    )
