@@ -5,10 +5,11 @@ import json
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from twinax.checkpoints.tokenizer import Tokenizer
-from twinax.train.data import DataConfig, DataError, Prefetch, batches, open_dataset
+from twinax.train.data import DataConfig, DataError, Part, Prefetch, batches, open_dataset
 
 
 def wait_until_gone(thread: threading.Thread) -> None:
@@ -21,10 +22,11 @@ def test_gives_the_batches_of_the_steps(tmp_path: Path):
     path.write_text("\n".join(json.dumps({"text": f"document {n}"}) for n in range(50)))
     config = DataConfig(path=str(path), eval_fraction=0, cache_dir=str(tmp_path / "cache"))
     dataset = open_dataset(config, Tokenizer.bytes(), 16, 0)
-    with batches(dataset, 3, 4) as whole, batches(dataset, 3, 4, shard=(1, 2), depth=1) as half:
+    second = Part(np.array([2, 3]), 4, np.ones(2, dtype=bool))
+    with batches(dataset, 3, 4) as whole, batches(dataset, 3, 4, second, depth=1) as half:
         for step in range(3, 40):
             assert next(whole).hash() == dataset.batch(step, 4).hash()
-            assert next(half).hash() == dataset.batch(step, 4, (1, 2)).hash()
+            assert next(half).hash() == dataset.batch(step, 4, second).hash()
 
 
 def test_works_ahead_but_not_without_end():

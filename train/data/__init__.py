@@ -6,7 +6,7 @@ function of the seed and the step. No jax here.
 
 from .bpe import train_bpe
 from .config import DataConfig, DataError, load_tokenizer
-from .dataset import Batch, Dataset, Row, open_dataset
+from .dataset import Batch, Dataset, Part, Row, hash_text, open_dataset
 from .prefetch import Prefetch, batches
 from .statistics import unigram_entropy
 
@@ -15,9 +15,11 @@ __all__ = [
     "DataConfig",
     "DataError",
     "Dataset",
+    "Part",
     "Prefetch",
     "Row",
     "batches",
+    "hash_text",
     "load_tokenizer",
     "open_dataset",
     "train_bpe",

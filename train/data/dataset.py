@@ -7,8 +7,8 @@ T = sequence length, B = rows in a batch.
   document is a target exactly once in an epoch. The last token of a document has weight 0.
 - Training row `index` is row `permutation(index % rows)` of epoch `index // rows`; the permutation depends on the seed
   and the epoch only. Evaluation rows are in order.
-- Step s of batch size B takes the indices s*B to s*B+B-1, whatever the number of hosts, so the step is all that a
-  checkpoint needs to remember.
+- Step s of batch size B takes the indices s*B to s*B+B-1, whatever the number of processes, so the step is all that a
+  checkpoint needs to remember. A process reads the rows that its devices need (`Part`), and no others.
 - Segment ids count documents within a row from 1 (0 is padding); positions restart at 0 in each segment.
 """
 
@@ -39,6 +39,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which rows of a batch there are, where several processes share it.
+
+    Attributes:
+      numbers: int64, ascending, from 0 in the batch.
+      size: rows of the whole batch.
+      is_counted: bool, for each of them whether it counts here when the processes add something up: of those that have
+        a row, one counts it.
+    """
+
+    numbers: np.ndarray
+    size: int
+    is_counted: np.ndarray
+
+    @classmethod
+    def whole(cls, size: int) -> "Part":
+        """All rows."""
+        return cls(np.arange(size), size, np.ones(size, dtype=bool))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows for one step (NumPy).
 
@@ -48,6 +69,7 @@ class Batch:
       segment_ids_BT: int32, from 1; 0 for padding.
       positions_BT: int32, from 0 in each segment; 0 in padding.
       weights_BT: float32, 1 where there is a target, else 0.
+      part: which rows of the whole batch these are; None for all of them.
     """
 
     tokens_BT: np.ndarray
@@ -55,18 +77,32 @@ class Batch:
     segment_ids_BT: np.ndarray
     positions_BT: np.ndarray
     weights_BT: np.ndarray
+    part: Part | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The five arrays by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "part"}
 
     def hash(self) -> str:
-        """A hash of the contents, the same on any machine."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, array in self.arrays().items():
-            digest.update(f"{name} {array.dtype.name} {array.shape} ".encode())
-            digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
-        return digest.hexdigest()
+        """A hash of the contents, the same on any machine: of the rows there are."""
+        return hash_text(self.hash_words())
+
+    def hash_words(self) -> np.ndarray:
+        """The hash as uint32 [4], of the rows that count here; those of all parts add up to that of the batch."""
+        part = self.part or Part.whole(len(self.tokens_BT))
+        words = np.zeros(4, dtype=np.uint32)
+        for row in np.flatnonzero(part.is_counted):
+            digest = hashlib.blake2b(f"row {part.numbers[row]} ".encode(), digest_size=16)
+            for name, array in self.arrays().items():
+                digest.update(f"{name} {array.dtype.name} {array.shape[1]} ".encode())
+                digest.update(np.ascontiguousarray(array[row], dtype=array.dtype.newbyteorder("<")).tobytes())
+            words += np.frombuffer(digest.digest(), dtype="<u4")
+        return words
+
+
+def hash_text(words: np.ndarray) -> str:
+    """The hash of a batch from its four words."""
+    return words.astype("<u4").tobytes().hex()
 
 
 @dataclass(frozen=True)
@@ -138,32 +174,24 @@ class Dataset:
             raise DataError(f"rows are counted from 0, so there is no row {global_index}")
         return self._row(int(self.row_numbers(np.array([global_index]))[0]))
 
-    def batch(self, step: int, batch_size: int, shard: tuple[int, int] = (0, 1)) -> Batch:
+    def batch(self, step: int, batch_size: int, part: Part | None = None) -> Batch:
         """The rows of a step, from 0.
 
         Args:
           step: which step.
-          batch_size: B, rows in the whole batch, over all hosts.
-          shard: (i, n) for the i-th of n equal parts of it, B/n rows.
+          batch_size: B, rows in the whole batch, over all processes.
+          part: only these of them; None for all.
         """
-        part, parts = shard
         if step < 0 or batch_size < 1:
             raise DataError(f"a batch needs step >= 0 and batch_size >= 1, not step={step}, batch_size={batch_size}")
-        if not 0 <= part < parts or batch_size % parts:
-            raise DataError(f"shard={shard} of batch_size={batch_size}: (i, n) needs 0 <= i < n, n dividing the batch")
-        size = batch_size // parts
-        first = step * batch_size + part * size
-        return _stack([self._row(int(n)) for n in self.row_numbers(np.arange(first, first + size))])
+        numbers = _numbers(batch_size, part)
+        return _stack([self._row(int(n)) for n in self.row_numbers(step * batch_size + numbers)], part)
 
-    def one_pass(self, batch_size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+    def one_pass(self, batch_size: int, part: Part | None = None) -> Iterator[Batch]:
         """Each row of the split once, in order; the last batch is filled up with rows of padding. For evaluation."""
-        part, parts = shard
-        if batch_size < 1 or not 0 <= part < parts or batch_size % parts:
-            raise DataError(f"batch_size={batch_size} must be a multiple of the n of shard=(i, n), which is {shard}")
-        size = batch_size // parts
+        numbers = _numbers(batch_size, part)
         for start in range(0, self.len_rows, batch_size):
-            first = start + part * size
-            yield _stack([self._row(n) for n in range(first, first + size)])
+            yield _stack([self._row(int(n)) for n in start + numbers], part)
 
     def targets(self, chunk: int = 1 << 20) -> Iterator[np.ndarray]:
         """All targets of an epoch, in order: every token but the first of each document. At most `chunk` an array."""
@@ -235,5 +263,11 @@ def open_dataset(
     return Dataset(cache, spans, split, sequence_length, seed, fingerprint)
 
 
-def _stack(rows: Sequence[Row]) -> Batch:
-    return Batch(*(np.stack([getattr(row, field.name) for row in rows]) for field in fields(Row)))
+def _numbers(batch_size: int, part: Part | None) -> np.ndarray:
+    if batch_size < 1 or (part is not None and part.size != batch_size):
+        raise DataError(f"batch_size={batch_size} must be from 1 up, and that of the part, {part and part.size}")
+    return np.arange(batch_size) if part is None else part.numbers
+
+
+def _stack(rows: Sequence[Row], part: Part | None) -> Batch:
+    return Batch(*(np.stack([getattr(row, field.name) for row in rows]) for field in fields(Row)), part)

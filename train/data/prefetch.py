@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .config import DataError
-from .dataset import Batch, Dataset
+from .dataset import Batch, Dataset, Part
 
 _POLL = 0.1  # seconds between looks at whether to stop
 
@@ -73,7 +73,7 @@ def _work(make: Callable[[int], Batch], step: int, results: queue.Queue[Any], st
 
 
 def batches(
-    dataset: Dataset, start_step: int, batch_size: int, shard: tuple[int, int] = (0, 1), depth: int = 2
+    dataset: Dataset, start_step: int, batch_size: int, part: Part | None = None, depth: int = 2
 ) -> Prefetch:
-    """`dataset.batch(step, batch_size, shard)` for step = start_step, start_step + 1, ..., up to `depth` made ahead."""
-    return Prefetch(lambda step: dataset.batch(step, batch_size, shard), start_step, depth)
+    """`dataset.batch(step, batch_size, part)` for step = start_step, start_step + 1, ..., up to `depth` made ahead."""
+    return Prefetch(lambda step: dataset.batch(step, batch_size, part), start_step, depth)
