@@ -1,10 +1,9 @@
 """Attention over rows whose tokens are cut over devices, by exchanging tokens for heads and back.
 
 Before attention each device has some tokens of every head, during it every token of some heads (Ulysses: Jacobs et al.
-2023, arXiv:2309.14509). Each array crosses the mesh axis once, most of it directly.
+2023, arXiv:2309.14509).
 
-Shapes, of one device's part: B rows, T tokens, S all tokens of the row (T times the devices), H query heads, K key/value
-heads, D head size.
+Shapes, of one device: B rows, T tokens, S tokens of the whole row, H query heads, K key/value heads, D head size.
 """
 
 import math

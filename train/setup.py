@@ -21,11 +21,11 @@ from .step import State, init_state, state_like
 
 def check_rows(recipe: Recipe, plan: Plan) -> None:
     """Raises RecipeError unless the devices of `plan` get equal rows of each micro-batch."""
-    rows = recipe.batch_size // recipe.accumulation
-    if rows % plan.batch_shards:
+    rows, shards = recipe.batch_size // recipe.accumulation, plan.batch_shards
+    if rows % shards:
         raise RecipeError(
-            f"A micro-batch of batch_size / accumulation = {rows} rows cannot be cut over the {plan.batch_shards} devices "
-            f"of plan={recipe.plan!r}; make batch_size a multiple of {plan.batch_shards * recipe.accumulation}."
+            f"A micro-batch of batch_size / accumulation = {rows} rows cannot be cut over the {shards} devices of "
+            f"plan={recipe.plan!r}; make batch_size a multiple of {shards * recipe.accumulation}."
         )
 
 

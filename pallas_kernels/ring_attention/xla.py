@@ -23,8 +23,8 @@ Two ways spread the load over both directions of the links, but move the queries
 heads as query heads, and not where few key heads serve many.
 
 What the next meeting needs is sent off before this one is computed, and sums travel one meeting behind what they
-belong to, so no product waits for a message that it does not use. The meetings are turns of a loop: the program does not
-grow with n, and no more than the next arrival is held beside what is in use.
+belong to, so no product waits for a message that it does not use. The meetings are turns of a loop: the program does
+not grow with n, and no more than the next arrival is held beside what is in use.
 """
 
 import itertools
@@ -37,6 +37,9 @@ import jax
 import jax.numpy as jnp
 
 from ..flash_attention import flash_attention, flash_attention_backward
+
+# Chunks 0 and 1 of a part, by number (which may be traced), or None for the part as it is.
+Chunks = tuple[Any, ...] | None
 
 
 @dataclass(frozen=True)
@@ -115,17 +118,18 @@ def _forward(o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array 
         guest_keys, guest_rows, found, guest_found = carry
         next_keys = _send(o, guest_keys, kind.keys_to)
         next_rows = _send(o, guest_rows, -kind.queries_to)
-        found = _attend(o, found, rows, guest_keys, _away(o, me, keys_at))
+        found = _attend(o, found, rows, guest_keys, (me, _origin(o, me, keys_at)))
         if kind.queries:
             arrived = _send(o, guest_found, -kind.queries_from) if kind.queries_from else nothing
-            guest_found = _attend(o, arrived, guest_rows, keys, _away(o, me, queries_at)[::-1])
+            guest_found = _attend(o, arrived, guest_rows, keys, (_origin(o, me, queries_at), me))
         return next_keys, next_rows, found, guest_found
 
     keys_path, queries_path = o.paths()
     guest_keys = _send(o, keys, keys_path[0]) if keys_path else None
     guest_rows = _send(o, rows, queries_path[0]) if queries_path else None
     found = _attend(o, nothing, rows, keys, (me, me), own=True)
-    *_, found, guest_found = _laps(keys_path, queries_path, lap, (guest_keys, guest_rows, found, None))
+    carry = (guest_keys, guest_rows, found, None)
+    *_, found, guest_found = _laps(keys_path, queries_path, lap, carry, keys_gather=False)
     return _merge(found, _send(o, guest_found, -queries_path[-1])) if queries_path else found
 
 
@@ -140,21 +144,21 @@ def _attention_backward(o: _Ring, residuals: Any, d_out: jax.Array) -> Any:
         next_keys = _send(o, guest_keys, kind.keys_to)
         next_rows = _send(o, guest_rows, -kind.queries_to)
         arrived = _send(o, guest_dkv, kind.keys_from) if kind.keys_from else _zeros((k, v))
-        dq, guest_dkv = _attend_back(o, dq, arrived, rows, guest_keys, _away(o, me, keys_at))
+        dq, guest_dkv = _attend_back(o, dq, arrived, rows, guest_keys, (me, _origin(o, me, keys_at)))
         if kind.queries:
             arrived = _send(o, guest_dq, -kind.queries_from) if kind.queries_from else _zeros(q)
-            guest_dq, dkv = _attend_back(o, arrived, dkv, guest_rows, keys, _away(o, me, queries_at)[::-1])
+            guest_dq, dkv = _attend_back(o, arrived, dkv, guest_rows, keys, (_origin(o, me, queries_at), me))
         return next_keys, next_rows, dq, dkv, guest_dkv, guest_dq
 
     keys_path, queries_path = o.paths()
     guest_keys = _send(o, keys, keys_path[0]) if keys_path else None
     guest_rows = _send(o, rows, queries_path[0]) if queries_path else None
     carry = (guest_keys, guest_rows, _zeros(q), _zeros((k, v)), None, None)
-    *_, dq, dkv, guest_dkv, guest_dq = _laps(keys_path, queries_path, lap, carry)
+    *_, dq, dkv, guest_dkv, guest_dq = _laps(keys_path, queries_path, lap, carry, keys_gather=True)
     # Its own keys come last, while what it lent comes home.
     dq, dkv = _attend_back(o, dq, dkv, rows, keys, (me, me), own=True)
     if keys_path:
-        dkv = jax.tree.map(jnp.add, dkv, _send(o, guest_dkv, -keys_path[-1]))
+        dkv = _add(dkv, _send(o, guest_dkv, -keys_path[-1]))
     if queries_path:
         dq = dq + _send(o, guest_dq, -queries_path[-1])
     return *(grad.astype(x.dtype) for grad, x in zip((dq, *dkv), (q, k, v), strict=True)), None
@@ -163,19 +167,24 @@ def _attention_backward(o: _Ring, residuals: Any, d_out: jax.Array) -> Any:
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _laps(keys_path: list[int], queries_path: list[int], lap: Callable[..., Any], carry: Any) -> Any:
-    """`carry = lap(kind, keys_at, queries_at, carry)` along both paths; equal laps in a row are turns of one loop."""
+def _laps(keys_path: list[int], queries_path: list[int], lap: Callable[..., Any], carry: Any, keys_gather: bool) -> Any:
+    """`carry = lap(kind, keys_at, queries_at, carry)` along both paths; equal laps in a row are turns of one loop.
+
+    Where the keys gather no sums, a first lap is as any other.
+    """
     # The queries' path may be one shorter; its first lap is then left out, in which they are still on their way.
     queries_path = [0] * (len(keys_path) - len(queries_path)) + queries_path
-    laps = [
-        (_Lap(*_hops(keys_path, r), queries_path[r] > 0, *map(abs, _hops(queries_path, r))), r)
-        for r in range(len(keys_path))
-    ]
-    for kind, group in itertools.groupby(laps, lambda item: item[0]):
-        first, count = next(group)[1], 1 + len(list(group))
+    kinds = []
+    for r in range(len(keys_path)):
+        (keys_from, keys_to), (queries_from, queries_to) = _hops(keys_path, r), _hops(queries_path, r)
+        kinds.append(_Lap(keys_from * keys_gather, keys_to, queries_path[r] > 0, -queries_from, -queries_to))
+    first = 0
+    for kind, group in itertools.groupby(kinds):
+        turns = len(list(group))
         body = partial(_turn, lap, kind, keys_path[first], queries_path[first])
         # One turn is no loop: its carry may change its structure.
-        carry = body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+        carry = body(0, carry) if turns == 1 else jax.lax.fori_loop(0, turns, body, carry)
+        first += turns
     return carry
 
 
@@ -198,33 +207,31 @@ def _send(o: _Ring, x: Any, hops: int) -> Any:
     return jax.tree.map(lambda array: jax.lax.ppermute(array, o.axis, there), x)
 
 
-def _away(o: _Ring, me: jax.Array, hops: Any) -> tuple[jax.Array, jax.Array]:
-    """(this device, the one whose part has come `hops` to get here)."""
-    return me, (me - hops) % o.n
+def _origin(o: _Ring, me: jax.Array, hops: Any) -> jax.Array:
+    """The device whose part has come `hops` to get here."""
+    return (me - hops) % o.n
 
 
-def _meetings(o: _Ring, pair: tuple[Any, Any], own: bool) -> list[tuple[Any, Any, dict[str, Any]]]:
-    """Which chunk of the queries meets which chunk of the keys (None: both chunks at once), and how they see.
+def _meetings(o: _Ring, pair: tuple[Any, Any], own: bool) -> list[tuple[Chunks, Chunks, dict[str, Any]]]:
+    """Which chunks of the queries meet which chunks of the keys, and how they see them. Those of one meeting are equal
+    in this, and computed together.
 
     `pair` is the device of the queries and that of the keys; `own` says that they are the same.
     """
-
-    def apart(chunks: Any) -> dict[str, Any]:
-        """Queries that are a number of chunks after the keys: without a window, they see all of them."""
-        far = {"causal": True, "window": o.window, "q_offset": chunks * o.C}
-        return {"causal": False} if o.window is None else far
-
     i, j = pair
     late = 2 * o.n - 1 - i - j
-    here = {"causal": True, "window": o.window}
+    here: dict[str, Any] = {"causal": True, "window": o.window}
     if own and (o.window is None or o.n == 1):
         return [(None, None, here)]  # in the order of the row, if not without gaps
     if own:
-        return [(0, 0, here), (1, 1, here), (1, 0, apart(late))]
-    # Late queries see early keys. Beside that, both chunks of queries see them if they come from before, and late
-    # queries see both chunks of keys otherwise.
+        return [((0, 1), (0, 1), here), ((1,), (0,), {**here, "q_offset": late * o.C})]
+    # Late queries see early keys. Beside that, early queries see them if they come from before, and late queries see
+    # late keys otherwise.
     half = jnp.where(i > j, 0, 1)
-    return [(1, 0, apart(late)), (half, half, apart(jnp.abs(i - j)))]
+    if o.window is None:
+        return [((1, half), (0, half), {"causal": False})]
+    apart = late, jnp.abs(i - j)
+    return [((x,), (y,), {**here, "q_offset": z * o.C}) for x, y, z in zip((1, half), (0, half), apart, strict=True)]
 
 
 def _attend(o: _Ring, found: Any, rows: Any, keys: Any, pair: tuple[Any, Any], own: bool = False) -> Any:
@@ -241,7 +248,7 @@ def _attend(o: _Ring, found: Any, rows: Any, keys: Any, pair: tuple[Any, Any], o
             return_lse=True,
             **seeing,
         )
-        found = _put(found, _merge(_take(found, row), more), row)
+        found = _put(_merge, found, more, row)
     return found
 
 
@@ -260,8 +267,7 @@ def _attend_back(
             softcap=o.softcap,
             **seeing,
         )
-        dq = _put(dq, _take(dq, row) + more_dq, row)
-        dkv = _put(dkv, jax.tree.map(jnp.add, _take(dkv, key), tuple(more_dkv)), key)
+        dq, dkv = _put(_add, dq, more_dq, row), _put(_add, dkv, tuple(more_dkv), key)
     return dq, dkv
 
 
@@ -286,17 +292,32 @@ def _merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array])
     return merged, jnp.where(whole > 0, top + jnp.log(safe), -jnp.inf)
 
 
-def _take(x: Any, chunk: Any) -> Any:
-    """Chunk 0 or 1 of the tokens of every array of `x`, or with None both."""
-    if chunk is None:
+def _add(x: Any, more: Any) -> Any:
+    return jax.tree.map(jnp.add, x, more)
+
+
+def _take(x: Any, chunks: Chunks) -> Any:
+    """These chunks of the tokens of every array of `x`, one below the other as batch rows."""
+    if chunks is None:
         return x
-    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, chunk * (a.shape[1] // 2), a.shape[1] // 2, 1), x)
+    return jax.tree.map(lambda a: jnp.concatenate([_chunk(a, chunk) for chunk in chunks]), x)
 
 
-def _put(x: Any, update: Any, chunk: Any) -> Any:
-    """`x` with `_take(x, chunk)` replaced."""
-    if chunk is None:
-        return update
-    return jax.tree.map(
-        lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, chunk * (a.shape[1] // 2), 1), x, update
-    )
+def _put(combine: Callable[[Any, Any], Any], x: Any, more: Any, chunks: Chunks) -> Any:
+    """`x` after `combine` with `more`, which lies as `_take(x, chunks)` does."""
+    if chunks is None:
+        return combine(x, more)
+    for number, chunk in enumerate(chunks):
+        part = jax.tree.map(lambda a, number=number: jnp.split(a, len(chunks))[number], more)
+        new = combine(jax.tree.map(lambda a, chunk=chunk: _chunk(a, chunk), x), part)
+        x = jax.tree.map(lambda a, b, chunk=chunk: _update(a, b, chunk), x, new)
+    return x
+
+
+def _chunk(x: jax.Array, chunk: Any) -> jax.Array:
+    size = x.shape[1] // 2
+    return jax.lax.dynamic_slice_in_dim(x, chunk * size, size, 1)
+
+
+def _update(x: jax.Array, part: jax.Array, chunk: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part, chunk * part.shape[1], 1)

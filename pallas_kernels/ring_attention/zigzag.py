@@ -1,8 +1,8 @@
 """The order of tokens that makes every device of a ring do equal work under a causal mask.
 
-A row of T tokens is n devices' parts of two chunks each: device i holds chunks i and 2n - 1 - i, one early and one late,
-so that whichever device its keys come from, half of the products count (the imbalance: Brandon et al. 2023,
-arXiv:2311.09431; this remedy: Llama 3, arXiv:2407.21783, section 3.3.2).
+A row is cut into 2n chunks, and device i of n holds chunks i and 2n - 1 - i, one early and one late: whichever device
+its keys come from, half of the products count (the imbalance: Brandon et al. 2023, arXiv:2311.09431; this remedy: Llama
+3, arXiv:2407.21783, section 3.3.2).
 """
 
 import jax
@@ -10,7 +10,10 @@ import jax.numpy as jnp
 
 
 def zigzag(x: jax.Array, devices: int, axis: int = -1) -> jax.Array:
-    """`x` with its tokens, along `axis`, in the order in which `devices` hold them; ValueError if they do not divide."""
+    """`x` with its tokens, along `axis`, in the order in which the devices hold them.
+
+    ValueError unless the tokens are a multiple of twice the devices.
+    """
     axis = axis % x.ndim
     x = x.reshape(*x.shape[:axis], 2, devices, _chunk(x.shape[axis], devices), *x.shape[axis + 1 :])
     early, late = jnp.split(x, 2, axis)
