@@ -20,11 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from ..sharding.exchange import Exchange, give_back, send
 from ..sharding.rules import ACTIVATION_RULES, COMPUTE_RULES, current, gather, mesh_axes, partition_spec
-from .grouped import grouped_linear
+from .grouped import GROUPED, grouped_linear
 from .mlp import SwiGLU
 from .moe_config import MoEConfig
 from .router import Router, route
@@ -147,7 +148,8 @@ def _mixture(
 ) -> tuple[jax.Array, Statistics]:
     """The experts' part of the layer for the tokens of one device, and statistics of all devices."""
     x_ND, is_token_N = x.reshape(-1, x.shape[-1]), is_token.reshape(-1)
-    (N, D), E, K = x_ND.shape, config.num_experts, config.experts_per_token
+    N, D = x_ND.shape
+    E, K = config.num_experts, config.experts_per_token
     routes = route(config, x_ND, *router)
     # Padding has the expert after the last: it is sorted to the end and counted nowhere.
     expert_R = jnp.where(is_token_N[:, None], routes.expert_NK, E).reshape(N * K)
@@ -204,9 +206,11 @@ def _experts(
 
 
 def _swiglu(x_RD: jax.Array, rows_L: jax.Array, weights: list[jax.Array]) -> jax.Array:
+    def product(x_RI: jax.Array, weight_LOI: jax.Array) -> jax.Array:
+        return checkpoint_name(grouped_linear(x_RI, weight_LOI, rows_L), GROUPED)
+
     gate_LFD, up_LFD, down_LDF = weights
-    hidden_RF = jax.nn.silu(grouped_linear(x_RD, gate_LFD, rows_L)) * grouped_linear(x_RD, up_LFD, rows_L)
-    return grouped_linear(hidden_RF, down_LDF, rows_L)
+    return product(jax.nn.silu(product(x_RD, gate_LFD)) * product(x_RD, up_LFD), down_LDF)
 
 
 def _order(expert_R: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -215,12 +219,12 @@ def _order(expert_R: jax.Array) -> tuple[jax.Array, jax.Array]:
     return order_R, jnp.argsort(order_R)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _spread(x_ND: jax.Array, order_R: jax.Array, inverse_R: jax.Array, times: int) -> jax.Array:
+def _take(x_ND: jax.Array, order_R: jax.Array, inverse_R: jax.Array, times: int) -> jax.Array:
     """Each of the N rows so many `times`, in `order_R`; once is a permutation."""
     return x_ND[order_R // times]
 
 
+_spread = jax.custom_vjp(_take, nondiff_argnums=(3,))
 # JAX's own gradient would add rows in place one by one, in no certain order on a GPU.
 _spread.defvjp(
     lambda x_ND, order_R, inverse_R, times: (_spread(x_ND, order_R, inverse_R, times), inverse_R),

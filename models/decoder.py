@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from ..layers.attention import Attention
 from ..layers.embedding import Embedding
+from ..layers.grouped import GROUPED
 from ..layers.linear import matmul_precision
 from ..layers.mlp import SwiGLU
 from ..layers.moe import MoE, Statistics
@@ -30,7 +31,10 @@ Params = dict[str, jax.Array]
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(GROUPED),
+    ),
 }
 
 
@@ -128,7 +132,7 @@ class Decoder(nnx.Module):
         return _between(self.embed(tokens, self.dtype)), rope
 
     def run_blocks(self, x: jax.Array, rope: Any, context: Any, cache: Any) -> tuple[jax.Array, Any, Statistics | None]:
-        """All blocks in turn; the cache is a carry, so that it is updated in place. Statistics are stacked, [L, ...]."""
+        """All blocks in turn; the cache is a carry, so that it is updated in place. Statistics are stacked [L, ...]."""
         block_def, block_state = nnx.split(self.blocks)
 
         def body(carry: Any, scanned: Any) -> tuple[Any, Statistics | None]:

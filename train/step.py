@@ -6,8 +6,6 @@ Shapes: K micro-batches, B rows of one, T tokens.
   batch of a step is a function of the recipe and the step.
 - A step whose loss or gradient is not finite leaves the state as it was. So does a batch made for another step, which
   makes it safe to send off the next step before the metrics of this one are read: after a bad step nothing moves.
-- Losses and gradients are sums over tokens, divided once by the weight of the whole batch: micro-batches and devices
-  change nothing but the order of additions.
 """
 
 import functools
@@ -20,13 +18,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..layers.contexts import PackedContext, in_order
 from ..models.config import DecoderConfig
-from ..models.decoder import FunctionalDecoder, functional, init_params, param_shapes, param_shardings
-from ..sharding.rules import activation_sharding, use
-from . import optimizer
+from ..models.decoder import functional, init_params, param_shapes, param_shardings
+from ..sharding.plan import ONE_DEVICE, Plan
+from ..sharding.rules import use
+from . import balance, optimizer
 from .data.dataset import Batch
-from .loss import cross_entropy
+from .gradients import gradients, token_count
+from .place import put, put_rows
 from .recipe import OptimizerConfig
 from .schedules import Schedule
 
@@ -39,7 +38,7 @@ def init_state(config: DecoderConfig, seed: int, mesh: Mesh, params: dict[str, j
     params = init_params(config, seed, mesh=mesh) if params is None else params
     shardings = state_shardings(config, mesh)
     moments = jax.jit(optimizer.init, out_shardings=shardings["optimizer"])(params)
-    step = jax.device_put(np.int32(0), shardings["step"])
+    step = put(np.int32(0), shardings["step"])
     return {"params": params, "optimizer": moments, "step": step}
 
 
@@ -65,40 +64,7 @@ def state_like(config: DecoderConfig, mesh: Mesh) -> State:
 
 def put_batch(batch: Batch, step: int, accumulation: int, mesh: Mesh) -> DeviceBatch:
     """The batch of `step` on the devices, [K, B, T], the rows of each micro-batch cut over them."""
-    rows = activation_sharding(("batch",), mesh).spec
-    place = NamedSharding(mesh, PartitionSpec(None, *rows))
-    arrays = {k: a.reshape(accumulation, -1, a.shape[-1]) for k, a in batch.arrays().items()}
-    placed = jax.device_put(arrays, place)
-    placed["step"] = jax.device_put(np.int32(step), NamedSharding(mesh, PartitionSpec()))
-    return placed
-
-
-def loss_sums(model: FunctionalDecoder, params: dict[str, jax.Array], batch: DeviceBatch, attention: str = "ring"):
-    """Summed loss in nats and summed weight of rows [B, T], on the mesh in use; `attention` as in a plan."""
-    # Sums over tokens do not care for their order, so nothing is put back.
-    batch = {name: in_order(array, attention) for name, array in batch.items()}
-    context = PackedContext(batch["segment_ids_BT"], batch["positions_BT"], attention)
-    hidden_BTD, *_ = model.hidden(params, batch["tokens_BT"], context)
-    weight_VD = model.unembedding_weight(params)
-    return cross_entropy(hidden_BTD, weight_VD, batch["targets_BT"], batch["weights_BT"])
-
-
-def gradients(model: FunctionalDecoder, params: dict[str, jax.Array], batch: DeviceBatch, attention: str = "ring"):
-    """(gradient of the mean loss, mean loss, summed weight) over all micro-batches of [K, B, T]."""
-    value_and_grad = jax.value_and_grad(functools.partial(loss_sums, model, attention=attention), has_aux=True)
-    rows = {name: array for name, array in batch.items() if array.ndim == 3}
-
-    def add(total, micro):
-        return jax.tree.map(jnp.add, total, value_and_grad(params, micro)), None
-
-    if rows["tokens_BT"].shape[0] == 1:
-        sums = value_and_grad(params, {name: array[0] for name, array in rows.items()})
-    else:
-        first = jax.eval_shape(value_and_grad, params, {name: array[0] for name, array in rows.items()})
-        sums, _ = jax.lax.scan(add, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first), rows)
-    (loss_sum, weight), grads = sums
-    scale = 1 / jnp.where(weight == 0, 1, weight)
-    return jax.tree.map(lambda g: g * scale, grads), loss_sum * scale, weight
+    return {**put_rows(batch, accumulation, mesh), "step": put(np.int32(step), NamedSharding(mesh, PartitionSpec()))}
 
 
 def make_step(
@@ -109,7 +75,7 @@ def make_step(
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
-    attention: str = "ring",
+    plan: Plan = ONE_DEVICE,
 ) -> Callable[[State, DeviceBatch], tuple[State, dict[str, jax.Array]]]:
     """The jitted step. It consumes (donates) the state it is given.
 
@@ -120,24 +86,31 @@ def make_step(
         mesh: where everything lives.
         dtype: of the products.
         remat: what the backward pass computes again.
-        attention: how attention crosses devices that share rows, as in a plan.
+        plan: how attention crosses devices that share rows, and the order of a pipeline's work; its sizes are `mesh`'s.
 
     Returns:
         `step(state, batch) -> (state, metrics)`. Metrics are float32 scalars `loss` (mean nats per token), `grad_norm`
-        (before clipping), `lr`, `tokens` (weight of the batch), and `ok`: whether the update was applied.
+        (before clipping), `lr`, `tokens` (weight of the batch), and `ok`: whether the update was applied; with a
+        mixture of experts also those of `balance.metrics`.
     """
     model = functional(config, dtype=dtype, remat=remat)
 
     def step(state: State, batch: DeviceBatch) -> tuple[State, dict[str, jax.Array]]:
         with use(mesh):
-            grads, loss, weight = gradients(model, state["params"], batch, attention)
+            grads, loss, weight, statistics = gradients(model, state["params"], batch, plan)
             norm = optax.tree.norm(grads)
             lr = schedule(state["step"])
             ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (batch["step"] == state["step"])
             params, moments = state["params"], state["optimizer"]
             params, moments = optimizer.update(optimizer_config, params, moments, grads, norm, lr, ok)
-            new = {"params": params, "optimizer": moments, "step": state["step"] + ok}
-            return new, {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": weight, "ok": ok}
+            metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": weight, "ok": ok}
+            if config.moe is not None:
+                metrics |= balance.metrics(config.moe, statistics, token_count(batch))
+                if config.moe.bias_update:
+                    bias_LE = params[balance.BIAS]
+                    moved_LE = balance.moved_bias(config.moe, bias_LE, statistics.tokens_E)
+                    params = {**params, balance.BIAS: jnp.where(ok, moved_LE, bias_LE)}
+            return {"params": params, "optimizer": moments, "step": state["step"] + ok}, metrics
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(config, mesh), everywhere))

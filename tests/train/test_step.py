@@ -65,7 +65,7 @@ def mean_gradients(plan: Plan, accumulation: int, dtype, remat: str = "none"):
     model = functional(CONFIG, dtype=dtype, remat=remat)
     batch = put_batch(random_batch(0), 0, accumulation, mesh)
     with use(mesh):
-        grads, loss, weight = jax.jit(functools.partial(gradients, model), compiler_options=QUICK)(params, batch)
+        grads, loss, weight, _ = jax.jit(functools.partial(gradients, model), compiler_options=QUICK)(params, batch)
     return jax.device_get(grads), float(loss), float(weight)
 
 
