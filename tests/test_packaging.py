@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOMS = ("pallas_kernels", "sharding", "layers", "models", "checkpoints", "train", "serving")
+ROOMS = ("pallas_kernels", "sharding", "layers", "models", "checkpoints", "train", "serving", "planner")
 
 # Imported from where the package is installed, never from the current folder: one forward of a tiny model.
 TINY_FORWARD = """
