@@ -6,7 +6,7 @@ layer works on [..., D] and the context alone knows the difference.
 A mixture of experts also gives `Statistics`, which training needs to balance the load; a dense model gives None.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,10 +23,13 @@ from ..layers.mlp import SwiGLU
 from ..layers.moe import MoE, Statistics
 from ..layers.norm import RMSNorm
 from ..layers.rope import angles
+from ..sharding import pipeline
+from ..sharding.plan import ONE_DEVICE, Plan
 from ..sharding.rules import GATHERED, constrain, current, parameter_sharding
 from .config import DecoderConfig
 
 Params = dict[str, jax.Array]
+BLOCKS = "blocks."  # begins the name of every parameter that all layers have, stacked
 
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
@@ -68,11 +71,11 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any, Statistics | None]:
         mixed, cache = self.attention(_inside(self.attention_norm(x)), rope, context, cache, layer)
         x = x + _between(mixed)
-        inside, statistics = _inside(self.mlp_norm(x)), None
+        normed, statistics = self.mlp_norm(x), None
         if isinstance(self.mlp, MoE):
-            y, statistics = self.mlp(inside, context.is_token)
+            y, statistics = self.mlp(normed, context.is_token)
         else:
-            y = self.mlp(inside)
+            y = self.mlp(_inside(normed))
         return x + _between(y), cache, statistics
 
 
@@ -134,17 +137,9 @@ class Decoder(nnx.Module):
     def run_blocks(self, x: jax.Array, rope: Any, context: Any, cache: Any) -> tuple[jax.Array, Any, Statistics | None]:
         """All blocks in turn; the cache is a carry, so that it is updated in place. Statistics are stacked [L, ...]."""
         block_def, block_state = nnx.split(self.blocks)
-
-        def body(carry: Any, scanned: Any) -> tuple[Any, Statistics | None]:
-            x, cache = carry
-            state, layer = scanned
-            x, cache, statistics = nnx.merge(block_def, state)(x, rope, context, cache, layer)
-            return (_between(x), cache), statistics
-
-        if self.remat != "none" or current() is not None:
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, cache), statistics = jax.lax.scan(body, (x, cache), (block_state, layers))
+        (x, cache), statistics = _scan_blocks(
+            lambda state: nnx.merge(block_def, state), block_state, x, rope, context, cache, 0, self.remat
+        )
         return x, cache, statistics
 
     def unembedding_weight(self) -> jax.Array:
@@ -170,6 +165,30 @@ class Decoder(nnx.Module):
         nnx.update(self, _state(nnx.to_flat_state(nnx.state(self, nnx.Param)), params))
 
 
+def _scan_blocks(
+    block: Callable[[Any], Block],
+    stacked: Any,
+    x: jax.Array,
+    rope: Any,
+    context: Any,
+    cache: Any,
+    first: Any,
+    remat: str,
+) -> tuple[tuple[jax.Array, Any], Statistics | None]:
+    """`stacked` blocks in turn, of which the first is layer `first`: ((x, cache), their statistics)."""
+
+    def body(carry: Any, scanned: Any) -> tuple[Any, Statistics | None]:
+        x, cache = carry
+        one, layer = scanned
+        x, cache, statistics = block(one)(x, rope, context, cache, layer)
+        return (_between(x), cache), statistics
+
+    if remat != "none" or current() is not None:
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    layers = first + jnp.arange(len(jax.tree.leaves(stacked)[0]), dtype=jnp.int32)
+    return jax.lax.scan(body, (x, cache), (stacked, layers))
+
+
 def _name(path: tuple[Any, ...]) -> str:
     return ".".join(str(part) for part in path).replace("unembed_table.", "unembed.")
 
@@ -178,6 +197,10 @@ def _state(template: Any, params: Mapping[str, jax.Array]) -> nnx.State:
     return nnx.from_flat_state(
         [(path, leaf.replace(params.get(_name(path), leaf.get_value()))) for path, leaf in template]
     )
+
+
+def _stacked(name: str) -> bool:
+    return name.startswith(BLOCKS)
 
 
 def check_params(params: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -199,8 +222,9 @@ class FunctionalDecoder:
     A function that uses a part of the model takes a dict with that part.
     """
 
-    def __init__(self, config: DecoderConfig, **options: Any):
-        self.config = config
+    def __init__(self, config: DecoderConfig, *, remat: str = "none", **options: Any):
+        self.config, self._remat = config, remat
+        options["remat"] = remat
         self._model = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
         self._block = nnx.split(nnx.eval_shape(lambda: Block(config, param_dtype=jnp.float32, rngs=nnx.Rngs(0))))
 
@@ -214,9 +238,54 @@ class FunctionalDecoder:
         graph, state = self._block
         return nnx.merge(graph, _state(nnx.to_flat_state(state), params))
 
-    def hidden(self, params: Mapping[str, jax.Array], tokens: jax.Array, context: Any, cache: Any = None):
-        """See `Decoder.__call__`."""
-        return self.bind(params)(tokens, context, cache)
+    def hidden(
+        self,
+        params: Mapping[str, jax.Array],
+        tokens: jax.Array,
+        context: Any,
+        cache: Any = None,
+        *,
+        plan: Plan = ONE_DEVICE,
+    ) -> tuple[jax.Array, Any, Statistics | None]:
+        """See `Decoder.__call__`; through a pipeline where `plan` has stages (training only: nothing is cached)."""
+        if plan.stage == 1:
+            return self.bind(params)(tokens, context, cache)
+        outside, layers = self.split(params)
+        model = self.bind(outside)
+        x, rope = model.begin(tokens, context)
+        x_M, pieces = pipeline.cut((x, (rope, context)), plan.pieces)
+        x_M, statistics = pipeline.run(
+            self.stage, layers, self.layer_axes, x_M, pieces, stages=plan.stage, rounds=plan.rounds
+        )
+        return model.final_norm(_between(pipeline.join(x_M))), cache, statistics
+
+    def stage(
+        self, layers: Mapping[str, jax.Array], x: jax.Array, piece: Any, first: Any
+    ) -> tuple[jax.Array, Statistics | None]:
+        """Some consecutive layers [l, ...], from layer `first` on, over x [..., D]; `piece` is (rope, context)."""
+        rope, context = piece
+        (x, _), statistics = _scan_blocks(self.block, layers, x, rope, context, None, first, self._remat)
+        return x, statistics
+
+    def rope(self, context: Any) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines of the context's positions."""
+        return angles(self.config.rope, self.config.head_dim, context.positions)
+
+    @property
+    def layer_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """The logical axes of one layer's parameters."""
+        return {name.removeprefix(BLOCKS): axes[1:] for name, axes in param_axes(self.config).items() if _stacked(name)}
+
+    @staticmethod
+    def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The parameters outside of the blocks by their names, and the stacked ones, such as "mlp.up.weight"."""
+        outside = {name: value for name, value in params.items() if not _stacked(name)}
+        return outside, {name.removeprefix(BLOCKS): value for name, value in params.items() if _stacked(name)}
+
+    @staticmethod
+    def join(outside: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, Any]:
+        """What `split` took apart."""
+        return {**outside, **{BLOCKS + name: value for name, value in layers.items()}}
 
     def unembed(self, params: Mapping[str, jax.Array], hidden: jax.Array) -> jax.Array:
         """See `Decoder.unembed`."""
@@ -275,8 +344,7 @@ def init_params(config: DecoderConfig, seed: int, *, dtype: Any = jnp.float32, m
 
 def split_layers(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The parameters outside of the blocks by their names, and those of each layer, such as "mlp.up.weight" [F, D]."""
-    outside = {name: value for name, value in params.items() if not name.startswith("blocks.")}
-    stacks = {name.removeprefix("blocks."): value for name, value in params.items() if name.startswith("blocks.")}
+    outside, stacks = FunctionalDecoder.split(params)
     count = len(next(iter(stacks.values())))
     return outside, [{name: stack[layer] for name, stack in stacks.items()} for layer in range(count)]
 

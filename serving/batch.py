@@ -1,7 +1,7 @@
 """The one array a step sends to the device. Many small transfers would cost more than the step's Python.
 
-Shapes: T token rows, R request rows, M pages a request. The array is int32, in three parts: [TOKEN_FIELDS, T],
-[ROW_FIELDS, R] and the page table [R, M]; float fields travel as their bits.
+Shapes: T token rows, R request rows, F fields of one, M pages a request. The array is int32, in three parts:
+[TOKEN_FIELDS, T], [ROW_FIELDS, R] and the page table [R, M]; float fields travel as their bits.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class DeviceBatch:
     """The same inside the compiled step."""
 
     tokens: dict[str, jax.Array]
-    rows: SamplingRows
+    rows_FR: jax.Array
     context: PagedContext
     sample_row: jax.Array
 
@@ -76,16 +76,20 @@ def unpack(array: jax.Array, bucket: Bucket, pages: int) -> DeviceBatch:
     split = len(TOKEN_FIELDS) * bucket.tokens
     table = split + len(ROW_FIELDS) * bucket.rows
     tokens = dict(zip(TOKEN_FIELDS, array[:split].reshape(len(TOKEN_FIELDS), bucket.tokens), strict=True))
-    rows = dict(zip(ROW_FIELDS, array[split:table].reshape(len(ROW_FIELDS), bucket.rows), strict=True))
-    for name in FLOAT_FIELDS:
-        rows[name] = lax.bitcast_convert_type(rows[name], jnp.float32)
+    rows_FR = array[split:table].reshape(len(ROW_FIELDS), bucket.rows)
     context = PagedContext(
         positions_T=tokens["position"],
         page_table_RM=array[table:].reshape(bucket.rows, pages),
-        lengths_R=rows.pop("length"),
-        query_start_R=rows.pop("query_start"),
-        query_length_R=rows.pop("query_length"),
+        lengths_R=rows_FR[ROW["length"]],
+        query_start_R=rows_FR[ROW["query_start"]],
+        query_length_R=rows_FR[ROW["query_length"]],
         decode_rows=bucket.rows,
     )
-    sample_row = rows.pop("sample_row")
-    return DeviceBatch(tokens, SamplingRows(**rows), context, sample_row)
+    return DeviceBatch(tokens, rows_FR, context, rows_FR[ROW["sample_row"]])
+
+
+def sampling_rows(rows_FR: jax.Array) -> SamplingRows:
+    """The sampling parameters among the row fields."""
+    named = {field.name: rows_FR[ROW[field.name]] for field in dataclasses.fields(SamplingRows)}
+    floats = {name: lax.bitcast_convert_type(named[name], jnp.float32) for name in FLOAT_FIELDS}
+    return SamplingRows(**{**named, **floats})

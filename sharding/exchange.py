@@ -60,7 +60,8 @@ def _starts(sizes_P: jax.Array) -> jax.Array:
 
 def _send_ragged(exchange: Exchange, x_RD: jax.Array, sent_P: jax.Array, received_P: jax.Array) -> jax.Array:
     target_SD = jnp.zeros((exchange.devices * exchange.slots, x_RD.shape[1]), x_RD.dtype)
-    place_P = jnp.full((exchange.devices,), jax.lax.axis_index(exchange.axis) * exchange.slots, jnp.int32)
+    # Under `vmap` JAX 0.10 wants all counts and places to depend on what is mapped; hence the zeros.
+    place_P = jax.lax.axis_index(exchange.axis) * exchange.slots + 0 * sent_P
     start_P = _starts(sent_P)
     return jax.lax.ragged_all_to_all(x_RD, target_SD, start_P, sent_P, place_P, received_P, axis_name=exchange.axis)
 
@@ -69,7 +70,7 @@ def _give_back_ragged(exchange: Exchange, y_SD: jax.Array, sent_P: jax.Array, re
     target_RD = jnp.zeros((exchange.rows, y_SD.shape[1]), y_SD.dtype)
     # Where on each of the others the rows begin that it had sent here.
     place_P = jax.lax.all_to_all(_starts(sent_P), exchange.axis, 0, 0, tiled=True)
-    start_P = jnp.arange(exchange.devices, dtype=jnp.int32) * exchange.slots
+    start_P = jnp.arange(exchange.devices, dtype=jnp.int32) * exchange.slots + 0 * sent_P
     return jax.lax.ragged_all_to_all(y_SD, target_RD, start_P, received_P, place_P, sent_P, axis_name=exchange.axis)
 
 

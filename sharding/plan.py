@@ -1,4 +1,4 @@
-"""A plan: how many devices each kind of parallelism gets, and how. A value, so it can be printed, compared and stored."""
+"""A plan: how many devices each kind of parallelism gets, and how. A value: printed, compared, stored."""
 
 import dataclasses
 import difflib
@@ -136,8 +136,9 @@ class Plan:
         """Why this plan cannot cut a model or batch of these sizes; empty if it can.
 
         Args:
-            dimensions: any of "embed", "heads", "kv_heads", "mlp", "vocab", "layers", "experts" (0: dense), "expert_mlp",
-                "rows" (of a batch, before a pipeline cuts it) and "tokens" (of a row). What is left out is not checked.
+            dimensions: any of "embed", "heads", "kv_heads", "mlp", "vocab", "layers", "experts" (0: dense),
+                "expert_mlp", "rows" (of a batch, before a pipeline cuts it) and "tokens" (of a row). What is left out
+                is not checked.
         """
         found = []
         for name, (parts, why) in self._divisors().items():
@@ -194,6 +195,9 @@ class Plan:
     def _distance(self, other: "Plan") -> tuple[float, tuple[int, ...]]:
         own, others = self.sizes.values(), other.sizes.values()
         return sum(abs(math.log2(a / b)) for a, b in zip(own, others, strict=True)), tuple(others)
+
+
+ONE_DEVICE = Plan()
 
 
 def _factorizations(number: int, count: int) -> Iterator[tuple[int, ...]]:

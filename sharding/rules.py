@@ -127,6 +127,14 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, mesh, ACTIVATION_RULES, x.shape))
 
 
+def constrain_parameter(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Pins a parameter, or an array of its shape, to where parameters rest."""
+    mesh = current()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, mesh, PARAMETER_RULES, x.shape))
+
+
 def gather(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """A parameter as a block computes with it: whole, but for what tensor and expert parallelism cut.
 
@@ -135,9 +143,8 @@ def gather(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     mesh = current()
     if mesh is None:
         return weight
-    resting = partition_spec(axes, mesh, PARAMETER_RULES, weight.shape)
     computing = partition_spec(axes, mesh, COMPUTE_RULES, weight.shape)
-    if resting == computing:
+    if computing == partition_spec(axes, mesh, PARAMETER_RULES, weight.shape):
         return weight
-    weight = jax.lax.with_sharding_constraint(weight, resting)
+    weight = constrain_parameter(weight, axes)
     return checkpoint_name(jax.lax.with_sharding_constraint(weight, computing), GATHERED)

@@ -22,6 +22,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from ..layers.linear import matmul_precision
+from ..sharding.platform import platform
 from ..sharding.rules import ACTIVATION_RULES, PARAMETER_RULES, current, mesh_axes, partition_spec
 
 # Every chunk adds to the whole weight gradient, so a chunk must be large enough to hide that (256 tokens on a CPU, by
@@ -62,7 +63,7 @@ def _columns(hidden_BTD, weight_VD, chunk_bytes: int | None) -> int:
     rows, length, _ = hidden_BTD.shape
     token_bytes = weight_VD.shape[0] * 4
     if chunk_bytes is None:
-        chunk_bytes = CPU_CHUNK_BYTES if jax.default_backend() == "cpu" else CHUNK_BYTES
+        chunk_bytes = CPU_CHUNK_BYTES if platform() == "cpu" else CHUNK_BYTES
         chunk_bytes = max(chunk_bytes, LEAST_TOKENS * token_bytes)
     most = max(1, chunk_bytes // (rows * token_bytes))
     chunks = -(-length // most)
@@ -125,7 +126,7 @@ def _nll_and_gradients(hidden_BTD, weight_VD, targets_BT, weights_BT, columns: i
     dtype, accumulator = hidden_BTD.dtype, _accumulator(hidden_BTD)
     precision = matmul_precision(dtype)
     # XLA:CPU refuses this product of bfloat16 with a float32 sum; widening it first changes no bit of the result.
-    operand_dtype = accumulator if jax.default_backend() == "cpu" else dtype
+    operand_dtype = accumulator if platform() == "cpu" else dtype
 
     def body(carry, start, size):
         nll_BT, dhidden_BTD, dweight_DV = carry

@@ -9,7 +9,6 @@ import jax
 from jax.sharding import Mesh
 
 from ..models.config import DecoderConfig
-from .data.dataset import Batch
 from .display import Display
 from .flops import flops_per_token, peak_flops
 from .metrics import MetricsLog
@@ -23,7 +22,7 @@ class NotFiniteError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class _Sent:
     step: int
-    batch: Batch
+    batch_hash: Callable[[], str]
     metrics: dict[str, jax.Array]
 
 
@@ -79,9 +78,9 @@ class Meter:
         """The time until now was not a step's."""
         self._since = time.perf_counter()
 
-    def sent(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
-        """Remembers the step that was just sent off, to be read later."""
-        self._pending = _Sent(step, batch, metrics)
+    def sent(self, step: int, batch_hash: Callable[[], str], metrics: dict[str, jax.Array]) -> None:
+        """Remembers the step that was just sent off, to be read later, and how to have its batch's hash."""
+        self._pending = _Sent(step, batch_hash, metrics)
 
     def read(self) -> None:
         """Waits for the remembered step, if any, and reports it. Raises NotFiniteError when its update was not made."""
@@ -98,7 +97,7 @@ class Meter:
         self._smooth = seconds if self._smooth is None else 0.9 * self._smooth + 0.1 * seconds
         done, rate = sent.step + 1, self._tokens / seconds
         line = {**values, "seconds": seconds, "tokens_per_second": rate, "mfu": self._share(rate)}
-        line["batch"] = sent.batch.hash()
+        line["batch"] = sent.batch_hash()
         self._log.write("train", done, line)
         smooth = self._tokens / self._smooth
         left = self._smooth * (self._recipe.steps - done)
@@ -118,7 +117,7 @@ class Meter:
         return (
             f"step {sent.step + 1}: the loss is {values['loss']} and the gradient's norm {values['grad_norm']}, so the "
             f"update was not made and nothing was saved after it. Its batch is rows {first} to "
-            f"{first + self._recipe.batch_size - 1} of the data, hash {sent.batch.hash()}. "
+            f"{first + self._recipe.batch_size - 1} of the data, hash {sent.batch_hash()}. "
             f"The learning rate was {values['lr']:.3g}: lower optimizer.lr or lengthen schedule.warmup_steps, and "
             "start again; it resumes from the last checkpoint."
         )

@@ -13,14 +13,16 @@ from typing import Any
 
 
 class MetricsLog:
-    """Appends to `path`, and to TensorBoard events in `tensorboard_dir` if given.
+    """Appends to `path`, and to TensorBoard events in `tensorboard_dir` if given; without a path it writes nothing.
 
     Attributes:
         notice: why no TensorBoard events are written although they were asked for, else None.
     """
 
-    def __init__(self, path: Path, *, resume_step: int = 0, tensorboard_dir: Path | None = None):
-        self.path, self.notice, self._board = path, None, None
+    def __init__(self, path: Path | None, *, resume_step: int = 0, tensorboard_dir: Path | None = None):
+        self.path, self.notice, self._board, self._file = path, None, None, None
+        if path is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
@@ -34,6 +36,8 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Writes one line, at once visible to readers. A number that is not finite becomes null: JSON has none such."""
+        if self._file is None:
+            return
         line = {"kind": kind, "step": step, **{name: _finite(value) for name, value in values.items()}}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
@@ -44,7 +48,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes everything; calling it again does nothing."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -50,7 +50,8 @@ def put_rows(batch: Batch, accumulation: int, mesh: Mesh) -> dict[str, jax.Array
         return {name: put(a.reshape(accumulation, -1, a.shape[-1]), sharding) for name, a in batch.arrays().items()}
     numbers_KB = np.arange(part.size).reshape(accumulation, -1)
 
-    def share(array_NT: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+    def share(array_NT: np.ndarray, index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         rows_KB = numbers_KB[index[:2]]
         return array_NT[np.searchsorted(part.numbers, rows_KB), index[2]]
 

@@ -9,6 +9,7 @@ from ..checkpoints.errors import DamagedCheckpoint
 from ..checkpoints.manifest import Description, Manifest
 from ..checkpoints.tokenizer import Tokenizer
 from ..models.config import DecoderConfig
+from ..sharding.agreement import from_first, index
 from ..sharding.plan import Plan
 from .data.dataset import Dataset
 from .recipe import Recipe, recipe_to_dict
@@ -43,13 +44,33 @@ def describe(
 
 
 def newest(directory: Path) -> Manifest | None:
-    """The manifest of the newest checkpoint in `directory` that has a readable one."""
+    """The manifest of the newest checkpoint in `directory` that has a readable one, as process 0 sees it."""
+    found = _newest(directory) if index() == 0 else None
+    name = from_first("resume/newest", lambda: "" if found is None else found.folder.name)
+    if index() == 0 or not name:
+        return found
+    if not (directory / name).is_dir():
+        raise ResumeError(
+            f"Process 0 goes on from {directory / name}, which process {index()} does not see. Choose an output folder "
+            "on a disk that all machines share, at the same path."
+        )
+    return manifest.read(directory / name)
+
+
+def _newest(directory: Path) -> Manifest | None:
     for folder in reversed(manifest.step_folders(directory).values()):
         try:
             return manifest.read(folder)
         except DamagedCheckpoint:
             continue  # the store says so when it restores, and takes the one before
     return None
+
+
+def how_to_go_on(directory: Path) -> str:
+    """What to do when a job of several processes has ended early."""
+    step = max(manifest.step_folders(directory), default=0)
+    where = f"the run goes on after step {step}, the newest that is saved" if step else "nothing is saved yet"
+    return f"Start all processes again with the same command: {where}."
 
 
 def check_resume(before: Manifest, now: Description) -> None:

@@ -1,21 +1,25 @@
 """What a run needs before its first step: dtype, model, held-out text, state."""
 
+import hashlib
+import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ..checkpoints.errors import NoCheckpoint
 from ..checkpoints.load import load_model
 from ..checkpoints.manifest import Manifest
 from ..checkpoints.store import CheckpointStore
 from ..checkpoints.tokenizer import Tokenizer, check_vocabulary
 from ..models.config import DecoderConfig
+from ..sharding.agreement import agree, count, from_first, problems
 from ..sharding.plan import Plan
 from .data import load_tokenizer, open_dataset
 from .display import Display
 from .evaluate import make_evaluate
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe, RecipeError, recipe_to_dict
 from .step import State, init_state, state_like
 
 
@@ -27,6 +31,30 @@ def check_rows(recipe: Recipe, plan: Plan) -> None:
             f"A micro-batch of batch_size / accumulation = {rows} rows cannot be cut over the {shards} devices of "
             f"plan={recipe.plan!r}; make batch_size a multiple of {shards * recipe.accumulation}."
         )
+
+
+def check_processes(recipe: Recipe, resume: str, plan: Plan) -> None:
+    """Raises ProcessError unless all processes do the same, and RecipeError unless the plan takes all their devices."""
+    if count() == 1:
+        return
+    settings = {**_flat(recipe_to_dict(recipe)), "resume": resume}
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
+    if problems("recipe", "" if from_first("recipe", lambda: digest) == digest else digest):
+        for name, value in settings.items():
+            agree(f"the setting {name}", json.dumps(value))
+    if plan.devices != jax.device_count():
+        raise RecipeError(
+            f"With several processes a plan takes every device: plan={recipe.plan!r} takes {plan.devices}, and the "
+            f"{count()} processes have {jax.device_count()}. Multiply an axis, such as fsdp or data, or start other "
+            "processes."
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def compute_dtype(name: str) -> Any:
@@ -67,9 +95,9 @@ def open_evaluation(recipe: Recipe, config: DecoderConfig, tokenizer: Tokenizer,
     if not recipe.eval.every or not recipe.data.eval_fraction:
         return None
     held_out = open_dataset(recipe.data, tokenizer, recipe.sequence_length, recipe.seed, "eval", progress=False)
-    rows, attention = recipe.batch_size // recipe.accumulation, Plan.parse(recipe.plan).attention
+    rows, plan = recipe.batch_size // recipe.accumulation, Plan.parse(recipe.plan)
     batches = recipe.eval.batches * recipe.accumulation
-    return make_evaluate(config, held_out, rows, batches, mesh, dtype=dtype, attention=attention)
+    return make_evaluate(config, held_out, rows, batches, mesh, dtype=dtype, plan=plan)
 
 
 def open_state(
@@ -81,9 +109,10 @@ def open_state(
     show: Display,
 ) -> tuple[State, int]:
     """The state to start from, and the updates already in it."""
-    if store.latest() is None:
+    try:
+        restored = store.restore(state_like(config, mesh))
+    except NoCheckpoint:
         return init_state(config, seed, mesh, params), 0
-    restored = store.restore(state_like(config, mesh))
     for step, reason in restored.skipped:
         show.message(f"Step {step} is damaged and was passed over: {reason}")
     show.message(f"Resuming after step {restored.step}, from {store.path(restored.step)}.")

@@ -230,7 +230,7 @@ def test_evaluation_is_in_order(tmp_path: Path):
     whole = [row for batch in held.one_pass(4) for row in as_rows(batch)]
     odd = Part(np.array([1, 3]), 4, np.ones(2, dtype=bool))
     assert [row for batch in held.one_pass(4, odd) for row in as_rows(batch)] == whole[1::2]
-    with pytest.raises(DataError, match="batch_size=4 must be .* that of the part, 3"):
+    with pytest.raises(DataError, match=r"batch_size=4 must be .* that of the part, 3"):
         next(held.one_pass(4, Part.whole(3)))
 
 

@@ -15,7 +15,8 @@ from twinax.sharding.plan import Plan
 from twinax.sharding.rules import use
 from twinax.train import balance
 from twinax.train.recipe import OptimizerConfig
-from twinax.train.step import gradients, init_state, make_step, put_batch, state_shardings
+from twinax.train.gradients import gradients
+from twinax.train.step import init_state, make_step, put_batch, state_shardings
 
 SOFTMAX = MoEConfig(4, 2, 16, balance_loss=0.3, z_loss=0.1)
 SIGMOID = MoEConfig(4, 2, 16, shared_experts=1, router="sigmoid", route_scale=1.5, balance_loss=0.2, bias_update=0.02)

@@ -270,4 +270,4 @@ def _numbers(batch_size: int, part: Part | None) -> np.ndarray:
 
 
 def _stack(rows: Sequence[Row], part: Part | None) -> Batch:
-    return Batch(*(np.stack([getattr(row, field.name) for row in rows]) for field in fields(Row)), part)
+    return Batch(*(np.stack([getattr(row, field.name) for row in rows]) for field in fields(Row)), part=part)
