@@ -29,8 +29,13 @@ class StoredArray:
     dtype: np.dtype
     chunks: tuple[int, ...]
 
+    def file_names(self) -> list[str]:
+        """The files that hold its numbers: one for each chunk."""
+        grid = (range(-(-size // chunk)) for size, chunk in zip(self.shape, self.chunks, strict=True))
+        return [_file_name(place) for place in itertools.product(*grid)]
+
     def _chunk(self, place: tuple[int, ...]) -> np.ndarray:
-        path = self.folder / (".".join(map(str, place)) or "0")
+        path = self.folder / _file_name(place)
         expected = math.prod(self.chunks) * self.dtype.itemsize
         try:
             size = path.stat().st_size
@@ -58,6 +63,10 @@ class StoredArray:
                 target.append(slice(begin - lo, end - lo))
             out[tuple(target)] = self._chunk(place)[tuple(source)]
         return out
+
+
+def _file_name(place: tuple[int, ...]) -> str:
+    return ".".join(map(str, place)) or "0"
 
 
 def open_array(folder: Path) -> StoredArray:

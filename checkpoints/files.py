@@ -94,6 +94,11 @@ def make_locked(folder: Path) -> int:
     return descriptor
 
 
+def unfinished(final: Path) -> Path:
+    """Where the folder `final` is while it is written."""
+    return final.with_name(f"{TMP_PREFIX}{final.name}")
+
+
 class NewFolder:
     """A folder under a hidden name beside `final`, which becomes `final` when it is complete.
 
@@ -102,7 +107,7 @@ class NewFolder:
 
     def __init__(self, final: Path):
         self.final = final
-        self.tmp = final.with_name(f"{TMP_PREFIX}{final.name}")
+        self.tmp = unfinished(final)
         try:
             if self.tmp.exists() and is_abandoned(self.tmp):
                 shutil.rmtree(self.tmp)

@@ -135,8 +135,16 @@ def check_description(description: Description) -> None:
             raise CheckpointError(f"description.tokenizer_files: {name!r} must be a path inside the tokenizer's folder")
 
 
-def write(folder: Path, step: int, description: Description, arrays: Mapping[str, ArraySpec]) -> None:
-    """Checksum all files in `folder` and write its `twinax.json`."""
+def write(
+    folder: Path,
+    step: int,
+    description: Description,
+    arrays: Mapping[str, ArraySpec],
+    known: Mapping[str, tuple[int, str]] | None = None,
+) -> None:
+    """Checksum all files in `folder`, but those whose size and checksum are `known`, and write its `twinax.json`."""
+    sums = {name: seen for name, seen in (known or {}).items() if (folder / name).is_file()}
+    sums |= checksum_files(folder, [name for name in list_files(folder) if name not in sums])
     described = dataclasses.asdict(description)
     del described["tokenizer_files"]  # they are files of the folder
     content = {
@@ -147,10 +155,7 @@ def write(folder: Path, step: int, description: Description, arrays: Mapping[str
         **described,
         "versions": _versions(),
         "arrays": {name: {"shape": list(spec.shape), "dtype": spec.dtype} for name, spec in arrays.items()},
-        "files": {
-            name: {"bytes": size, "blake2b": checksum}
-            for name, (size, checksum) in checksum_files(folder, list_files(folder)).items()
-        },
+        "files": {name: {"bytes": size, "blake2b": checksum} for name, (size, checksum) in sorted(sums.items())},
     }
     body = json.dumps(content, indent=1, ensure_ascii=True).encode().removesuffix(b"\n}")
     write_file(folder / NAME, body + f',\n "digest": "{checksum_bytes(body)}"\n}}\n'.encode())

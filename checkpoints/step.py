@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -74,59 +75,74 @@ class _QuietOrbax(logging.Filter):
         return "orbax" not in record.pathname
 
 
+def start_arrays(tmp: Path, flat: Mapping[str, Any], *, copy_host_arrays: bool = True) -> Callable[[], None]:
+    """Begin to write `flat` below the folder `tmp`, in the background. Gives the function that waits for it to be done.
+
+    Several processes all call it, and each writes what its devices hold. NumPy arrays are copied first, unless
+    `copy_host_arrays=False`: then they must stay until it is done, and at most a gigabyte more than the largest is in
+    memory at once.
+    """
+    import orbax.checkpoint as ocp  # here, because it takes a second
+
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=copy_host_arrays)),
+    )
+    tree = {name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for name, leaf in flat.items()}
+    in_flight = None if copy_host_arrays else max(leaf.nbytes for leaf in tree.values()) // 10**9 + 1
+    handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=in_flight,
+        use_ocdbt=False,
+        use_zarr3=False,
+        use_compression=False,
+        type_handler_registry=registry,
+    )
+    checkpointer = ocp.AsyncCheckpointer(handler)
+    save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tree}
+    quiet = _QuietOrbax()
+    logging.getLogger("absl").addFilter(quiet)
+
+    def close() -> None:
+        checkpointer.close()
+        logging.getLogger("absl").removeFilter(quiet)
+
+    def finish() -> None:
+        try:
+            checkpointer.wait_until_finished()
+        finally:
+            close()
+
+    try:
+        checkpointer.save(tmp / manifest.ARRAYS, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    except BaseException:
+        close()
+        raise
+    return finish
+
+
 class StepWriter(files.NewFolder):
     """Writes one step folder. For `CheckpointStore` and conversion."""
 
     def start_arrays(self, flat: Mapping[str, Any], *, copy_host_arrays: bool = True) -> Callable[[], None]:
-        """Begin to write `flat` in the background. Gives the function that waits for it to be done.
+        """See the function `start_arrays`."""
+        return start_arrays(self.tmp, flat, copy_host_arrays=copy_host_arrays)
 
-        NumPy arrays are copied first, unless `copy_host_arrays=False`: then they must stay until it is done,
-        and at most a gigabyte more than the largest is in memory at once.
+    def finish(
+        self,
+        step: int,
+        description: Description,
+        arrays: Mapping[str, ArraySpec],
+        known: Mapping[str, tuple[int, str]] | None = None,
+    ) -> None:
+        """Add the tokenizer and the manifest, force all to the disk, and give the folder its name.
+
+        `known`: checksums of files that need not be computed again.
         """
-        import orbax.checkpoint as ocp  # here, because it takes a second
-
-        registry = ocp.type_handlers.create_type_handler_registry(
-            (jax.Array, ocp.type_handlers.ArrayHandler()),
-            (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=copy_host_arrays)),
-        )
-        tree = {name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for name, leaf in flat.items()}
-        in_flight = None if copy_host_arrays else max(leaf.nbytes for leaf in tree.values()) // 10**9 + 1
-        handler = ocp.PyTreeCheckpointHandler(
-            save_concurrent_gb=in_flight,
-            use_ocdbt=False,
-            use_zarr3=False,
-            use_compression=False,
-            type_handler_registry=registry,
-        )
-        checkpointer = ocp.AsyncCheckpointer(handler)
-        save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tree}
-        quiet = _QuietOrbax()
-        logging.getLogger("absl").addFilter(quiet)
-
-        def close() -> None:
-            checkpointer.close()
-            logging.getLogger("absl").removeFilter(quiet)
-
-        def finish() -> None:
-            try:
-                checkpointer.wait_until_finished()
-            finally:
-                close()
-
-        try:
-            checkpointer.save(self.tmp / manifest.ARRAYS, args=ocp.args.PyTreeSave(tree, save_args=save_args))
-        except BaseException:
-            close()
-            raise
-        return finish
-
-    def finish(self, step: int, description: Description, arrays: Mapping[str, ArraySpec]) -> None:
-        """Add the tokenizer and the manifest, force all to the disk, and give the folder its name."""
         for name, data in description.tokenizer_files.items():
             path = self.tmp / manifest.TOKENIZER / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        manifest.write(self.tmp, step, description, arrays)
+        manifest.write(self.tmp, step, description, arrays, known)
         self.commit()
 
 

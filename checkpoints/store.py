@@ -7,27 +7,32 @@
 - `restore` compares every file with its checksum before any array is handed out (Orbax alone restores flipped bits
   silently), and falls back to the newest good step, saying which were bad and why.
 - Old steps are deleted only after a newer one is committed.
+- Several processes call everything alike, on a disk that they share: each writes and reads what its devices hold, and
+  computes its share of the checksums; process 0 commits. What fails in one fails in all (see `shared`).
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import shutil
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from . import files, manifest
+from ..sharding import agreement
+from . import files, manifest, shared
 from .errors import CheckpointError, DamagedCheckpoint, NoCheckpoint, SaveError
 from .manifest import Description
-from .step import StepWriter, flatten, read_state, snapshot, spec_of
+from .step import StepWriter, flatten, read_state, snapshot, spec_of, start_arrays
 
 __all__ = ["CheckpointStore", "Description", "Restored"]
 
@@ -62,9 +67,7 @@ class CheckpointStore:
         self._bad: set[int] = set()
         _finish_before_exit(self)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for done in files.recover(self.directory):
-                _log.warning("%s: %s, left by a run that was killed", self.directory, done)
+            shared.make_directory(self.directory, self._make_directory)
             if not os.access(self.directory, os.W_OK | os.X_OK):  # said now, and not after the first thousand steps
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.directory))
         except OSError as error:
@@ -72,6 +75,11 @@ class CheckpointStore:
                 f"checkpoints cannot be kept in {self.directory}: {error.strerror or error} ({error.filename}); "
                 "choose another folder or allow writing there"
             ) from error
+
+    def _make_directory(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for done in files.recover(self.directory):
+            _log.warning("%s: %s, left by a run that was killed", self.directory, done)
 
     def steps(self) -> list[int]:
         """The committed steps, ascending."""
@@ -92,33 +100,36 @@ class CheckpointStore:
         save before this one, or this one, failed: then nothing that was committed is lost, and saving again is allowed.
         """
         self.wait()
-        if jax.process_count() > 1:
-            raise CheckpointError(f"checkpoints are saved by one process; this job has {jax.process_count()}")
         flat = flatten(state)
         specs = {name: spec_of(name, leaf) for name, leaf in flat.items()}
         if not specs:
             raise CheckpointError("the state has no arrays")
         manifest.check_description(description)
         copies = jax.block_until_ready({name: snapshot(leaf) for name, leaf in flat.items()})
-        writer = StepWriter(self.path(step))
+        writer, tmp = shared.begin(lambda: StepWriter(self.path(step))), files.unfinished(self.path(step))
         try:
-            finish = writer.start_arrays(copies)
+            finish = start_arrays(tmp, copies)
         except Exception as error:
-            writer.abandon()
-            raise self._explain(step, error) from error
+            if writer is not None and agreement.count() == 1:
+                writer.abandon()
+                raise self._explain(step, error) from error
+            finish = functools.partial(_raise, error)  # the others are told when they are done
+
+        def complete(known: dict[str, tuple[int, str]]) -> None:
+            assert isinstance(writer, StepWriter)
+            writer.finish(step, description, specs, known)
 
         def commit() -> None:
             try:
-                finish()
-                writer.finish(step, description, specs)
+                shared.settle(writer, tmp, _error_of(finish), complete)
             except Exception as error:
-                writer.abandon()
                 self._failure = self._explain(step, error)
                 self._failure.__cause__ = error
                 _log.error("%s", self._failure)
                 return
             self._bad.discard(step)
-            self._delete_old(step)
+            if writer is not None:
+                self._delete_old(step)
 
         del flat, copies
         self._writer = threading.Thread(target=commit, name=f"twinax-save-{step}")
@@ -156,22 +167,22 @@ class CheckpointStore:
         model or another optimizer: names the first differing arrays).
         """
         self.wait()
-        folders = manifest.step_folders(self.directory)
-        if step is not None and step not in folders:
-            raise NoCheckpoint(f"{self.directory} has no step {step}; it has {sorted(folders) or 'none'}")
-        if not folders:
+        steps = shared.agreed_steps(self.steps())
+        if step is not None and step not in steps:
+            raise NoCheckpoint(f"{self.directory} has no step {step}; it has {steps or 'none'}")
+        if not steps:
             raise NoCheckpoint(f"{self.directory} has no checkpoints (folders such as {manifest.step_name(10)})")
         skipped: list[tuple[int, str]] = []
-        for candidate in [step] if step is not None else sorted(folders, reverse=True):
+        for candidate in [step] if step is not None else sorted(steps, reverse=True):
             try:
-                found = manifest.read(folders[candidate])
-                found.verify()
-                state = read_state(found, like)
+                found = shared.agree_on_damage(functools.partial(manifest.read, self.path(candidate)))
+                shared.verify(found)
+                state = shared.agree_on_damage(functools.partial(read_state, found, like))
             except DamagedCheckpoint as error:
                 self._bad.add(candidate)
                 skipped.append((candidate, str(error)))
                 continue
-            if skipped:
+            if skipped and agreement.index() == 0:
                 _report(skipped, candidate)
             return Restored(candidate, state, found.description, tuple(skipped))
         tried, reasons = [bad for bad, _ in skipped], "\n".join(reason for _, reason in skipped)
@@ -211,6 +222,18 @@ def _finish_before_exit(store: CheckpointStore) -> None:
             found._writer.join()
 
     getattr(threading, "_register_atexit", lambda hook: None)(join)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _error_of(finish: Callable[[], None]) -> Exception | None:
+    try:
+        finish()
+    except Exception as error:
+        return error
+    return None
 
 
 def _free_space(directory: Path) -> str:
