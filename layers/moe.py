@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from ..sharding.exchange import Exchange, give_back, send
-from ..sharding.rules import ACTIVATION_RULES, COMPUTE_RULES, current, gather, mesh_axes, partition_spec
+from ..sharding.rules import ACTIVATION_RULES, COMPUTE_RULES, constrain, current, gather, mesh_axes, partition_spec
 from .grouped import GROUPED, grouped_linear
 from .mlp import SwiGLU
 from .moe_config import MoEConfig
@@ -93,7 +93,7 @@ class MoE(nnx.Module):
         """[..., D] to [..., D], and what training needs to balance the load.
 
         Args:
-            x: tokens; on a mesh [B, T, D].
+            x: tokens; on a mesh [B, T, D], cut as they lie between blocks.
             is_token: bool [...]; where False the token is padding: no expert sees it, and it gets zeros from them.
         """
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -109,7 +109,9 @@ class MoE(nnx.Module):
             y, statistics = _mixture(self.config, None, x, is_token, router, weights)
         else:
             y, statistics = _on_mesh(self.config, mesh, x, is_token, router, weights, [w.axes for w in experts])
-        return (y if self.shared is None else y + self.shared(x)), statistics
+        if self.shared is not None:
+            y += self.shared(constrain(x, ("batch", "tokens", "embed")) if x.ndim == 3 else x)
+        return y, statistics
 
 
 def _on_mesh(
@@ -125,13 +127,12 @@ def _on_mesh(
     if x_BTD.ndim != 3:
         raise NotImplementedError(f"On a mesh a mixture of experts takes [B, T, D]; got {x_BTD.shape}.")
     tokens = partition_spec(("batch", "tokens"), mesh, ACTIVATION_RULES, is_token_BT.shape)
-    # The sum over "tensor" leaves each device its part of the tokens, as they lie between blocks.
     between = partition_spec(("batch", "sequence", None), mesh, ACTIVATION_RULES, x_BTD.shape)
     placed = [partition_spec(names, mesh, COMPUTE_RULES, w.shape) for names, w in zip(axes, weights, strict=True)]
     everywhere = PartitionSpec()
     island = jax.shard_map(
         partial(_mixture, config, mesh),
-        in_specs=(PartitionSpec(*tokens, None), tokens, everywhere, placed),
+        in_specs=(between, tokens, everywhere, placed),
         out_specs=(between, everywhere),
         check_vma=False,
     )
@@ -147,6 +148,10 @@ def _mixture(
     weights: list[jax.Array],
 ) -> tuple[jax.Array, Statistics]:
     """The experts' part of the layer for the tokens of one device, and statistics of all devices."""
+    # Devices that share the experts' width work on the same tokens, and each adds its part.
+    tensor = () if mesh is None else mesh_axes("expert_mlp", mesh, COMPUTE_RULES)
+    if tensor:
+        x = jax.lax.all_gather(x, tensor, axis=1, tiled=True)
     x_ND, is_token_N = x.reshape(-1, x.shape[-1]), is_token.reshape(-1)
     N, D = x_ND.shape
     E, K = config.num_experts, config.experts_per_token
@@ -166,11 +171,10 @@ def _mixture(
         jnp.sum(jnp.where(is_token_N[:, None], routes.probability_NE, 0), axis=0),
         jnp.sum(jnp.where(is_token_N, routes.z_N, 0)),
     )
-    if mesh is not None:
-        if tensor := mesh_axes("expert_mlp", mesh, COMPUTE_RULES):
-            y = jax.lax.psum_scatter(y, tensor, scatter_dimension=1, tiled=True)
-        if cut := (*mesh_axes("batch", mesh), *mesh_axes("tokens", mesh)):
-            statistics = jax.lax.psum(statistics, cut)
+    if tensor:
+        y = jax.lax.psum_scatter(y, tensor, scatter_dimension=1, tiled=True)
+    if mesh is not None and (cut := (*mesh_axes("batch", mesh), *mesh_axes("tokens", mesh))):
+        statistics = jax.lax.psum(statistics, cut)
     return y, statistics
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from twinax.layers.moe import MoE
 from twinax.layers.moe_config import MoEConfig
@@ -123,6 +124,29 @@ PLANS = [
 @pytest.mark.parametrize(("plan", "name"), PLANS)
 def test_a_plan_gives_the_values_statistics_and_gradients_of_one_device(plan, name):
     check_plan(Plan.parse(plan), CONFIGS[name])
+
+
+@pytest.mark.parametrize("plan", ["stage=2,expert=2,tensor=2", "stage=2,fsdp=2,sequence=2"])
+def test_it_can_be_mapped_over_the_stages_of_a_pipeline(plan):
+    """Two layers with their own inputs, each on its stage."""
+    mesh = Plan.parse(plan).mesh()
+    with jax.enable_x64(True):
+        (graph, first), (_, second) = make(SIGMOID, 0), make(SIGMOID, 1)
+        x, is_token, dy = inputs()
+        want = [layer(graph, is_token, state, x) for state, x in ((first, x), (second, dy))]
+        axes = ("stage",), ("stage", "expert"), ("expert",)
+        place = tuple(NamedSharding(mesh, PartitionSpec(*names)) for names in axes)
+        states = jax.tree.map(lambda *a: jnp.stack(a), first, second)
+        placed = jax.device_put((states, np.stack([x, dy]), is_token), place)
+
+        @jax.jit
+        def run(states, x, is_token):
+            with use(mesh):
+                return jax.vmap(partial(layer, graph, is_token), spmd_axis_name="stage")(states, x)
+
+        got = run(*placed)
+    for stage in range(2):
+        assert_same(jax.tree.map(lambda a, stage=stage: a[stage], got), want[stage])
 
 
 def check_plan(plan: Plan, config: MoEConfig, change=lambda state: state):
