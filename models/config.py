@@ -60,6 +60,20 @@ class DecoderConfig:
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps lies between 0 and 1; got {self.norm_eps!r}.")
 
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """The sizes that a plan cuts, by the names of `Plan.problems`."""
+        sizes = {
+            "embed": self.hidden_size,
+            "heads": self.num_heads,
+            "kv_heads": self.num_kv_heads,
+            "vocab": self.vocab_size,
+            "layers": self.num_layers,
+        }
+        if self.moe is None:
+            return {**sizes, "mlp": self.intermediate_size, "experts": 0}
+        return {**sizes, "experts": self.moe.num_experts, "expert_mlp": self.moe.expert_size}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
         return dataclasses.asdict(self)

@@ -27,7 +27,7 @@ from .place import part_here
 from .recipe import Recipe, RecipeError
 from .report import TrainResult, draw, headline, summary
 from .resume import ResumeError, check_resume, describe, how_to_go_on, move_aside, newest
-from .setup import check_processes, check_rows, compute_dtype, open_evaluation, open_model, open_state
+from .setup import check_plan, check_processes, compute_dtype, open_evaluation, open_model, open_state
 from .signals import StopSignals
 from .step import State, make_step, put_batch, state_like
 from .votes import Votes
@@ -62,7 +62,7 @@ def train(
     if resume not in ("auto", "never", "must"):
         raise RecipeError(f"resume is one of auto, never, must; got {resume!r}.")
     plan = Plan.parse(recipe.plan)
-    check_rows(recipe, plan)
+    check_plan(recipe, plan)
     check_processes(recipe, resume, plan)
     is_first = index() == 0
     display = display and is_first
@@ -75,6 +75,7 @@ def train(
         raise ResumeError(f"There is no checkpoint in {directory} to resume from; use resume='auto'.")
     before = None if resume == "never" else newest(directory)
     config, params, tokenizer = open_model(recipe, mesh, before)
+    check_plan(recipe, plan, config)
     opening = functools.partial(open_dataset, recipe.data, tokenizer, recipe.sequence_length, recipe.seed)
     dataset = once("data", functools.partial(opening, progress=display))
     agree("the text of data.path (its fingerprint)", dataset.fingerprint)

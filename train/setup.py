@@ -15,7 +15,7 @@ from ..checkpoints.store import CheckpointStore
 from ..checkpoints.tokenizer import Tokenizer, check_vocabulary
 from ..models.config import DecoderConfig
 from ..sharding.agreement import agree, count, from_first, problems
-from ..sharding.plan import Plan
+from ..sharding.plan import Plan, PlanError
 from .data import load_tokenizer, open_dataset
 from .display import Display
 from .evaluate import make_evaluate
@@ -23,14 +23,15 @@ from .recipe import Recipe, RecipeError, recipe_to_dict
 from .step import State, init_state, state_like
 
 
-def check_rows(recipe: Recipe, plan: Plan) -> None:
-    """Raises RecipeError unless the devices of `plan` get equal rows of each micro-batch."""
-    rows, shards = recipe.batch_size // recipe.accumulation, plan.batch_shards
-    if rows % shards:
-        raise RecipeError(
-            f"A micro-batch of batch_size / accumulation = {rows} rows cannot be cut over the {shards} devices of "
-            f"plan={recipe.plan!r}; make batch_size a multiple of {shards * recipe.accumulation}."
-        )
+def check_plan(recipe: Recipe, plan: Plan, config: DecoderConfig | None = None) -> None:
+    """Raises RecipeError unless `plan` can cut each micro-batch and, if it is known yet, the model."""
+    rows = recipe.batch_size // recipe.accumulation
+    sizes = {"rows": rows, "tokens": recipe.sequence_length, **(config.dimensions if config else {})}
+    try:
+        plan.check(sizes)
+    except PlanError as error:
+        hint = " (rows are those of a micro-batch, batch_size / accumulation; tokens are sequence_length.)"
+        raise RecipeError(str(error) + hint) from None
 
 
 def check_processes(recipe: Recipe, resume: str, plan: Plan) -> None:

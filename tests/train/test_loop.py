@@ -257,9 +257,10 @@ def test_a_run_that_began_elsewhere_resumes_when_that_is_gone(straight, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"plan": "fsdp=3"}, r"batch_size / accumulation = 4 rows cannot be cut over the 3 devices of plan='fsdp=3'"),
-        ({"plan": "tensor=2"}, r"tensor"),
-        ({"plan": "fsdp=8", "batch_size": 8}, r"takes 8 devices and there are 4"),
+        ({"plan": "fsdp=3"}, r"rows of 4 cannot be cut over data x fsdp x expert.* = 3.*nearest plan .* is one device"),
+        ({"plan": "tensor=4"}, r"kv_heads of 2 cannot be cut over tensor = 4.*nearest plan that works is"),
+        ({"plan": "expert=2"}, r"expert=2 needs a mixture of experts"),
+        ({"plan": "fsdp=16", "batch_size": 16}, r"takes 16 devices and there are 8"),
         ({"model": dataclasses.replace(MODEL, vocab_size=100)}, r"the tokenizer does not fit the model"),
         ({"model": ModelConfig(init_from="nowhere")}, r"nowhere does not exist"),
         ({"data": DataConfig()}, r"data.path is not set"),

@@ -1,0 +1,263 @@
+"""Every parallel layout against one device, in float64: losses, gradients and five AdamW steps.
+
+A difference above 1e-9 is a bug and not rounding. Writes docs/equivalence.md: a row for each plan, a column for each
+variant, the largest relative difference of any array in each cell; a plan that is refused says why.
+
+Plans are all ways of dividing 1, 2, 4 or 8 simulated devices over the six axes. By default each is run with one way for
+its attention to cross devices, one schedule for its pipeline, and one of the variants of remat and accumulation, taken
+in turn so that all meet all; --full runs every combination (hours).
+"""
+
+import dataclasses
+import itertools
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from . import report
+
+DEVICES, LIMIT, STEPS = 8, 1e-9, 5
+ROWS, TOKENS, VOCABULARY = 16, 16, 64
+MODELS = ("dense", "mixture of experts")
+FILE = Path(__file__).parent.parent / "docs" / "equivalence.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How a step is made: `packed` rows hold several documents and padding; `accumulation` micro-batches of 16 rows."""
+
+    remat: str
+    accumulation: int
+
+    def __str__(self) -> str:
+        return f"remat {self.remat}, accumulation {self.accumulation}"
+
+
+VARIANTS = tuple(itertools.starmap(Variant, itertools.product(("none", "full"), (1, 2))))
+
+
+def model_config(name: str) -> Any:
+    from twinax.layers.moe_config import MoEConfig
+    from twinax.models.config import DecoderConfig
+
+    moe = MoEConfig(
+        num_experts=8, experts_per_token=2, expert_size=16, shared_experts=1, balance_loss=0.02, z_loss=1e-3
+    )  # fmt: skip
+    return DecoderConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=4,
+        max_position_embeddings=TOKENS,
+        attention_bias=True,
+        moe=None if name == "dense" else moe,
+    )
+
+
+def dimensions(config: Any) -> dict[str, int]:
+    """What a plan must be able to cut; see `Plan.problems`."""
+    return {**config.dimensions, "rows": ROWS, "tokens": TOKENS}
+
+
+def plans(full: bool) -> Iterator[Any]:
+    """Every plan of 1 to 8 devices, with every way of crossing devices or with one of them in turn."""
+    from twinax.sharding.plan import CHOICES, Plan
+
+    turn = itertools.count()
+    for devices in (2**n for n in range(DEVICES.bit_length())):
+        for plan in Plan().variants(devices):
+            attention = CHOICES["attention"] if plan.sequence > 1 else ("ring",)
+            schedules = CHOICES["schedule"] if plan.stage > 1 else ("gpipe",)
+            ways = list(itertools.product(attention, schedules))
+            for kind, schedule in ways if full else [ways[next(turn) % len(ways)]]:
+                rounds = 2 if schedule == "interleaved" else 1
+                yield dataclasses.replace(plan, attention=kind, schedule=schedule, rounds=rounds)
+
+
+def batch(packed: bool, rows: int, step: int) -> Any:
+    """Random rows: whole ones, or of two or three documents and padding."""
+    import numpy as np
+
+    from twinax.train.data import Batch
+
+    rng = np.random.default_rng([int(packed), step])
+    tokens, targets = rng.integers(0, VOCABULARY, (2, rows, TOKENS)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(TOKENS, dtype=np.int32), (rows, TOKENS)).copy()
+    segments, weights = np.ones((rows, TOKENS), np.int32), np.ones((rows, TOKENS), np.float32)
+    if packed:
+        for row in range(rows):
+            ends = np.sort(rng.choice(np.arange(3, TOKENS + 1), 3, replace=False))
+            for number, (start, end) in enumerate(itertools.pairwise([0, *ends]), 1):
+                segments[row, start:end], positions[row, start:end] = number, np.arange(end - start)
+                weights[row, end - 1] = 0
+            segments[row, ends[-1] :] = positions[row, ends[-1] :] = weights[row, ends[-1] :] = 0
+    return Batch(tokens, targets, segments, positions, weights)
+
+
+def run(model: str, plan: Any, variant: Variant) -> dict[bool, dict[str, Any]]:
+    """What five steps of the trainer's own step give under `plan`, with packed rows and without, as host arrays."""
+    import jax
+    import jax.numpy as jnp
+
+    from twinax.models.decoder import init_params
+    from twinax.train.recipe import OptimizerConfig
+    from twinax.train.step import init_state, make_step, put_batch
+
+    config, mesh, rows = model_config(model), plan.mesh(), ROWS * variant.accumulation
+    params = init_params(config, 0, dtype=jnp.float64, mesh=mesh)
+    start = jax.device_get(init_state(config, 0, mesh, params))
+    places = jax.tree.map(lambda a: a.sharding, init_state(config, 0, mesh, params))
+    step = make_step(
+        config,
+        OptimizerConfig(),
+        lambda step: jnp.float32(1e-3),
+        mesh,
+        dtype=jnp.float64,
+        remat=variant.remat,
+        plan=plan,
+    )
+    compiled, found = None, {}
+    for packed in (False, True):
+        state, losses, first = jax.device_put(start, places), [], None
+        for number in range(STEPS):
+            placed = put_batch(batch(packed, rows, number), number, variant.accumulation, mesh)
+            if compiled is None:
+                # The same sums and products, compiled in a third of the time.
+                compiled = step.lower(state, placed).compile(compiler_options={"xla_backend_optimization_level": 0})
+            state, metrics = compiled(state, placed)
+            losses.append(metrics["loss"])
+            if first is None:  # a copy, as the next step consumes the state
+                first = jax.device_get(state["optimizer"]["mu"])
+        # After one step the first moment is the gradient times a constant.
+        found[packed] = {"losses": jnp.stack(losses), "gradients": first, "state": state}
+    return jax.device_get(found)
+
+
+def difference(got: Any, want: Any) -> float:
+    """The largest relative difference of any array, by the norm; inf if something is not finite."""
+    import jax
+    import numpy as np
+
+    largest = 0.0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if not np.isfinite(a).all():
+            return math.inf
+        size, off = np.linalg.norm(b), np.linalg.norm(a - b)
+        largest = max(largest, float(off / size if size else off))
+    return largest
+
+
+@cache
+def reference(model: str, variant: Variant) -> dict[bool, dict[str, Any]]:
+    from twinax.sharding.plan import ONE_DEVICE
+
+    return run(model, ONE_DEVICE, variant)
+
+
+def compare(model: str, plan: Any, variant: Variant) -> dict[bool, float] | str:
+    """By packing: how far `plan` is from one device; or why the plan is refused."""
+    problems = plan.problems(dimensions(model_config(model)))
+    if problems:
+        return "; ".join(problems)
+    got, want = run(model, plan, variant), reference(model, variant)
+    return {packed: difference(got[packed], want[packed]) for packed in got}
+
+
+def start_worker() -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_enable_x64", True)
+
+
+def work(full: bool) -> Iterator[tuple[str, Any, Variant]]:
+    for turn, plan in enumerate(plans(full)):
+        for offset, model in enumerate(MODELS):
+            for variant in VARIANTS if full else [VARIANTS[(turn + offset) % len(VARIANTS)]]:
+                yield model, plan, variant
+
+
+def write(cells: dict[Any, Any], file: Path, seconds: float, full: bool) -> None:
+    """The table, as Markdown."""
+    import jax
+
+    numbers = [value for cell in cells.values() if isinstance(cell, dict) for value in cell.values()]
+    rows = list(dict.fromkeys(plan for _, plan, _ in cells))
+    lines = [
+        "# Every layout against one device",
+        "",
+        f"Written by `python -m benchmarks.equivalence{' --full' if full else ''}`: {len(rows)} plans, {len(cells)} "
+        f"compiled steps, {len(numbers)} comparisons in {seconds / 60:.0f} minutes; jax {jax.__version__}, "
+        f"{DEVICES} simulated CPU devices, float64.",
+        "",
+        f"A cell is the largest relative difference from one device, of any array: the losses of {STEPS} AdamW steps, "
+        "every parameter's gradient in the first, and parameters and moments after the last. Two numbers: whole rows, "
+        f"and rows packed with documents and padding. The largest of all is **{max(numbers):.1e}**; {LIMIT:g} would be "
+        "a bug. A dot was not run: by default variants are taken in turn.",
+    ]
+    for model in MODELS:
+        lines += ["", f"## {model.capitalize()}", "", "| plan | " + " | ".join(map(str, VARIANTS)) + " |"]
+        lines.append("|---" * (len(VARIANTS) + 1) + "|")
+        for plan in rows:
+            found = [cells.get((model, plan, variant)) for variant in VARIANTS]
+            refused = next((cell for cell in found if isinstance(cell, str)), None)
+            if refused:
+                lines.append(f"| {plan} | refused: {refused} |" + " |" * (len(VARIANTS) - 1))
+                continue
+            shown = ["·" if cell is None else " ".join(f"{v:.0e}" for v in cell.values()) for cell in found]
+            lines.append(f"| {plan} | " + " | ".join(shown) + " |")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = report.arguments(str(__doc__), peer=False)
+    parser.add_argument("--full", action="store_true", help="every variant of every plan, hours")
+    parser.add_argument("--output", type=Path, default=FILE, help="the table")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1)), help="processes")
+    options = parser.parse_args()
+    began, cells, failed = time.perf_counter(), {}, []
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(options.workers, mp_context=context, initializer=start_worker) as pool,
+        Progress() as progress,
+    ):
+        pending = {pool.submit(compare, *one): one for one in work(options.full)}
+        bar = progress.add_task("plans", total=len(pending))
+        for future in as_completed(pending):
+            one = pending[future]
+            cells[one] = future.result()
+            progress.advance(bar)
+            if isinstance(cells[one], dict) and max(cells[one].values()) > LIMIT:
+                failed.append(one)
+                progress.print(f"DIFFERENT: {one[0]}, {one[1]}, {one[2]}: {cells[one]}")
+    seconds = time.perf_counter() - began
+    cells = {one: cells[one] for one in work(options.full)}
+    write(cells, options.output, seconds, options.full)
+    largest = max(value for cell in cells.values() if isinstance(cell, dict) for value in cell.values())
+    rows = [
+        report.Row("equivalence", "largest relative difference", largest, None, "", "", LIMIT, False),
+        report.Row("equivalence", "compiled steps", len(cells), None, "", "", None),
+        report.Row("equivalence", "time", seconds / 60, None, "", "min", None, False),
+    ]
+    report.finish(rows, options.json)
+    print(f"written to {options.output}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
