@@ -5,26 +5,29 @@ devices (i with the queries, j with the keys) meets once, somewhere, and half of
 empties is never computed, and every meeting costs the same. Partial outputs merge by their log-sum-exp.
 
 - One way (Liu et al. 2023, arXiv:2310.01889): keys and values go from device d to d + 1, n - 1 times. In the backward
-  pass they do so again, and their gradients follow them, the last hop home: n in all.
-- Two ways (after TokenRing, Wang et al. 2024, arXiv:2412.20501): the keys and values make only the first half of the
-  hops, n // 2. The other (n - 1) // 2 meetings are at the keys' home: queries jump that far ahead, and come home hop by
-  hop against the keys, gathering their outputs. Backward likewise: queries, output gradients and two numbers a row go
-  round and gather dq, while dk and dv follow the keys and jump home at the end.
+  pass they do so again, and the sums of their gradients follow them until they are home.
+- Two ways (after TokenRing, Wang et al. 2024, arXiv:2412.20501): keys and values make only the first a = n // 2 of
+  these hops. The other b = (n - 1) // 2 meetings are at the keys' home: queries jump b devices ahead and come home hop
+  by hop, against the keys, gathering their outputs. Backward likewise: queries and their output's gradient come round
+  and gather dq; the sums of dk and dv follow the keys, and jump home when these are through.
 - A window that does not reach around the ring leaves out the hops of which nobody has a use.
 
-Bytes from a device, where an element has e bytes and sums have s (4, or 8 for float64), B T D = 1, and S hops:
+Bytes that a device sends, each direction (segment ids and numbers a row left out): B T D = 1, elements have e bytes and
+sums s, which is 4 (8 for float64). A jump is one message that crosses several links.
 
-  one way forward    S e 2K                        one way backward    S e 2K + S s 2K
-  two ways forward   S/2 e 2K  with the keys       two ways backward   S/2 e 2K + S/2 s 2K + jump S/2 e 2H
-                     + jump S/2 e H
-                     S/2 (e + s) H  against                            S/2 (e 2H + s H) + jump S/2 s 2K
+                     with the keys                             against them
+  one way  forward   (n - 1) 2Ke                               0
+           backward  (n - 1) 2K(e + s)                         0
+  two ways forward   a 2Ke + a jump of He                      (b - 1) He + b Hs
+           backward  a 2Ke + (a - 1) 2Ks + a jump of 2He       (b - 1) 2He + b Hs + a jump of 2Ks
 
-Two ways spread the load over both directions of the links, but move the queries: it pays where there are as many key
-heads as query heads, and not where few key heads serve many.
+So two ways pay where there are as many key heads as query heads, and not where few key heads serve many queries.
 
 What the next meeting needs is sent off before this one is computed, and sums travel one meeting behind what they
-belong to, so no product waits for a message that it does not use. The meetings are turns of a loop: the program does
-not grow with n, and no more than the next arrival is held beside what is in use.
+belong to: no product waits for a message that it does not use. The meetings are turns of a loop, so the program does
+not grow with n, and beside what is in use there is only what comes next: never a whole row.
+
+Shapes: B rows, T tokens of a device, C of a chunk (two make T), H query heads, K key/value heads, D head size.
 """
 
 import itertools
@@ -121,7 +124,8 @@ def _forward(o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array 
         found = _attend(o, found, rows, guest_keys, (me, _origin(o, me, keys_at)))
         if kind.queries:
             arrived = _send(o, guest_found, -kind.queries_from) if kind.queries_from else nothing
-            guest_found = _attend(o, arrived, guest_rows, keys, (_origin(o, me, queries_at), me))
+            guest_rows, keys_then, found = _settled((guest_rows, keys, found))
+            guest_found = _attend(o, arrived, guest_rows, keys_then, (_origin(o, me, queries_at), me))
         return next_keys, next_rows, found, guest_found
 
     keys_path, queries_path = o.paths()
@@ -147,14 +151,16 @@ def _attention_backward(o: _Ring, residuals: Any, d_out: jax.Array) -> Any:
         dq, guest_dkv = _attend_back(o, dq, arrived, rows, guest_keys, (me, _origin(o, me, keys_at)))
         if kind.queries:
             arrived = _send(o, guest_dq, -kind.queries_from) if kind.queries_from else _zeros(q)
-            guest_dq, dkv = _attend_back(o, arrived, dkv, guest_rows, keys, (_origin(o, me, queries_at), me))
+            guest_rows, keys_then, dq, guest_dkv = _settled((guest_rows, keys, dq, guest_dkv))
+            guest_dq, dkv = _attend_back(o, arrived, dkv, guest_rows, keys_then, (_origin(o, me, queries_at), me))
         return next_keys, next_rows, dq, dkv, guest_dkv, guest_dq
 
     keys_path, queries_path = o.paths()
     guest_keys = _send(o, keys, keys_path[0]) if keys_path else None
     guest_rows = _send(o, rows, queries_path[0]) if queries_path else None
     carry = (guest_keys, guest_rows, _zeros(q), _zeros((k, v)), None, None)
-    *_, dq, dkv, guest_dkv, guest_dq = _laps(keys_path, queries_path, lap, carry, keys_gather=True)
+    carry = _laps(keys_path, queries_path, lap, carry, keys_gather=True)
+    rows, keys, (*_, dq, dkv, guest_dkv, guest_dq) = _settled((rows, keys, carry))
     # Its own keys come last, while what it lent comes home.
     dq, dkv = _attend_back(o, dq, dkv, rows, keys, (me, me), own=True)
     if keys_path:
@@ -189,7 +195,7 @@ def _laps(keys_path: list[int], queries_path: list[int], lap: Callable[..., Any]
 
 
 def _turn(lap: Callable[..., Any], kind: _Lap, keys_at: int, queries_at: int, turn: Any, carry: Any) -> Any:
-    return lap(kind, keys_at + turn, queries_at - turn, carry)
+    return lap(kind, keys_at + turn, queries_at - turn, _settled(carry))
 
 
 def _hops(path: list[int], r: int) -> tuple[int, int]:
@@ -197,6 +203,11 @@ def _hops(path: list[int], r: int) -> tuple[int, int]:
     before = path[r] - path[r - 1] if r and path[r - 1] else 0
     after = path[r + 1] - path[r] if r + 1 < len(path) and path[r] else 0
     return before, after
+
+
+def _settled(x: Any) -> Any:
+    """`x`, of which nothing is used before all is there, so that meetings do not hold memory for each other."""
+    return jax.lax.optimization_barrier(x)
 
 
 def _send(o: _Ring, x: Any, hops: int) -> Any:
