@@ -113,14 +113,14 @@ class Job:
             # Most likely the other end of a collective is gone: the watch, which knows who, has the word.
             watch.grace = min(watch.grace, 10.0)
             say(f"process {self.process}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-            time.sleep(watch.grace + SETTLE)
+            time.sleep(watch.grace + LINGER)
         text = f"{type(error).__name__}: {error}"
         watch.leaving.set()
         watch.announce(f"process {self.process} of {self.processes} has stopped: {text}")
         # The others can't follow a shutdown in step any more, and JAX would wait for them when Python ends.
         atexit.register(_exit_now, 130 if isinstance(error, KeyboardInterrupt) else 1, self.is_first)
         if not self.is_first:
-            time.sleep(LINGER)
+            time.sleep(SETTLE)
             if (watch.announced_by(0) or "").endswith(f"has stopped: {text}"):
                 _exit_now(1, False)  # it befell them all alike, and one has said it
 
@@ -135,5 +135,5 @@ def _exit_now(status: int, is_first: bool) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if is_first:
-        time.sleep(LINGER + SETTLE)  # the service that tells the others lives here
+        time.sleep(LINGER)  # the service that tells the others lives here
     os._exit(status)

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 BEATS, ENDS = "twinax/beat/", "twinax/end/"
-LINGER = 3.0  # beats that process 0 stays after the last word, so that all hear it
-SETTLE = 5.0  # beats that a failure elsewhere leaves this process to come to its own end
+SETTLE = 3.0  # beats that the end of another leaves this process to come to its own, and to say why
+LINGER = 6.0  # beats that process 0 stays after the last word, so that all hear it and speak theirs
 STATUS = 1
 
 
