@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from ..layers.attention import Attention
@@ -29,6 +30,7 @@ from ..sharding.rules import GATHERED, constrain, current, parameter_sharding
 from .config import DecoderConfig
 
 Params = dict[str, jax.Array]
+BLOCK_INPUT = "block_input"
 BLOCKS = "blocks."  # begins the name of every parameter that all layers have, stacked
 
 REMAT_POLICIES = {
@@ -37,6 +39,13 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(GROUPED),
+    ),
+    # What enters each block waits in the host's memory; all else is computed again.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
     ),
 }
 
@@ -97,7 +106,8 @@ class Decoder(nnx.Module):
         rngs: source of the initial weights.
         dtype: compute dtype; parameters are cast to it where they are used.
         param_dtype: dtype of the parameters.
-        remat: what the backward pass recomputes: "none", "full" (whole blocks) or "dots" (all but matrix products).
+        remat: what the backward pass recomputes: "none", "full" (whole blocks), "dots" (all but matrix products) or
+            "offload" (whole blocks, from inputs kept in the host's memory).
     """
 
     def __init__(
@@ -180,7 +190,7 @@ def _scan_blocks(
     def body(carry: Any, scanned: Any) -> tuple[Any, Statistics | None]:
         x, cache = carry
         one, layer = scanned
-        x, cache, statistics = block(one)(x, rope, context, cache, layer)
+        x, cache, statistics = block(one)(checkpoint_name(x, BLOCK_INPUT), rope, context, cache, layer)
         return (_between(x), cache), statistics
 
     if remat != "none" or current() is not None:

@@ -16,7 +16,7 @@ from .data.config import DataConfig
 from .schedules import ScheduleConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "full", "offload")
 
 
 class RecipeError(ValueError):
@@ -195,7 +195,8 @@ class Recipe:
         sequence_length: tokens of a row.
         accumulation: micro-batches that a step's rows are cut into; more take less memory, and give the same step.
         dtype: "float32" or "bfloat16" products (parameters are float32); "auto" takes float32 on a CPU, else bfloat16.
-        remat: what the backward pass computes again to save memory: "none", "dots" (all but products) or "full".
+        remat: what the backward pass computes again to save memory: "none", "dots" (all but products), "full", or
+            "offload" (full, and what enters each block waits in the host's memory; a CPU has but one memory).
         plan: devices per mesh axis, such as "fsdp=4" or "data=2,fsdp=2"; empty for one device.
         seed: of the initial parameters and the order of the data.
         tensorboard: also write TensorBoard events (needs tensorboardX).

@@ -104,7 +104,7 @@ def make_step(
             params, moments = state["params"], state["optimizer"]
             params, moments = optimizer.update(optimizer_config, params, moments, grads, norm, lr, ok)
             metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": weight, "ok": ok}
-            if config.moe is not None:
+            if config.moe is not None and statistics is not None:
                 metrics |= balance.metrics(config.moe, statistics, token_count(batch))
                 if config.moe.bias_update:
                     bias_LE = params[balance.BIAS]

@@ -109,7 +109,7 @@ def test_the_loss_in_chunks_under_a_mesh_sums_the_gradient_once(monkeypatch):
     assert difference(got[0], want[0]) < 1e-6
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_remat_changes_no_gradient(remat):
     want = mean_gradients(ONE, 1, jnp.float32)
     got = mean_gradients(ONE, 1, jnp.float32, remat)
@@ -181,3 +181,16 @@ def test_the_optimizer_state_is_made_of_plain_dicts():
     state = jax.eval_shape(optimizer.init, {"embed.weight": jax.ShapeDtypeStruct((3, 4), jnp.float32)})
     assert {type(node) for node in (state, state["mu"], state["nu"])} == {dict}
     assert sorted(state) == ["count", "mu", "nu"]
+
+
+def test_offload_sends_what_enters_a_block_to_the_host_and_back():
+    """A CPU has one memory and drops the transfers when it compiles, so they are read off the jaxpr."""
+    params = init_params(CONFIG, 0)
+
+    def transfers(remat):
+        model = functional(CONFIG, remat=remat)
+        text = str(jax.make_jaxpr(functools.partial(gradients, model))(params, put(0, 0)))
+        return text.count("Host"), text.count("Space.Device")
+
+    there, back = transfers("offload")
+    assert there and back and transfers("full") == (0, 0)
