@@ -138,7 +138,8 @@ def _forward(o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array 
 
 
 def _attention_backward(o: _Ring, residuals: Any, d_out: jax.Array) -> Any:
-    q, k, v, ids, out, lse = residuals
+    # Settled, or a compiler may see that some messages are those of the forward pass, and keep these until now.
+    (q, k, v, ids, out, lse), d_out = _settled((residuals, d_out))
     me, wide = jax.lax.axis_index(o.axis), lse.dtype
     delta = (out.astype(wide) * d_out.astype(wide)).sum(-1)
     rows, keys = (q, ids, d_out, lse, delta), (k, v, ids)
