@@ -192,9 +192,11 @@ class Plan:
         for sizes in _factorizations(devices, len(AXES)):
             yield dataclasses.replace(self, **dict(zip(AXES, sizes, strict=True)))
 
-    def _distance(self, other: "Plan") -> tuple[float, tuple[int, ...]]:
+    def _distance(self, other: "Plan") -> tuple[float, ...]:
+        """How far the sizes are; of equals, what asks least of a model and of the links comes first."""
         own, others = self.sizes.values(), other.sizes.values()
-        return sum(abs(math.log2(a / b)) for a, b in zip(own, others, strict=True)), tuple(others)
+        far = sum(abs(math.log2(a / b)) for a, b in zip(own, others, strict=True))
+        return round(far, 6), -other.fsdp, -other.data, *others
 
 
 ONE_DEVICE = Plan()

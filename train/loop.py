@@ -17,7 +17,6 @@ from ..checkpoints.manifest import Description, step_folders
 from ..checkpoints.store import CheckpointStore
 from ..sharding import processes
 from ..sharding.agreement import agree, from_first, index, once
-from ..sharding.plan import Plan
 from . import schedules
 from .data import batches, open_dataset, unigram_entropy
 from .display import Display
@@ -27,7 +26,7 @@ from .place import part_here
 from .recipe import Recipe, RecipeError
 from .report import TrainResult, draw, headline, summary
 from .resume import ResumeError, check_resume, describe, how_to_go_on, move_aside, newest
-from .setup import check_plan, check_processes, compute_dtype, open_evaluation, open_model, open_state
+from .setup import check_plan, check_processes, compute_dtype, open_evaluation, open_model, open_plan, open_state
 from .signals import StopSignals
 from .step import State, make_step, put_batch, state_like
 from .votes import Votes
@@ -61,7 +60,7 @@ def train(
     begin = time.perf_counter()
     if resume not in ("auto", "never", "must"):
         raise RecipeError(f"resume is one of auto, never, must; got {resume!r}.")
-    plan = Plan.parse(recipe.plan)
+    plan = open_plan(recipe)
     check_plan(recipe, plan)
     check_processes(recipe, resume, plan)
     is_first = index() == 0
@@ -80,7 +79,7 @@ def train(
     dataset = once("data", functools.partial(opening, progress=display))
     agree("the text of data.path (its fingerprint)", dataset.fingerprint)
     entropy = float(from_first("entropy", lambda: repr(unigram_entropy(dataset))))
-    evaluate = open_evaluation(recipe, config, tokenizer, mesh, dtype)
+    evaluate = open_evaluation(recipe, config, tokenizer, plan, mesh, dtype)
     describe_at = functools.partial(describe, recipe, config, tokenizer, dataset, plan)
     if before is not None:
         check_resume(before, describe_at(0))

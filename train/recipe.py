@@ -197,7 +197,8 @@ class Recipe:
         dtype: "float32" or "bfloat16" products (parameters are float32); "auto" takes float32 on a CPU, else bfloat16.
         remat: what the backward pass computes again to save memory: "none", "dots" (all but products), "full", or
             "offload" (full, and what enters each block waits in the host's memory; a CPU has but one memory).
-        plan: devices per mesh axis, such as "fsdp=4" or "data=2,fsdp=2"; empty for one device.
+        plan: devices per mesh axis, such as "fsdp=4,tensor=2", or a preset's name, such as "fully_sharded"; empty for
+            one device. README lists the axes.
         seed: of the initial parameters and the order of the data.
         tensorboard: also write TensorBoard events (needs tensorboardX).
         output: the run's folder: checkpoints, metrics.jsonl, loss.svg.

@@ -14,6 +14,7 @@ from ..checkpoints.manifest import Manifest
 from ..checkpoints.store import CheckpointStore
 from ..checkpoints.tokenizer import Tokenizer, check_vocabulary
 from ..models.config import DecoderConfig
+from ..sharding import plans
 from ..sharding.agreement import agree, count, from_first, problems
 from ..sharding.plan import Plan, PlanError
 from .data import load_tokenizer, open_dataset
@@ -21,6 +22,18 @@ from .display import Display
 from .evaluate import make_evaluate
 from .recipe import Recipe, RecipeError, recipe_to_dict
 from .step import State, init_state, state_like
+
+
+def open_plan(recipe: Recipe) -> Plan:
+    """The plan that the recipe writes or names. A named one is fitted to what the recipe says of batch and model."""
+    sizes = {"rows": recipe.batch_size // recipe.accumulation, "tokens": recipe.sequence_length}
+    if recipe.model.init_from is None:
+        model = recipe.model.decoder(recipe.model.vocab_size or 1, recipe.sequence_length).dimensions
+        sizes |= model if recipe.model.vocab_size else {name: model[name] for name in model if name != "vocab"}
+    try:
+        return plans.resolve(recipe.plan, jax.device_count(), sizes)
+    except PlanError as error:
+        raise RecipeError(str(error)) from None
 
 
 def check_plan(recipe: Recipe, plan: Plan, config: DecoderConfig | None = None) -> None:
@@ -91,12 +104,14 @@ def open_model(
     return config, params, tokenizer
 
 
-def open_evaluation(recipe: Recipe, config: DecoderConfig, tokenizer: Tokenizer, mesh: Mesh, dtype: Any):
+def open_evaluation(
+    recipe: Recipe, config: DecoderConfig, tokenizer: Tokenizer, plan: Plan, mesh: Mesh, dtype: Any
+):
     """The function from parameters to held-out loss, None when the recipe evaluates nothing."""
     if not recipe.eval.every or not recipe.data.eval_fraction:
         return None
     held_out = open_dataset(recipe.data, tokenizer, recipe.sequence_length, recipe.seed, "eval", progress=False)
-    rows, plan = recipe.batch_size // recipe.accumulation, Plan.parse(recipe.plan)
+    rows = recipe.batch_size // recipe.accumulation
     batches = recipe.eval.batches * recipe.accumulation
     return make_evaluate(config, held_out, rows, batches, mesh, dtype=dtype, plan=plan)
 
