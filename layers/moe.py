@@ -7,14 +7,14 @@ On a mesh the layer is an island (`shard_map`) in which each device
 - routes its own tokens and sorts them by expert,
 - sends them to the devices that hold these experts (`sharding/exchange.py`),
 - runs its experts over what arrived, sorted by expert: `layers/grouped.py`, each expert's width cut over "tensor",
-- sends the results back, weighs and adds them, and sums over "tensor".
+- weighs the results, sends them back, adds them, and sums over "tensor".
 
 What it costs in memory: on arrival there is room for the case in which all tokens of P devices choose experts of one,
 P * N * min(K, L) rows, of which an even load fills 1 / min(P, E / K).
 """
 
 import dataclasses
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -160,10 +160,11 @@ def _mixture(
     expert_R = jnp.where(is_token_N[:, None], routes.expert_NK, E).reshape(N * K)
     order = _order(expert_R)
     tokens_E = jnp.bincount(expert_R, length=E).astype(jnp.int32)
-    y_RD = _experts(mesh, _spread(x_ND, *order, K), tokens_E, K, weights)
-    y_NKD = _spread(y_RD, *order[::-1], 1).reshape(N, K, D)
-    # Weighted and summed wide, one expert after the other: the same bits however many tokens there are.
-    y_ND = jnp.sum(y_NKD.astype(routes.weight_NK.dtype) * routes.weight_NK[..., None], axis=1)
+    weight_R1 = _spread(routes.weight_NK.reshape(N * K, 1), *order, 1)
+    y_RD = _experts(mesh, _spread(x_ND, *order, K), weight_R1, tokens_E, K, weights)
+    y_NKD = _spread(y_RD, *order[::-1], 1).reshape(N, K, D).astype(weight_R1.dtype)
+    # In this order, whatever the compiler makes of a reduction.
+    y_ND = reduce(jnp.add, [y_NKD[:, k] for k in range(K)])
     y = jnp.reshape(y_ND, x.shape).astype(x.dtype)
 
     statistics = Statistics(
@@ -179,9 +180,14 @@ def _mixture(
 
 
 def _experts(
-    mesh: AbstractMesh | None, x_RD: jax.Array, tokens_E: jax.Array, most: int, weights: list[jax.Array]
+    mesh: AbstractMesh | None,
+    x_RD: jax.Array,
+    weight_R1: jax.Array,
+    tokens_E: jax.Array,
+    most: int,
+    weights: list[jax.Array],
 ) -> jax.Array:
-    """Each row's expert applied to it, wherever that expert is.
+    """Each row's expert applied to it, wherever that expert is, times the row's weight.
 
     Args:
         x_RD: rows sorted by expert. tokens_E: rows of each expert.
@@ -189,7 +195,7 @@ def _experts(
     """
     axes = () if mesh is None else mesh_axes("experts", mesh, COMPUTE_RULES)
     if mesh is None or not axes:
-        return _swiglu(x_RD, tokens_E, weights)
+        return _swiglu(x_RD, weight_R1, tokens_E, weights)
     (axis,) = axes
     P = mesh.shape[axis]
     L = len(tokens_E) // P
@@ -199,22 +205,26 @@ def _experts(
     sent_P, received_P = counts
     exchange = Exchange(axis, P, rows=len(x_RD), slots=len(x_RD) // most * min(most, L))
 
-    x_SD = send(x_RD, sent_P, received_P, exchange)
+    x_SD, weight_S1 = (send(rows, sent_P, received_P, exchange) for rows in (x_RD, weight_R1))
     slot_S = jnp.arange(exchange.slots, dtype=jnp.int32)
     end_PL = jnp.cumsum(received_PL, axis=1, dtype=jnp.int32)
     # What one sender's rows are for, in order; empty slots have the expert after the last.
     expert_PS = jnp.sum(end_PL[:, None] <= slot_S[:, None], axis=-1, dtype=jnp.int32)
     order = _order(expert_PS.reshape(-1))
-    y_SD = _swiglu(_spread(x_SD, *order, 1), jnp.sum(received_PL, axis=0, dtype=jnp.int32), weights)
+    x_SD, weight_S1 = (_spread(rows, *order, 1) for rows in (x_SD, weight_S1))
+    y_SD = _swiglu(x_SD, weight_S1, jnp.sum(received_PL, axis=0, dtype=jnp.int32), weights)
     return give_back(_spread(y_SD, *order[::-1], 1), sent_P, received_P, exchange)
 
 
-def _swiglu(x_RD: jax.Array, rows_L: jax.Array, weights: list[jax.Array]) -> jax.Array:
+def _swiglu(x_RD: jax.Array, weight_R1: jax.Array, rows_L: jax.Array, weights: list[jax.Array]) -> jax.Array:
     def product(x_RI: jax.Array, weight_LOI: jax.Array) -> jax.Array:
         return checkpoint_name(grouped_linear(x_RI, weight_LOI, rows_L), GROUPED)
 
     gate_LFD, up_LFD, down_LDF = weights
-    return product(jax.nn.silu(product(x_RD, gate_LFD)) * product(x_RD, up_LFD), down_LDF)
+    hidden_RF = jax.nn.silu(product(x_RD, gate_LFD)) * product(x_RD, up_LFD)
+    # Weighed here and not where the results are added: the backward pass need not keep these, and XLA:CPU cannot fuse
+    # product and sum, which it does for some numbers of tokens and not for others, with other bits.
+    return product((hidden_RF * weight_R1).astype(x_RD.dtype), down_LDF)
 
 
 def _order(expert_R: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from twinax.layers.moe import MoE
 from twinax.layers.moe_config import MoEConfig
+from twinax.layers.router import route
 from twinax.sharding.plan import Plan
 from twinax.sharding.rules import activation_sharding, parameter_sharding, use
 
@@ -98,8 +99,9 @@ def test_values_statistics_and_gradients_are_those_of_a_loop_over_tokens_and_exp
     config = CONFIGS[name]
     with jax.enable_x64(True):
         graph, state = make(config)
-        x, is_token, dy = inputs(2, 5)
-        got = value_and_gradients(partial(layer, graph, is_token), state, x, dy)
+        x, is_token, dy = inputs(2, 3)
+        own = jax.jit(partial(value_and_gradients, partial(layer, graph, is_token)), compiler_options=QUICK)
+        got = own(state, x, dy)
 
         def loops(state, x):
             return by_loops(config, nnx.to_pure_dict(state), x, is_token)
@@ -149,18 +151,20 @@ def test_it_can_be_mapped_over_the_stages_of_a_pipeline(plan):
         assert_same(jax.tree.map(lambda a, stage=stage: a[stage], got), want[stage])
 
 
-def check_plan(plan: Plan, config: MoEConfig, change=lambda state: state):
+def check_plan(plan: Plan, config: MoEConfig, change=lambda state: state, constant: bool = False):
     mesh = plan.mesh()
     with jax.enable_x64(True):
         graph, state = make(config)
         state = change(state)
         x, is_token, dy = inputs()
+        if constant:
+            x[..., 0] = 1
 
         def run(mesh, state, x, is_token, dy):
             with use(mesh):
                 return value_and_gradients(partial(layer, graph, is_token), state, x, dy)
 
-        want = jax.jit(partial(run, None))(state, x, is_token, dy)
+        want = jax.jit(partial(run, None), compiler_options=QUICK)(state, x, is_token, dy)
         places = [
             (path, leaf.replace(parameter_sharding(leaf.get_metadata()["axes"], mesh, leaf.get_value().shape)))
             for path, leaf in nnx.to_flat_state(state)
@@ -170,3 +174,97 @@ def check_plan(plan: Plan, config: MoEConfig, change=lambda state: state):
         got = jax.jit(partial(run, mesh)).lower(*placed).compile(compiler_options=QUICK)(*placed)
     assert_same(got, want)
     return got
+
+
+def to_one_expert(state):
+    """A router that sends every token to experts 3 and 5, whatever it is: only the constant column 0 counts."""
+    weight = np.zeros((8, D))
+    weight[[3, 5], 0] = 50, 40
+    state["router"]["weight"].set_value(jnp.asarray(weight))
+    return state
+
+
+@pytest.mark.parametrize("plan", ["expert=4", "expert=8", "expert=2,fsdp=2,tensor=2"])
+def test_no_token_is_dropped_when_all_go_to_the_same_experts(plan):
+    got = check_plan(Plan.parse(plan), SOFTMAX, to_one_expert, constant=True)
+    (_, (y, tokens, _, _)), _ = got
+    _, is_token, _ = inputs()
+    np.testing.assert_array_equal(tokens, np.where(np.isin(np.arange(8), (3, 5)), is_token.sum(), 0))
+    assert np.all(np.any(np.asarray(y) != 0, axis=-1) == is_token)
+
+
+def test_padding_reaches_no_expert():
+    with jax.enable_x64(True):
+        graph, state = make(SOFTMAX)
+        x, is_token, _ = inputs(2, 6)
+        function = jax.jit(lambda x, is_token: nnx.merge(graph, state)(x, is_token), compiler_options=QUICK)
+        y, statistics = function(x, is_token)
+        other, again = function(np.where(is_token[..., None], x, np.nan), is_token)
+        np.testing.assert_array_equal(np.asarray(y)[~is_token], 0)
+        np.testing.assert_array_equal(np.asarray(other)[is_token], np.asarray(y)[is_token])
+        assert_same(again, statistics, 0)
+        assert int(jnp.sum(statistics.tokens_E)) == 2 * is_token.sum()
+
+
+@pytest.mark.parametrize("width", [64, 192, 512])
+def test_a_served_token_has_the_same_bits_in_any_company(width):
+    """The engine runs 8 rows and more; which of them are a request's, and what the others hold, must not matter."""
+    config = dataclasses.replace(SIGMOID, expert_size=width // 2 + 8)
+    graph, state = nnx.split(MoE(width, config, rngs=nnx.Rngs(0)))
+    function = jax.jit(lambda x, is_token: nnx.merge(graph, state)(x, is_token)[0])
+    rng = np.random.default_rng(0)
+    mine = rng.standard_normal((5, width)).astype(np.float32)
+    want = None
+    for rows, others in ((8, 0), (8, 3), (32, 27), (32, 4), (72, 60), (264, 250)):
+        x = np.full((rows, width), np.nan, np.float32)
+        place = rng.permutation(rows)
+        x[place[:5]], x[place[5 : 5 + others]] = mine, 10 * rng.standard_normal((others, width))
+        got = np.asarray(function(x, np.isin(np.arange(rows), place[: 5 + others])))[place[:5]]
+        want = got if want is None else want
+        np.testing.assert_array_equal(got, want, err_msg=f"{rows} rows, {others} others")
+
+
+def test_router_and_statistics_are_float32_in_a_bfloat16_model():
+    graph, state = nnx.split(MoE(D, SIGMOID, rngs=nnx.Rngs(0)))
+    x = jnp.asarray(inputs()[0], jnp.bfloat16)
+    function = jax.jit(lambda x, is_token: nnx.merge(graph, state)(x, is_token), compiler_options=QUICK)
+    y, statistics = function(x, np.ones(x.shape[:2], bool))
+    assert y.dtype == jnp.bfloat16
+    assert statistics.probability_E.dtype == statistics.z.dtype == jnp.float32
+    x_ND, weight_ED = x.reshape(-1, D), state["router"]["weight"].get_value()
+    got = route(SIGMOID, x_ND, weight_ED, jnp.zeros(8))
+    with jax.enable_x64(True):
+        want = route(SIGMOID, x_ND.astype(jnp.float64), weight_ED.astype(jnp.float64), jnp.zeros(8))
+    np.testing.assert_array_equal(got.expert_NK, want.expert_NK)
+    np.testing.assert_allclose(got.weight_NK, want.weight_NK, rtol=1e-5)
+
+
+def test_the_bias_chooses_and_does_not_weigh():
+    x_ND = jnp.asarray(inputs()[0].reshape(-1, D), jnp.float32)
+    weight_ED = jnp.asarray(np.random.default_rng(3).standard_normal((8, D)), jnp.float32)
+    config = dataclasses.replace(SIGMOID, normalize=False, route_scale=1.0)
+    routes = route(config, x_ND, weight_ED, jnp.zeros(8).at[6].set(2.0))
+    assert np.all(routes.expert_NK[:, 0] == 6)
+    np.testing.assert_allclose(routes.weight_NK[:, 0], jax.nn.sigmoid(x_ND @ weight_ED[6]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": 0}, "num_experts is a whole number from 1 up; got 0"),
+        ({"experts_per_token": 9}, "experts_per_token=9 is more than num_experts=8"),
+        ({"shared_experts": -1}, "shared_experts is a whole number from 0 up"),
+        ({"router": "hash"}, "router is one of softmax, sigmoid; got 'hash'"),
+        ({"z_loss": -0.1}, "z_loss is a number from 0 up"),
+        ({"bias_update": 0.1}, "moves the bias of a sigmoid router; this router is 'softmax'"),
+    ],
+)
+def test_settings_that_make_no_mixture_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SOFTMAX, **change)
+
+
+def test_settings_survive_a_dict():
+    assert MoEConfig.from_dict(dataclasses.asdict(SIGMOID)) == SIGMOID
+    with pytest.raises(ValueError, match=r"no keys \['colour'\] and needs \['expert_size'\]"):
+        MoEConfig.from_dict({"num_experts": 4, "experts_per_token": 1, "colour": 1})
