@@ -228,6 +228,10 @@ def render(found: dict[str, Any]) -> str:
     if model := found.get("model"):
         heads = f"{model['num_heads']} heads ({model['num_kv_heads']} for keys and values) of {model['head_dim']}"
         widths = f"width {model['hidden_size']}, mlp {model['intermediate_size']}"
+        if moe := model.get("moe"):
+            experts = f"{moe['num_experts']} experts of {moe['expert_size']}, {moe['experts_per_token']} a token"
+            shared = f" and {moe['shared_experts']} shared" if moe["shared_experts"] else ""
+            widths = f"width {model['hidden_size']}, {experts}{shared}"
         line("shape", f"{model['num_layers']} layers, {widths}, {heads}")
     if parameters := found.get("parameters"):
         total = parameters["total"]

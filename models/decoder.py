@@ -327,6 +327,11 @@ def param_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str, j
     return {_name(path): jax.ShapeDtypeStruct(leaf.get_value().shape, dtype) for path, leaf in _abstract(config)}
 
 
+def weight_dtype(name: str, dtype: Any) -> Any:
+    """The dtype to keep the parameter `name` in when only products in `dtype` are to come: routers stay float32."""
+    return jnp.promote_types(dtype, jnp.float32) if ".router." in f".{name}" else dtype
+
+
 def param_axes(config: DecoderConfig) -> dict[str, tuple[str | None, ...]]:
     """The logical axes of every parameter, by name; stacked ones begin with "layers"."""
     axes = {}
@@ -372,4 +377,5 @@ __all__ = [
     "param_shapes",
     "param_shardings",
     "split_layers",
+    "weight_dtype",
 ]

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..models.config import DecoderConfig
-from ..models.decoder import functional, split_layers
+from ..models.decoder import functional, split_layers, weight_dtype
 from ..pallas_kernels.paged_attention import init_pages
 from . import sampling
 from .batch import Bucket, DeviceBatch, HostBatch, sampling_rows, unpack
@@ -94,13 +94,13 @@ class Runner:
             outside, layers = split_layers({name: np.asarray(array) for name, array in params.items()})
             group = math.gcd(CPU_LAYERS, config.num_layers)
             starts = range(0, config.num_layers, group)
-            self._layers = [jax.tree.map(self._place, layers[start : start + group]) for start in starts]
+            self._layers = [[self._place(layer) for layer in layers[start : start + group]] for start in starts]
             self._indices = [jnp.asarray(start, jnp.int32) for start in starts]
         else:
             outside = {name: array for name, array in params.items() if not name.startswith("blocks.")}
-            self._layers = [{name: self._place(array) for name, array in params.items() if name not in outside}]
+            self._layers = [self._place({name: array for name, array in params.items() if name not in outside})]
             self._indices = [jnp.zeros((), jnp.int32)]
-        self._outside = jax.tree.map(self._place, outside)
+        self._outside = self._place(outside)
         self._pages = init_pages(
             config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, jnp.dtype(dtype)
         )
@@ -163,8 +163,10 @@ class Runner:
         held[: len(stops)] = stops
         self._state = self._programs["setup", None](self._state, np.int32(slot), ids, values, held)
 
-    def _place(self, array: Any) -> jax.Array:
-        return jax.device_put(jnp.asarray(array, self.dtype))
+    def _place(self, params: dict[str, Any]) -> dict[str, jax.Array]:
+        return {
+            name: jax.device_put(jnp.asarray(array, weight_dtype(name, self.dtype))) for name, array in params.items()
+        }
 
     # -- programs: what they compute, and the shapes they are compiled for --------------------------------------------
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..models.config import DecoderConfig
-from ..models.decoder import param_shapes
+from ..models.decoder import param_axes, param_shapes
 
 # Dense bfloat16 FLOP/s of one JAX device, by the beginning of its `device_kind`; from the vendors' data sheets.
 PEAKS = {
@@ -41,11 +41,16 @@ class Peak:
 def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     """FLOPs of forward and backward for one token: 6 for each weight of a product, and the attention's own.
 
-    The embedding's rows are looked up, not multiplied. A causal token sees half the row on average; what `remat`
-    computes again is not counted.
+    The embedding's rows are looked up, not multiplied, and of many experts a token takes a few. A causal token sees
+    half the row on average; what `remat` computes again is not counted.
     """
-    shapes = param_shapes(config)
-    weights = sum(math.prod(s.shape) for name, s in shapes.items() if name != "embed.weight" or config.tie_embeddings)
+    shapes, axes = param_shapes(config), param_axes(config)
+    taken = 1.0 if config.moe is None else config.moe.experts_per_token / config.moe.num_experts
+    weights = sum(
+        math.prod(shape.shape) * (taken if "experts" in axes[name] else 1)
+        for name, shape in shapes.items()
+        if name != "embed.weight" or config.tie_embeddings
+    )
     attention = config.num_layers * config.num_heads * config.head_dim * sequence_length
     return 6.0 * weights + 6.0 * attention
 

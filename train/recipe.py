@@ -9,6 +9,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+from ..layers.moe_config import MoEConfig
 from ..layers.rope_config import RopeConfig
 from ..models.config import DecoderConfig
 from . import fields
@@ -16,6 +17,10 @@ from .data.config import DataConfig
 from .schedules import ScheduleConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
+# Settings of `model` that only a mixture of experts has.
+MIXTURE = (
+    "experts_per_token", "expert_size", "shared_experts", "router", "balance_loss", "z_loss", "bias_update"
+)  # fmt: skip
 REMAT = ("none", "dots", "full", "offload")
 
 
@@ -44,6 +49,14 @@ class ModelConfig:
         attention_bias: biases on the attention's projections.
         mlp_bias: biases on the feed-forward's projections.
         max_position_embeddings: longest context the model is said to take; by default sequence_length.
+        experts: experts of each feed-forward, of which a token takes a few; 0 for a dense model.
+        experts_per_token: how many a token takes.
+        expert_size: hidden width of one expert; by default intermediate_size.
+        shared_experts: experts that every token takes besides.
+        router: how a token's experts are scored: "softmax" or "sigmoid".
+        balance_loss: coefficient of the load-balancing loss.
+        z_loss: coefficient of the router's z-loss.
+        bias_update: how far a step moves the bias of an expert that got too few or too many tokens (sigmoid only).
     """
 
     init_from: str | None = None
@@ -61,9 +74,23 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     max_position_embeddings: int | None = None
+    experts: int = 0
+    experts_per_token: int = 2
+    expert_size: int | None = None
+    shared_experts: int = 0
+    router: str = "softmax"
+    balance_loss: float = 0.01
+    z_loss: float = 0.001
+    bias_update: float = 0.0
 
     def __post_init__(self) -> None:
         fields.check_types(self, "model.")
+        idle = [f.name for f in dataclasses.fields(self) if f.name in MIXTURE and getattr(self, f.name) != f.default]
+        if idle and not self.experts:
+            raise RecipeError(
+                f"model.{idle[0]}={getattr(self, idle[0])!r} is for a mixture of experts, and model.experts is 0; set "
+                f"model.experts, or leave out {', '.join('model.' + name for name in idle)}."
+            )
         if self.init_from is not None:
             changed = [f.name for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default]
             if changed:
@@ -101,7 +128,12 @@ class ModelConfig:
             attention_bias=self.attention_bias,
             mlp_bias=self.mlp_bias,
             max_position_embeddings=self.max_position_embeddings or sequence_length,
+            moe=self._mixture() if self.experts else None,
         )
+
+    def _mixture(self) -> MoEConfig:
+        same = {name: getattr(self, name) for name in MIXTURE if name != "expert_size"}
+        return MoEConfig(num_experts=self.experts, expert_size=self.expert_size or self.intermediate_size, **same)
 
 
 @dataclasses.dataclass(frozen=True)

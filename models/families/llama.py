@@ -111,8 +111,17 @@ def from_hf(config: dict[str, Any]) -> DecoderConfig:
     )
 
 
+def _check_dense(config: DecoderConfig) -> None:
+    if config.moe is not None:
+        raise ValueError(
+            f"The Hugging Face family 'llama' has no mixture of experts, and this model has {config.moe.num_experts} "
+            "experts a layer. It stays a Twinax checkpoint: `twinax serve` and `twinax train` take it as it is."
+        )
+
+
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """config.json for `config`, in the spelling of transformers 4 (which 5 reads too)."""
+    """config.json for `config`, in the spelling of transformers 4 (which 5 reads too); ValueError if it has experts."""
+    _check_dense(config)
     scaling = config.rope.scaling
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -134,7 +143,8 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def tensor_table(config: DecoderConfig) -> tuple[TensorEntry, ...]:
-    """Every tensor of the family, in file order."""
+    """Every tensor of the family, in file order; ValueError if the model has experts."""
+    _check_dense(config)
     entries = [TensorEntry("model.embed_tokens.weight", "embed.weight")]
     projections = {
         "self_attn.q_proj": ("attention.query", config.attention_bias),

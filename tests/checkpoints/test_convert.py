@@ -21,6 +21,7 @@ from twinax.checkpoints.load import load_model
 from twinax.checkpoints.safetensors import INDEX_NAME, SafetensorsFolder
 from twinax.checkpoints.store import CheckpointStore
 from twinax.checkpoints.tokenizer import Tokenizer
+from twinax.layers.moe_config import MoEConfig
 
 CONFIG = small_config()
 
@@ -177,6 +178,14 @@ def test_unknown_config_keys_are_refused(tmp_path):
     source = write_hugging_face(tmp_path / "hf", CONFIG, random_params(CONFIG), logit_scale=2.0)
     with pytest.raises(CheckpointError, match="logit_scale"):
         convert(source, tmp_path / "step")
+
+
+def test_a_mixture_of_experts_has_no_hugging_face_form_in_a_dense_family(tmp_path):
+    config = small_config(moe=MoEConfig(num_experts=4, experts_per_token=2, expert_size=8))
+    run = make_run(tmp_path, 1, config=config)
+    with pytest.raises(ValueError, match=r"family 'llama' has no mixture of experts, and this model has 4 experts"):
+        convert(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_tokenizer(tmp_path):

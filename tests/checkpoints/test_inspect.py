@@ -8,6 +8,7 @@ import pytest
 from tests.checkpoints.helpers import flip_bit, make_run, random_params, small_config, write_hugging_face
 from twinax.checkpoints.errors import NoCheckpoint
 from twinax.checkpoints.inspect import inspect, render
+from twinax.layers.moe_config import MoEConfig
 
 CONFIG = small_config()
 PARAMETERS = sum(array.size for array in random_params(CONFIG).values())
@@ -32,6 +33,12 @@ def test_step(tmp_path):
     for part in ("Twinax step", f"{PARAMETERS:,}", "3 layers", "step          4", "verified", "nothing odd", "512"):
         assert part in text
     assert "--verify" in inspect(step)["checksums"]
+
+
+def test_a_mixture_of_experts(tmp_path):
+    moe = MoEConfig(num_experts=4, experts_per_token=2, expert_size=8, shared_experts=1)
+    text = render(inspect(make_run(tmp_path, 1, config=small_config(moe=moe))))
+    assert "width 16, 4 experts of 8, 2 a token and 1 shared, 4 heads" in text
 
 
 def test_run_with_a_damaged_step(tmp_path):

@@ -1,6 +1,7 @@
 """The decoder: its parts agree with each other, with a plain float64 Llama, and with themselves on a mesh."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 from twinax.layers.contexts import PackedContext
+from twinax.layers.moe_config import MoEConfig
 from twinax.models.config import DecoderConfig
 from twinax.models.decoder import (
     Decoder,
@@ -178,9 +180,13 @@ def test_a_mesh_gives_the_numbers_of_one_device(plan):
         np.testing.assert_allclose(spread_gradients[name], gradients[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-def test_every_parameter_has_a_logical_name_for_each_axis():
-    axes = param_axes(TINY)
-    shapes = param_shapes(TINY)
+@pytest.mark.parametrize(
+    "moe", [None, MoEConfig(4, 2, 8, shared_experts=1, router="sigmoid")], ids=["dense", "mixture"]
+)
+def test_every_parameter_has_a_logical_name_for_each_axis(moe):
+    config = dataclasses.replace(TINY, moe=moe)
+    axes = param_axes(config)
+    shapes = param_shapes(config)
     assert set(axes) == set(shapes)
     for name, names in axes.items():
         assert len(names) == len(shapes[name].shape), name
@@ -207,6 +213,7 @@ def test_parameters_that_do_not_fit_are_all_listed():
         ({"num_layers": 0}, "num_layers is a whole number from 1 up"),
         ({"hidden_size": 3.5}, "hidden_size is a whole number"),
         ({"norm_eps": 0.0}, "norm_eps lies between"),
+        ({"moe": MoEConfig(4, 2, 8), "mlp_bias": True}, "experts have no biases"),
     ],
 )
 def test_a_config_that_makes_no_model_is_refused(change, message):
@@ -215,8 +222,11 @@ def test_a_config_that_makes_no_model_is_refused(change, message):
 
 
 def test_config_survives_json():
-    for config in VARIANTS:
-        assert DecoderConfig.from_dict(config.to_dict()) == config
+    mixture = dataclasses.replace(TINY, moe=MoEConfig(4, 2, 8, router="sigmoid"))
+    for config in (*VARIANTS, mixture):
+        assert DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    before_mixtures = {key: value for key, value in TINY.to_dict().items() if key != "moe"}
+    assert DecoderConfig.from_dict(before_mixtures) == TINY
     with pytest.raises(ValueError, match=r"unknown here: \['colour'\]"):
         DecoderConfig.from_dict({**TINY.to_dict(), "colour": 1})
 

@@ -28,6 +28,8 @@ KNOBS = """
 model.init_from model.family model.vocab_size model.hidden_size model.intermediate_size model.num_layers
 model.num_heads model.num_kv_heads model.head_dim model.rope_theta model.norm_eps model.tie_embeddings
 model.attention_bias model.mlp_bias model.max_position_embeddings
+model.experts model.experts_per_token model.expert_size model.shared_experts model.router
+model.balance_loss model.z_loss model.bias_update
 data.path data.tokenizer data.text_key data.eval_fraction data.exclude data.cache_dir
 optimizer.lr optimizer.beta1 optimizer.beta2 optimizer.eps optimizer.weight_decay optimizer.clip_norm
 schedule.name schedule.warmup_steps schedule.decay_steps schedule.final_ratio
@@ -70,6 +72,18 @@ def test_llama_60m_has_60m_parameters():
     path = Path(__file__).parents[2] / "recipes" / "llama_60m.py"
     shapes = param_shapes(load_recipe(path).model.decoder(32000, 512))
     assert 55e6 < sum(math.prod(shape.shape) for shape in shapes.values()) < 65e6
+
+
+def test_a_mixture_of_experts_is_as_wide_as_the_recipe_says():
+    dense = ModelConfig(intermediate_size=96).decoder(64, 16)
+    assert dense.moe is None
+    moe = ModelConfig(intermediate_size=96, experts=8, router="sigmoid", shared_experts=1).decoder(64, 16).moe
+    assert moe is not None
+    assert (moe.num_experts, moe.experts_per_token, moe.expert_size, moe.shared_experts) == (8, 2, 96, 1)
+    assert moe.router == "sigmoid"
+    narrow = ModelConfig(experts=8, expert_size=24).decoder(64, 16).moe
+    assert narrow is not None
+    assert narrow.expert_size == 24
 
 
 def test_a_recipe_is_read_without_jax():
@@ -131,6 +145,9 @@ def test_a_file_without_a_good_recipe_says_what_is_wrong(text, message, tmp_path
             lambda: ModelConfig(init_from="x", hidden_size=64, num_layers=2),
             r"init_from='x' brings its own sizes.*leave out model.hidden_size, model.num_layers",
         ),
+        (lambda: ModelConfig(experts=-4), r"num_experts is a whole number from 1 up; got -4"),
+        (lambda: ModelConfig(experts=4, router="hash"), r"router is one of softmax, sigmoid; got 'hash'"),
+        (lambda: ModelConfig(router="sigmoid"), r"model.router='sigmoid' is for a mixture.*model.experts is 0; set"),
         (lambda: CheckpointConfig(every=-1), r"checkpoint.every is a number of steps from 0 up; got -1"),
         (lambda: CheckpointConfig(keep_last=0), r"checkpoint.keep_last is from 1 up; got 0"),
         (lambda: EvalConfig(batches=-2), r"eval.batches is a number from 0 up; got -2"),

@@ -105,6 +105,14 @@ def test_flops_are_six_for_a_weight_and_the_causal_half_of_the_attention(tied):
     assert flops_per_token(config, 32) == 6 * multiplied + attention
 
 
+def test_a_token_pays_for_the_experts_it_takes():
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_layers": 3}
+    dense = ModelConfig(**{**sizes, "intermediate_size": 3 * 32}).decoder(100, 32)
+    mixture = ModelConfig(**sizes, experts=16, shared_experts=1).decoder(100, 32)
+    routers = 3 * 16 * 64
+    assert flops_per_token(mixture, 32) == flops_per_token(dense, 32) + 6 * routers
+
+
 class FakeDevice:
     platform, device_kind = "tpu", "TPU v5 lite"
 
