@@ -27,7 +27,22 @@ FREE = {
     "after-all", "partition-id", "replica-id", "iota", "copy-done", "async-start", "async-update", "async-done",
 }  # fmt: skip
 _CYCLES = re.compile(r'"estimated_cycles":"(\d{1,15})"')
-Key = tuple[str, tuple[str, ...]]
+Key = tuple[str, tuple[str, ...]]  # kind, mesh axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Of one kind of collective over one set of mesh axes: bytes that a device sends, how often it runs, and the bytes
+    that the compiler sends beside other work."""
+
+    sent: float = 0.0
+    count: float = 0.0
+    beside: float = 0.0
+
+    def plus(self, other: "Traffic", times: float = 1.0) -> "Traffic":
+        return Traffic(
+            self.sent + times * other.sent, self.count + times * other.count, self.beside + times * other.beside
+        )
 
 
 @dataclasses.dataclass
@@ -38,23 +53,22 @@ class Costs:
         flops: of products.
         hbm_bytes: read and written.
         cycles: the compiler's estimate; 0 where it makes none.
-        collectives: bytes sent, and how often, by kind and mesh axes.
+        collectives: what is sent, by kind and mesh axes.
         unknown: loops whose turns depend on data, and kernels that do not say what they compute.
     """
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
     cycles: float = 0.0
-    collectives: dict[Key, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    collectives: dict[Key, Traffic] = dataclasses.field(default_factory=dict)
     unknown: set[str] = dataclasses.field(default_factory=set)
 
     def add(self, other: "Costs", times: float = 1.0) -> None:
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
         self.cycles += times * other.cycles
-        for key, (sent, count) in other.collectives.items():
-            had = self.collectives.get(key, (0.0, 0.0))
-            self.collectives[key] = (had[0] + times * sent, had[1] + times * count)
+        for key, traffic in other.collectives.items():
+            self.collectives[key] = self.collectives.get(key, Traffic()).plus(traffic, times)
         self.unknown |= other.unknown
 
 
@@ -154,9 +168,10 @@ class _Counter:
                 if channel in asynchronous:
                     return
                 asynchronous.add(channel)
-            self._collective(computation, i, kind, costs)
+            beside = i.opcode.endswith("-start") or "async_collective" in i.attributes
+            self._collective(computation, i, kind, costs, beside)
 
-    def _collective(self, computation: Computation, i: Instruction, kind: str, costs: Costs) -> None:
+    def _collective(self, computation: Computation, i: Instruction, kind: str, costs: Costs, beside: bool) -> None:
         group = group_of(i, self.sizes)
         if group.size < 2:
             return
@@ -171,8 +186,7 @@ class _Counter:
             "collective-broadcast": held,
         }.get(kind, part * held)
         key = (kind, group.axes)
-        had = costs.collectives.get(key, (0.0, 0.0))
-        costs.collectives[key] = (had[0] + sent, had[1] + 1)
+        costs.collectives[key] = costs.collectives.get(key, Traffic()).plus(Traffic(sent, 1, sent if beside else 0.0))
 
     def _traffic(self, computation: Computation, i: Instruction) -> float:
         if i.opcode in FREE or i.opcode.endswith("-done"):

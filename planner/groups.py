@@ -9,8 +9,10 @@ import numpy as np
 
 from .hlo import Instruction
 
-# In `mesh['a'=4,'b'=2] {'b'}`: the sizes of the mesh, and the axes along which a group lies.
-_MESH = re.compile(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+# `mesh['a'=4,'b'=2] {'b'}`: the sizes of a mesh, and the axes along which a group lies. The devices may come in another
+# order, `device_ids=([2,4]T(1,0))`, and a part of an axis is `'a':(2)2`: split as [2, 2, rest], the middle.
+_MESH = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}")
+_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 UNKNOWN = "?"
 
@@ -58,12 +60,24 @@ def first_group(attributes: str, devices: int) -> np.ndarray | None:
 
 def _mesh_group(text: str) -> np.ndarray | None:
     match = _MESH.match(text)
-    if match is None or ":" in match[2]:  # part of an axis
+    if match is None:
         return None
     mesh = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
-    along = re.findall(r"'([^']+)'", match[2])
-    order = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
-    return order[tuple(slice(None) if name in along else 0 for name in mesh)].reshape(-1)
+    order = np.arange(math.prod(mesh.values()))
+    if match[2]:
+        order = order.reshape([int(n) for n in match[2].split(",")])
+        order = order.transpose([int(n) for n in match[3].split(",")] if match[3] else None)
+    parts = {name: (1, size) for name, size in mesh.items()}
+    along = set()
+    for name, before, size in _AXIS.findall(match[4]):
+        along.add(name)
+        parts[name] = (int(before), int(size)) if size else parts[name]
+    dims, take = [], []
+    for name, size in mesh.items():
+        before, middle = parts[name]
+        dims += [before, middle, size // (before * middle)]
+        take += [0, slice(None) if name in along else 0, 0]
+    return order.reshape(dims)[tuple(take)].reshape(-1)
 
 
 def _permutation(ends: np.ndarray, sizes: Mapping[str, int], devices: int) -> Group:

@@ -8,11 +8,8 @@ import numpy as np
 
 from .hlo import Computation, Instruction
 
-# Calls that compute no product: placement, hints, sorting.
-WITHOUT_PRODUCTS = re.compile(
-    r"AllocateBuffer|Sharding|Annotate|AssumeGather|GatherScatter|TopK|Sort|Pin|Unpin|Barrier|MoveTo|Eigen|Rng|Resize|"
-    r"SPMD|ExecuteGeneric|BoundedSlice|Scatter|Gather|Copy|Cumsum|Zero|ApproxTopK|Padding|xla_ffi|callback"
-)
+# Calls that may hold products; what is not among them places, sorts or hints.
+WITH_PRODUCTS = re.compile(r"tpu_custom_call|mosaic|triton|cudnn|cublas|onednn|gemm|matmul|conv|attention", re.IGNORECASE)
 
 
 def product_flops(computation: Computation, i: Instruction) -> float:
@@ -62,7 +59,7 @@ def custom_call_flops(computation: Computation, i: Instruction) -> float | None:
         left = computation[i.operands[0]].shape
         axes = dims.get("lhs_contracting_dimensions") or dims.get("lhsContractingDimensions") or ()
         return 2.0 * i.shape.elements * math.prod(left.dims[int(axis)] for axis in axes)
-    return 0.0 if WITHOUT_PRODUCTS.search(target) else None
+    return None if WITH_PRODUCTS.search(target) else 0.0
 
 
 def _config(i: Instruction) -> object:

@@ -9,6 +9,7 @@ has one neighbour). An axis over several dimensions uses all of their links at o
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -85,19 +86,16 @@ class Topology:
 
         The mesh is `Plan.mesh`'s: the devices in order, reshaped.
         """
-        grid = self.coordinates()[: math.prod(sizes.values())].reshape(*sizes.values(), -1)
-        take = tuple(slice(None) if name in axes else 0 for name in sizes)
-        group = grid[take].reshape(-1, grid.shape[-1])
-        if len(group) == 1:
-            return math.inf
-        return self._node_bandwidth(group) if self.chip.platform == "cuda" else self._torus_bandwidth(group)
+        return _bandwidth(self, tuple(sizes.values()), tuple(name in axes for name in sizes))
 
-    def _node_bandwidth(self, group: np.ndarray) -> float:
+    def node_bandwidth(self, group: np.ndarray) -> float:
+        """Of GPUs at the coordinates `group`."""
         nodes, members = np.unique(group[:, 0], return_counts=True)
         # A node takes in what the others hold once, through all the cards of its members.
         return self.chip.link if len(nodes) == 1 else min(self.chip.link, float(members.min()) * self.chip.network)
 
-    def _torus_bandwidth(self, group: np.ndarray) -> float:
+    def torus_bandwidth(self, group: np.ndarray) -> float:
+        """Of TPUs at the coordinates `group`."""
         chip = self.chip
         halves = len(np.unique(group[:, -1]))
         total = 0.0
@@ -111,6 +109,20 @@ class Topology:
             return chip.link * HALVES
         # Both halves of a chip in one group: what comes in serves both. In two groups, they share the links.
         return total * halves / chip.devices_per_chip
+
+
+@functools.lru_cache(maxsize=64)
+def _coordinates(topology: Topology) -> np.ndarray:
+    return topology.coordinates()
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _bandwidth(topology: Topology, sizes: tuple[int, ...], along: tuple[bool, ...]) -> float:
+    grid = _coordinates(topology)[: math.prod(sizes)].reshape(*sizes, -1)
+    group = grid[tuple(slice(None) if is_along else 0 for is_along in along)].reshape(-1, grid.shape[-1])
+    if len(group) == 1:
+        return math.inf
+    return topology.node_bandwidth(group) if topology.chip.platform == "cuda" else topology.torus_bandwidth(group)
 
 
 def _check_gpus(chip: Chip, shape: tuple[int, ...], text: str) -> None:
