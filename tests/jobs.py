@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -46,17 +47,15 @@ def environment(devices: int, **more: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(commands: Sequence[Sequence[str]], env: dict[str, str]) -> Iterator[list[subprocess.Popen[str]]]:
-    """The processes of some commands, which are killed at the end if they are still there."""
-    pipe = subprocess.PIPE
-    processes = [
-        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY, env=env) for command in commands
-    ]
+    """The processes of some commands, which are killed at the end, with their children, if they are still there."""
+    pipe, more = subprocess.PIPE, {"text": True, "cwd": REPOSITORY, "env": env, "start_new_session": True}
+    processes = [subprocess.Popen(command, stdout=pipe, stderr=pipe, **more) for command in commands]
     try:
         yield processes
     finally:
         for process in processes:
             if process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
 
 
