@@ -36,8 +36,6 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
     """Lowers and compiles; the costs, the memory, and what the compiler itself says."""
     stage("starting")
     from ..sharding.plan import Plan
-    from .buffers import read_memory
-    from .costs import count
     from .devices import find_devices
     from .programs import programs
     from .topology import Topology
@@ -50,11 +48,15 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
         lowered = lower()
         stage("compiling")
         with tempfile.TemporaryDirectory() as folder:
-            found["programs"].append(_compile(name, lowered, Path(folder), names, plan, count, read_memory))
+            found["programs"].append(_compile(name, lowered, Path(folder), names, plan))
     return found
 
 
-def _compile(name: str, lowered: Any, folder: Path, names: Any, plan: Any, count: Any, read_memory: Any) -> dict:
+def _compile(name: str, lowered: Any, folder: Path, names: Any, plan: Any) -> dict[str, Any]:
+    from .buffers import read_memory
+    from .costs import count
+    from .hlo import Module
+
     started, refused = time.perf_counter(), None
     options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
     try:
@@ -82,6 +84,7 @@ def _compile(name: str, lowered: Any, folder: Path, names: Any, plan: Any, count
         "flops": costs.flops,
         "hbm_bytes": costs.hbm_bytes,
         "cycles": costs.cycles,
+        "attend": costs.attend,
         "collectives": [
             [kind, list(axes), traffic.sent, traffic.count, traffic.beside]
             for (kind, axes), traffic in costs.collectives.items()

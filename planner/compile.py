@@ -37,8 +37,9 @@ class Compiled:
         refused: why the compiler would not make the program (it does not fit), or None.
         flops, hbm_bytes, collectives: of the optimized program, loops multiplied out (`costs`).
         cycles: its estimate of what is not communication; 0 where it makes none.
+        attend: FLOPs, bytes and cycles of attention alone, held by the totals too.
         unknown: loops and kernels whose costs are not known; see `costs`.
-        own: numbers as the compiler gives them: FLOPs and bytes without its loops' turns, sizes of arguments and temporaries.
+        own: numbers as the compiler gives them: FLOPs and bytes with each loop counted once, sizes of what it allocates.
         seconds: that the compilation took.
     """
 
@@ -49,6 +50,7 @@ class Compiled:
     hbm_bytes: float
     collectives: dict[tuple[str, tuple[str, ...]], Traffic]
     cycles: float
+    attend: tuple[float, float, float]
     unknown: tuple[str, ...]
     own: dict[str, float]
     seconds: float
@@ -129,7 +131,7 @@ def _compile(
         progress(layout, "done")
         if not output.exists():
             last = "".join(errors)[-1500:].strip() or f"exit status {process.returncode}"
-            raise CompileFailed(f"The compiler's process ended without a result for {layout.plan} on {topology}: {last}")
+            raise CompileFailed(f"The compiler's process left no result for {layout.plan} on {topology}: {last}")
         result = json.loads(output.read_text())
     if "failed" in result:
         raise CompileFailed(f"{layout.plan} on {topology} cannot be compiled: {result['reason']}")
@@ -165,6 +167,7 @@ def _compiled(values: dict[str, Any]) -> Compiled:
         hbm_bytes=values["hbm_bytes"],
         collectives=collectives,
         cycles=values["cycles"],
+        attend=tuple(values["attend"]),
         unknown=tuple(values["unknown"]),
         own=values["compiler"],
         seconds=values["compile_seconds"],

@@ -1,11 +1,12 @@
 """What an optimized HLO program does in one run, loops multiplied out: products, memory traffic, collectives, cycles.
 
-- FLOPs are those of products (`dot`, `convolution`, and kernels that declare theirs), 2 for a multiplication and addition.
-- Bytes of a collective are what one device sends: for a group of n, (n - 1) / n of the whole array for a gather, a
-  scatter or an exchange, twice that for an all-reduce, all of it for a permutation. A start and its end count once.
+- FLOPs are those of products (`dot`, `convolution`, kernels that declare theirs), 2 for a multiplication and addition.
+- Bytes of a collective are what one device sends: in a group of n, (n - 1) / n of the whole array for a gather, a scatter
+  or an exchange, twice that for an all-reduce, all of it for a permutation. A start and its end count once.
 - Memory traffic is what each operation outside of fusions reads and writes in HBM. A slice reads the slice, and an update
   in place writes the update.
 - Cycles are the compiler's own estimates (TPU only), without the collectives.
+- What attention does between its projections is also counted apart (`layers.attention` names it "attend").
 - Of a conditional's branches the dearest is taken. What a loop that depends on data does is counted once and named.
 """
 
@@ -26,6 +27,7 @@ FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier",
     "after-all", "partition-id", "replica-id", "iota", "copy-done", "async-start", "async-update", "async-done",
 }  # fmt: skip
+_ATTEND = re.compile(r"\battend\b")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d{1,15})"')
 Key = tuple[str, tuple[str, ...]]  # kind, mesh axes
 
@@ -55,6 +57,7 @@ class Costs:
         cycles: the compiler's estimate; 0 where it makes none.
         collectives: what is sent, by kind and mesh axes.
         unknown: loops whose turns depend on data, and kernels that do not say what they compute.
+        attend: flops, hbm_bytes and cycles of attention alone, which the totals hold too.
     """
 
     flops: float = 0.0
@@ -62,6 +65,7 @@ class Costs:
     cycles: float = 0.0
     collectives: dict[Key, Traffic] = dataclasses.field(default_factory=dict)
     unknown: set[str] = dataclasses.field(default_factory=set)
+    attend: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def add(self, other: "Costs", times: float = 1.0) -> None:
         self.flops += times * other.flops
@@ -70,6 +74,8 @@ class Costs:
         for key, traffic in other.collectives.items():
             self.collectives[key] = self.collectives.get(key, Traffic()).plus(traffic, times)
         self.unknown |= other.unknown
+        flops, hbm_bytes, cycles = (a + times * b for a, b in zip(self.attend, other.attend, strict=True))
+        self.attend = (flops, hbm_bytes, cycles)
 
 
 def count(module: Module, sizes: Mapping[str, int]) -> Costs:
@@ -138,10 +144,13 @@ class _Counter:
         if computation.name not in self._straight:
             costs, asynchronous = Costs(), set()
             for i in computation:
-                self._products(computation, i, costs, asynchronous, fused=False)
-                costs.hbm_bytes += self._traffic(computation, i)
+                one = Costs(hbm_bytes=self._traffic(computation, i))
+                self._products(computation, i, one, asynchronous, fused=False)
                 match = _CYCLES.search(i.attributes)
-                costs.cycles += int(match[1]) if match else 0
+                one.cycles = float(match[1]) if match else 0.0
+                if _ATTEND.search(i.op_name):
+                    one.attend = (one.flops, one.hbm_bytes, one.cycles)
+                costs.add(one)
             self._straight[computation.name] = costs
         return self._straight[computation.name]
 
