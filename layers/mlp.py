@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..sharding.rules import constrain
 from .linear import Linear
 
 
@@ -26,4 +27,8 @@ class SwiGLU(nnx.Module):
         self.down = Linear(hidden, width, axes=("embed", "mlp"), scale=out_scale, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
+        if hidden.ndim == 3:
+            # For its gradient's sake, which else the compiler would place where the next norm wants tokens.
+            hidden = constrain(hidden, ("batch", "tokens", "mlp"))
+        return self.down(hidden)
