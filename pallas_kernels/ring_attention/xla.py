@@ -41,9 +41,6 @@ import jax.numpy as jnp
 
 from ..flash_attention import flash_attention, flash_attention_backward
 
-# Chunks 0 and 1 of a part, by number (which may be traced), or None for the part as it is.
-Chunks = tuple[Any, ...] | None
-
 
 @dataclass(frozen=True)
 class _Ring:
@@ -153,21 +150,23 @@ def _attention_backward(o: _Ring, residuals: Any, d_out: jax.Array) -> Any:
         if kind.queries:
             arrived = _send(o, guest_dq, -kind.queries_from) if kind.queries_from else _zeros(q)
             guest_rows, keys_then, dq, guest_dkv = _settled((guest_rows, keys, dq, guest_dkv))
+            dkv = _zeros((k, v)) if dkv is None else dkv
             guest_dq, dkv = _attend_back(o, arrived, dkv, guest_rows, keys_then, (_origin(o, me, queries_at), me))
         return next_keys, next_rows, dq, dkv, guest_dkv, guest_dq
 
     keys_path, queries_path = o.paths()
     guest_keys = _send(o, keys, keys_path[0]) if keys_path else None
     guest_rows = _send(o, rows, queries_path[0]) if queries_path else None
-    carry = (guest_keys, guest_rows, _zeros(q), _zeros((k, v)), None, None)
+    carry = (guest_keys, guest_rows, _zeros(q), None, None, None)
     carry = _laps(keys_path, queries_path, lap, carry, keys_gather=True)
     rows, keys, (*_, dq, dkv, guest_dkv, guest_dq) = _settled((rows, keys, carry))
     # Its own keys come last, while what it lent comes home.
-    dq, dkv = _attend_back(o, dq, dkv, rows, keys, (me, me), own=True)
     if keys_path:
-        dkv = _add(dkv, _send(o, guest_dkv, -keys_path[-1]))
+        home = _send(o, guest_dkv, -keys_path[-1])
+        dkv = home if dkv is None else _add(dkv, home)
     if queries_path:
         dq = dq + _send(o, guest_dq, -queries_path[-1])
+    dq, dkv = _attend_back(o, dq, _zeros((k, v)) if dkv is None else dkv, rows, keys, (me, me), own=True)
     return *(grad.astype(x.dtype) for grad, x in zip((dq, *dkv), (q, k, v), strict=True)), None
 
 
@@ -224,42 +223,45 @@ def _origin(o: _Ring, me: jax.Array, hops: Any) -> jax.Array:
     return (me - hops) % o.n
 
 
-def _meetings(o: _Ring, pair: tuple[Any, Any], own: bool) -> list[tuple[Chunks, Chunks, dict[str, Any]]]:
-    """Which chunks of the queries meet which chunks of the keys, and how they see them. Those of one meeting are equal
-    in this, and computed together.
+def _meet(
+    o: _Ring, local: Callable[..., Any], rows: Any, keys: Any, pair: tuple[Any, Any], own: bool
+) -> list[tuple[Any, Any, Any]]:
+    """`local(rows, keys, **how they see)` of what is not empty: (chunk of the queries, chunk of the keys, result).
 
-    `pair` is the device of the queries and that of the keys; `own` says that they are the same.
+    `pair` is the device of the queries and that of the keys; `own` says that they are the same. No chunk (None) is both
+    at once. One after the other, so that the scratch is that of one.
     """
     i, j = pair
-    late = 2 * o.n - 1 - i - j
-    here: dict[str, Any] = {"causal": True, "window": o.window}
-    if own and (o.window is None or o.n == 1):
-        return [(None, None, here)]  # in the order of the row, if not without gaps
+    if own and (o.window is None or o.n == 1):  # in the order of the row, if not without gaps
+        return [(None, None, local(rows, keys, causal=True, window=o.window))]
+    late = 2 * o.n - 1 - i - j  # chunks from the early one of the keys to the late one of the queries
     if own:
-        return [((0, 1), (0, 1), here), ((1,), (0,), {**here, "q_offset": late * o.C})]
-    # Late queries see early keys. Beside that, early queries see them if they come from before, and late queries see
-    # late keys otherwise.
-    half = jnp.where(i > j, 0, 1)
-    if o.window is None:
-        return [((1, half), (0, half), {"causal": False})]
-    apart = late, jnp.abs(i - j)
-    return [((x,), (y,), {**here, "q_offset": z * o.C}) for x, y, z in zip((1, half), (0, half), apart, strict=True)]
+        chunks, apart = ((0, 0), (1, 1), (1, 0)), (0, 0, late)
+    else:
+        # Late queries see early keys. Beside that, early queries see them if they come from before, and late queries
+        # see late keys otherwise.
+        half = jnp.where(i > j, 0, 1)
+        chunks, apart = ((1, 0), (half, half)), (late, jnp.abs(i - j))
+
+    def one(turn: tuple[jax.Array, jax.Array]) -> Any:
+        (row, key), apart = turn
+        within = {"causal": True, "window": o.window, "q_offset": apart * o.C}
+        seeing = {"causal": False} if o.window is None else within
+        return local(_take(rows, row), _take(keys, key), **seeing)
+
+    found = jax.lax.map(one, (jnp.asarray(chunks), jnp.asarray(apart)))
+    return [(*pair, jax.tree.map(lambda a, m=m: a[m], found)) for m, pair in enumerate(chunks)]
 
 
 def _attend(o: _Ring, found: Any, rows: Any, keys: Any, pair: tuple[Any, Any], own: bool = False) -> Any:
     """(output, log-sum-exp) of queries, `found` before, with these keys in view too."""
-    for row, key, seeing in _meetings(o, pair, own):
-        q, q_ids = _take(rows, row)
-        k, v, k_ids = _take(keys, key)
-        more = flash_attention(
-            *(q, k, v),
-            q_segment_ids_BT=q_ids,
-            kv_segment_ids_BS=k_ids,
-            scale=o.scale,
-            softcap=o.softcap,
-            return_lse=True,
-            **seeing,
-        )
+
+    def local(rows: Any, keys: Any, **seeing: Any) -> Any:
+        (q, q_ids), (k, v, k_ids) = rows, keys
+        options = {"q_segment_ids_BT": q_ids, "kv_segment_ids_BS": k_ids, "scale": o.scale, "softcap": o.softcap}
+        return flash_attention(q, k, v, **options, **seeing, return_lse=True)
+
+    for row, _, more in _meet(o, local, rows, keys, pair, own):
         found = _put(_merge, found, more, row)
     return found
 
@@ -268,17 +270,13 @@ def _attend_back(
     o: _Ring, dq: jax.Array, dkv: Any, rows: Any, keys: Any, pair: tuple[Any, Any], own: bool = False
 ) -> tuple[jax.Array, Any]:
     """dq and (dk, dv), with what these queries and keys pass each other added."""
-    for row, key, seeing in _meetings(o, pair, own):
-        q, q_ids, d_out, lse, delta = _take(rows, row)
-        k, v, k_ids = _take(keys, key)
-        more_dq, *more_dkv = flash_attention_backward(
-            *(q, k, v, d_out, lse, delta),
-            q_segment_ids_BT=q_ids,
-            kv_segment_ids_BS=k_ids,
-            scale=o.scale,
-            softcap=o.softcap,
-            **seeing,
-        )
+
+    def local(rows: Any, keys: Any, **seeing: Any) -> Any:
+        (q, q_ids, d_out, lse, delta), (k, v, k_ids) = rows, keys
+        options = {"q_segment_ids_BT": q_ids, "kv_segment_ids_BS": k_ids, "scale": o.scale, "softcap": o.softcap}
+        return flash_attention_backward(q, k, v, d_out, lse, delta, **options, **seeing)
+
+    for row, key, (more_dq, *more_dkv) in _meet(o, local, rows, keys, pair, own):
         dq, dkv = _put(_add, dq, more_dq, row), _put(_add, dkv, tuple(more_dkv), key)
     return dq, dkv
 
@@ -308,28 +306,14 @@ def _add(x: Any, more: Any) -> Any:
     return jax.tree.map(jnp.add, x, more)
 
 
-def _take(x: Any, chunks: Chunks) -> Any:
-    """These chunks of the tokens of every array of `x`, one below the other as batch rows."""
-    if chunks is None:
-        return x
-    return jax.tree.map(lambda a: jnp.concatenate([_chunk(a, chunk) for chunk in chunks]), x)
+def _take(x: Any, chunk: Any) -> Any:
+    """A chunk, 0 or 1, of the tokens of every array of `x`."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, chunk * (a.shape[1] // 2), a.shape[1] // 2, 1), x)
 
 
-def _put(combine: Callable[[Any, Any], Any], x: Any, more: Any, chunks: Chunks) -> Any:
-    """`x` after `combine` with `more`, which lies as `_take(x, chunks)` does."""
-    if chunks is None:
+def _put(combine: Callable[[Any, Any], Any], x: Any, more: Any, chunk: Any) -> Any:
+    """`x` after `combine` of a chunk of it (or with None of all) with `more`."""
+    if chunk is None:
         return combine(x, more)
-    for number, chunk in enumerate(chunks):
-        part = jax.tree.map(lambda a, number=number: jnp.split(a, len(chunks))[number], more)
-        new = combine(jax.tree.map(lambda a, chunk=chunk: _chunk(a, chunk), x), part)
-        x = jax.tree.map(lambda a, b, chunk=chunk: _update(a, b, chunk), x, new)
-    return x
-
-
-def _chunk(x: jax.Array, chunk: Any) -> jax.Array:
-    size = x.shape[1] // 2
-    return jax.lax.dynamic_slice_in_dim(x, chunk * size, size, 1)
-
-
-def _update(x: jax.Array, part: jax.Array, chunk: Any) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, part, chunk * part.shape[1], 1)
+    new = combine(_take(x, chunk), more)
+    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, chunk * b.shape[1], 1), x, new)
