@@ -18,7 +18,7 @@ from .kept import kept_of
 from .sizes import Share, computing, parameters, resting, share_of
 from .workload import PAGE, Layout, Workload
 
-COMPUTE, WIDE = 2, 4  # bytes of bfloat16 and of float32
+WIDE = 4  # bytes of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ FROM_KEPT = Holds(width=8, mlp=6, heads=8, kv_heads=8, weights=1.5)
 
 def train_memory(workload: Workload, layout: Layout) -> dict[str, float]:
     """Bytes by class of `buffers.CLASSES`."""
-    model, plan = workload.model, layout.plan
+    model, plan, item = workload.model, layout.plan, workload.itemsize
     share = share_of(workload, layout)
     at_rest, blocks = resting(model, plan), resting(model, plan, in_block=True)
     gradients = WIDE * at_rest * (2 if layout.accumulation > 1 else 1)
@@ -50,13 +50,13 @@ def train_memory(workload: Workload, layout: Layout) -> dict[str, float]:
         "optimizer": 2 * WIDE * at_rest,
         "inputs": 5 * WIDE * workload.tokens / plan.batch_shards / plan.sequence,
     }
-    cast = COMPUTE * blocks
+    cast = item * blocks if item < WIDE else 0.0
     moments = [
         {
             "gradients": projection * WIDE,
-            "weights": projection * COMPUTE + cast,
+            "weights": projection * item + cast,
             "activations": kept,
-            "temporaries": _logits(share) + 3 * COMPUTE * share.tokens * share.width,
+            "temporaries": _logits(workload, share) + 3 * item * share.tokens * share.width,
         },
         {
             "gradients": gradients + projection * WIDE,
@@ -66,7 +66,7 @@ def train_memory(workload: Workload, layout: Layout) -> dict[str, float]:
         },
         {
             "gradients": gradients + WIDE * (2 * table + projection),
-            "activations": 2 * COMPUTE * share.tokens * share.width,
+            "activations": 2 * item * share.tokens * share.width,
             "temporaries": WIDE * share.tokens * share.width,
         },
     ]
@@ -76,10 +76,10 @@ def train_memory(workload: Workload, layout: Layout) -> dict[str, float]:
 
 def _kept(workload: Workload, layout: Layout, share: Share) -> float:
     """Activations (and whatever else) that wait for the backward pass."""
-    plan, model = layout.plan, workload.model
+    plan, model, item = layout.plan, workload.model, workload.itemsize
     each = kept_of(layout.remat, workload.dtype, model.moe is not None, plan.devices > 1)
-    between = COMPUTE * share.width / plan.tensor  # what enters a block, cut by tensor too
-    inside = (each.width - COMPUTE) * share.width + each.mlp * share.mlp
+    between = item * share.width / plan.tensor  # what enters a block, cut by tensor too
+    inside = (each.width - item) * share.width + each.mlp * share.mlp
     inside += each.heads * share.heads + each.kv_heads * share.kv_heads + each.single
     layers = share.layers
     if layout.remat == "offload":
@@ -99,14 +99,14 @@ def _vocabulary(workload: Workload, plan: Plan) -> tuple[float, float]:
     return whole, whole if cut or plan.data > 1 else whole
 
 
-def _logits(share: Share) -> float:
+def _logits(workload: Workload, share: Share) -> float:
     """One chunk of logits, their exponentials and their gradient."""
     tokens = max(LEAST_TOKENS, CHUNK_BYTES // (WIDE * share.vocab))
-    return min(tokens, share.tokens) * share.vocab * (2 * WIDE + COMPUTE)
+    return min(tokens, share.tokens) * share.vocab * (2 * WIDE + workload.itemsize)
 
 
 def _block_weights(workload: Workload, plan: Plan) -> float:
-    return RECOMPUTED.weights * COMPUTE * computing(workload.model, plan)
+    return RECOMPUTED.weights * workload.itemsize * computing(workload.model, plan)
 
 
 def _block(workload: Workload, layout: Layout, share: Share) -> float:
@@ -117,12 +117,12 @@ def _block(workload: Workload, layout: Layout, share: Share) -> float:
 
 def serve_memory(workload: Workload, layout: Layout) -> dict[str, float]:
     """Bytes by class for an engine with pages for all of its requests at full length."""
-    model, plan = workload.model, layout.plan
+    model, plan, item = workload.model, layout.plan, workload.itemsize
     pages = workload.rows * -(-workload.seq_len // PAGE)
-    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim / plan.tensor * COMPUTE
+    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim / plan.tensor * item
     logits = workload.rows * model.vocab_size * WIDE
     return dict.fromkeys(CLASSES, 0.0) | {
-        "parameters": COMPUTE * sum(p.elements(plan) for p in parameters(model)),
+        "parameters": item * sum(p.elements(plan) for p in parameters(model)),
         "cache": pages * PAGE * token,
         "inputs": workload.rows * model.vocab_size * (1 + 2 * WIDE),
         "temporaries": 3 * logits,

@@ -62,6 +62,12 @@ def estimate(workload: Workload, topology: Topology, layout: Layout) -> Estimate
     return Estimate(workload, topology, layout, memory, work, times)
 
 
+def fits(workload: Workload, topology: Topology, layout: Layout, share: float = 1.0) -> bool:
+    """Whether the layout takes no more than a share of a device's memory."""
+    memory = train_memory if workload.mode == "train" else serve_memory
+    return sum(memory(workload, layout).values()) <= share * topology.chip.memory
+
+
 def rates(
     workload: Workload, topology: Topology, layout: Layout, model_flops: float, seconds: float
 ) -> dict[str, float]:

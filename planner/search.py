@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 
 from ..sharding.plan import Plan
 from .errors import PlannerError
-from .model import Estimate, estimate
+from .model import Estimate, estimate, fits
 from .serving import most_requests
 from .topology import Topology
 from .workload import Layout, Workload
 
 # In the order of what they cost: the first that fits is the fastest.
 REMATS = ("none", "dots", "full", "offload")
+CAUTION = 0.1  # of the time of what travels beside the products
 MARGIN = 0.95  # of the memory, what an estimate may fill: it is not exact
 ROWS_PER_DEVICE = (1, 2, 4, 8, 16)  # tried when the batch is not given
 
@@ -51,16 +52,36 @@ def best_of(workload: Workload, topology: Topology, plan: Plan, remats: Sequence
     """The quickest way to run a plan that fits; if none fits, the one that comes closest; None if none is possible."""
     best: Estimate | None = None
     for layout in layouts(workload, plan, remats):
+        if best is not None and best.fits and not fits(workload, topology, layout, MARGIN):
+            continue  # only the memory was looked at, which is quick
         found = estimate(workload, topology, layout)
         if best is None or _rank(found) < _rank(best):
             best = found
     return best
 
 
-def _rank(found: Estimate) -> tuple[bool, float, float]:
+def _rank(found: Estimate) -> tuple[bool, float, int, float]:
+    """Orders layouts: those that fit by time, the others by memory; of equals the one with fewer axes."""
     fits = found.total_memory <= MARGIN * found.topology.chip.memory
-    # Of two that take as long by our model, the one that leaves more memory.
-    return (not fits, round(found.seconds, 9) if fits else 0.0, found.total_memory)
+    axes = sum(size > 1 for size in found.layout.plan.sizes.values())
+    return (not fits, score(found) if fits else found.total_memory, axes, found.total_memory)
+
+
+def score(found: Estimate) -> float:
+    """Seconds to rank by: what is sent beside the products counts a little, as it is never free."""
+    return found.seconds + CAUTION * found.roofline.hidden
+
+
+def distinct(ranked: Sequence[Estimate], count: int) -> list[Estimate]:
+    """The first few that differ in the axes they use, so that compiling them says something."""
+    chosen: dict[tuple[object, ...], Estimate] = {}
+    for found in ranked:
+        plan = found.layout.plan
+        kind = (*(size > 1 for size in plan.sizes.values()), plan.attention, plan.schedule)
+        chosen.setdefault(kind, found)
+        if len(chosen) == count:
+            break
+    return list(chosen.values())
 
 
 def search(workload: Workload, topology: Topology, remats: Sequence[str] = REMATS) -> list[Estimate]:
@@ -79,7 +100,7 @@ def search_batch(workload: Workload, topology: Topology, remats: Sequence[str] =
     found: list[Estimate] = []
     for rows in ROWS_PER_DEVICE:
         found += search(dataclasses.replace(workload, rows=rows * topology.devices), topology, remats)
-    return sorted(found, key=lambda e: (_rank(e)[0], e.seconds / e.workload.tokens, e.total_memory))
+    return sorted(found, key=lambda e: (_rank(e)[0], score(e) / e.workload.tokens, *_rank(e)[2:]))
 
 
 def search_serving(workload: Workload, topology: Topology) -> list[tuple[Estimate, int]]:

@@ -16,7 +16,7 @@ from .kept import kept_of
 from .sizes import Parameter, Share, computing, multiplied, parameters, resting, share_of
 from .workload import Layout, Workload
 
-COMPUTE, WIDE = 2, 4  # bytes of bfloat16 and of float32
+WIDE = 4  # bytes of float32
 ATTENTION_BACKWARD = 2.5  # products of attention's backward pass over those of its forward pass (5 to 2)
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -113,19 +113,19 @@ def _asked_for(model: DecoderConfig, seq_len: int) -> float:
 
 def _weights(workload: Workload, layout: Layout, wires: _Wires) -> None:
     """Weights to where they are computed with, and their gradients back."""
-    plan = layout.plan
+    plan, item = layout.plan, workload.itemsize
     # A stage's layers are gathered in each turn for the forward pass, and again for the backward pass.
     times = layout.accumulation * turns(plan)
     for p in parameters(workload.model):
         whole = p.elements(plan, gathered=True)
         axes = _gathered_over(p, plan)
         if p.in_block:
-            wires.add("all-gather", axes, COMPUTE * whole, 2 * times)
-            _gradient(wires, p, axes, COMPUTE * whole, times)
+            wires.add("all-gather", axes, item * whole, 2 * times)
+            _gradient(wires, p, axes, item * whole, times)
         else:
             # The table's rows are looked up, and the loss takes the output projection, each gathered once.
             uses = 2 if workload.model.tie_embeddings and p.name == "embed.weight" else 1
-            wires.add("all-gather", axes, COMPUTE * whole, uses * layout.accumulation)
+            wires.add("all-gather", axes, item * whole, uses * layout.accumulation)
             _gradient(wires, p, axes, WIDE * whole, uses * layout.accumulation)
 
 
@@ -143,10 +143,10 @@ def _gathered_over(p: Parameter, plan: Plan) -> tuple[str, ...]:
 
 def _activations(workload: Workload, layout: Layout, share: Share, wires: _Wires) -> None:
     """What tokens cause to be sent."""
-    model, plan = workload.model, layout.plan
+    model, plan, item = workload.model, layout.plan, workload.itemsize
     times = layout.accumulation * turns(plan) * share.layers
     forwards, attentions = forward_passes(workload, layout)
-    width = COMPUTE * share.tokens * share.width
+    width = item * share.tokens * share.width
     # Into attention and feed-forward the tokens are gathered over tensor, out of them summed and scattered; the
     # backward pass does the same the other way round, and what is computed again is gathered again.
     again = 1 if forwards > 1 else 0
@@ -156,17 +156,17 @@ def _activations(workload: Workload, layout: Layout, share: Share, wires: _Wires
     wires.add("all-reduce", ("tensor",), 2 * width, outer)  # the loss's gradient, in float32
     wires.add("all-reduce", ("tensor",), width, outer)  # rows of the table that another device holds
 
-    keys = COMPUTE * share.tokens * share.kv_heads
+    keys = item * share.tokens * share.kv_heads
     if plan.attention == "all_to_all":
-        exchanged = COMPUTE * share.tokens * 2 * (share.heads + share.kv_heads)
+        exchanged = item * share.tokens * 2 * (share.heads + share.kv_heads)
         wires.add("all-to-all", ("sequence",), exchanged, (attentions + 1) * times)
     else:
         laps = plan.sequence - 1
         # Keys and values go round forward, and with their gradients in float32 backward.
         wires.add("collective-permute", ("sequence",), 2 * keys, (attentions + 1) * laps * times)
-        wires.add("collective-permute", ("sequence",), 2 * keys * WIDE / COMPUTE, laps * times)
+        wires.add("collective-permute", ("sequence",), 2 * keys * WIDE / item, laps * times)
     if model.moe is not None:
-        rows = COMPUTE * share.tokens / plan.tensor * model.moe.experts_per_token * share.width
+        rows = item * share.tokens / plan.tensor * model.moe.experts_per_token * share.width
         wires.add("all-to-all", ("expert",), rows, (2 * forwards + 2) * times)
     passed = width / plan.tensor
     wires.add("collective-permute", ("stage",), passed, 2 * layout.accumulation * turns(plan))
@@ -174,12 +174,12 @@ def _activations(workload: Workload, layout: Layout, share: Share, wires: _Wires
 
 def _hbm(workload: Workload, layout: Layout, share: Share) -> float:
     """Each weight once a pass, each activation written once and read once, the optimizer's state once."""
-    plan, model = layout.plan, workload.model
+    plan, model, item = layout.plan, workload.model, workload.itemsize
     passes = forward_passes(workload, layout)[0] + 2
     per_token = 8 * share.width + 4 * (share.heads + share.kv_heads) + 4 * share.mlp
     blocks = layout.accumulation * turns(plan) * share.layers * passes
-    weights = COMPUTE * computing(model, plan) * blocks
-    activations = 2 * COMPUTE * per_token * share.tokens * blocks
+    weights = item * computing(model, plan) * blocks
+    activations = 2 * item * per_token * share.tokens * blocks
     logits = 4 * WIDE * share.vocab * share.tokens * layout.accumulation * plan.pieces / plan.stage
     # Parameter and two moments are read and written, the gradient is added up and read.
     return weights + activations + logits + WIDE * resting(model, plan) * (6 + 2 * layout.accumulation)

@@ -10,6 +10,7 @@ from .errors import PlannerError
 Mode = Literal["train", "serve"]
 PAGE = 64  # tokens of a page of the cache, as the engine has by default
 CHUNK = 1024  # prompt tokens of a step when serving
+ITEMSIZES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Workload:
                 f"The model takes {self.model.max_position_embeddings} tokens of context; --seq-len {self.seq_len} is "
                 "longer. Lower it."
             )
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the dtype of the products."""
+        return ITEMSIZES[self.dtype]
 
     @property
     def tokens(self) -> int:
