@@ -2,7 +2,7 @@
 
 XLA writes it when asked (`xla_dump_to`), also for a program that it then refuses because it does not fit. The bytes of
 arguments and the size of the heap are the compiler's. Which of the heap's buffers are gradients, kept activations or
-weights is decided here, for the buffers alive at its fullest moment, from their place in the JAX program and their shape.
+weights is decided here, for the buffers alive at its fullest moment, by their place in the JAX program and their shape.
 """
 
 import dataclasses

@@ -59,7 +59,7 @@ class Chip:
         return PEAKS[self.kind]
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s of products in `dtype`: bfloat16, int8, float8, or float32 (six bfloat16 passes on a TPU, TF32 not)."""
+        """FLOP/s of products in `dtype`: bfloat16, int8, float8, or float32 (six bfloat16 passes on a TPU)."""
         if dtype == "float32":
             return self.flops / (6 if self.platform == "tpu" else 16)
         return self.flops * (1 if dtype == "bfloat16" else self.narrow)

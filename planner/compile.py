@@ -39,7 +39,7 @@ class Compiled:
         cycles: its estimate of what is not communication; 0 where it makes none.
         attend: FLOPs, bytes and cycles of attention alone, held by the totals too.
         unknown: loops and kernels whose costs are not known; see `costs`.
-        own: numbers as the compiler gives them: FLOPs and bytes with each loop counted once, sizes of what it allocates.
+        own: numbers as the compiler gives them: FLOPs and bytes with each loop counted once, and sizes.
         seconds: that the compilation took.
     """
 

@@ -1,9 +1,9 @@
 """What an optimized HLO program does in one run, loops multiplied out: products, memory traffic, collectives, cycles.
 
 - FLOPs are those of products (`dot`, `convolution`, kernels that declare theirs), 2 for a multiplication and addition.
-- Bytes of a collective are what one device sends: in a group of n, (n - 1) / n of the whole array for a gather, a scatter
-  or an exchange, twice that for an all-reduce, all of it for a permutation. A start and its end count once.
-- Memory traffic is what each operation outside of fusions reads and writes in HBM. A slice reads the slice, and an update
+- Bytes of a collective are what one device sends: in a group of n, (n - 1) / n of the whole array for a gather, scatter
+  or exchange, twice that for an all-reduce, all of it for a permutation. A start and its end count once.
+- Memory traffic is what each operation outside of fusions reads and writes in HBM. A slice reads the slice, an update
   in place writes the update.
 - Cycles are the compiler's own estimates (TPU only), without the collectives.
 - What attention does between its projections is also counted apart (`layers.attention` names it "attend").

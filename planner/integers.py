@@ -16,6 +16,7 @@ from .hlo import Computation, Instruction, Module
 
 LARGEST = 1 << 16  # elements of an array that is still followed
 MOST_TURNS = 1 << 20  # of one loop without a closed form
+_HOLDERS = ("tuple", "while", "copy-start", "fusion", "call", "opt-barrier", "get-tuple-element")
 INTEGERS = ("pred", "s4", "u4", "s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64")
 
 Value = Any  # np.ndarray, a _Tuple, or None when unknown
@@ -136,17 +137,15 @@ class Loop:
             outputs = self.body.root.operands
             state = {index: after.get(outputs[index]) for index in wanted}
             done += 1
-        self.last = state
 
     def item_after(self, index: int) -> Value:
         """An item of the tuple when the loop has ended."""
-        state = None
-        for state in self.states({index}):
-            pass
-        if state is None or self._stuck:
-            started = isinstance(self._start, _Tuple) and not self._stuck
-            return self._start.item(index) if started else None
-        return self._run(self.body, state).get(self.body.root.operands[index])
+        found = list(self.states({index}))
+        if self._stuck:
+            return None
+        if not found:
+            return self._start.item(index) if isinstance(self._start, _Tuple) else None
+        return self._run(self.body, found[-1]).get(self.body.root.operands[index])
 
     def at(self, state: dict[int, Value]) -> Frame:
         """The body's run in a turn that finds `state`."""
@@ -169,9 +168,7 @@ class Loop:
             index = _carried_index(computation, name)
             if index is not None:
                 found.add(index)
-            elif i.opcode in ("tuple", "while", "copy-start", "fusion", "call", "opt-barrier", "get-tuple-element"):
-                queue += i.operands
-            elif _is_followed(i):
+            elif i.opcode in _HOLDERS or _is_followed(i):
                 queue += i.operands
         return found
 

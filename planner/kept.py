@@ -1,8 +1,8 @@
 """What the backward pass keeps of each block, read off JAX's own derivative of the model.
 
-The derivative is taken of a toy whose sizes are all different, so that each array that it keeps says by its shape what it
-is made of: the widths it has tell how it grows with the real sizes. So this follows the model's code wherever that goes,
-without a compiler. What XLA then drops or computes again is not known here.
+The derivative is taken of a toy whose sizes are all different, so that each array that it keeps says by its shape what
+it is made of, and so how it grows with the real sizes. This follows the model's code wherever that goes, without a
+compiler. What XLA then drops or computes again is not known here.
 """
 
 import dataclasses

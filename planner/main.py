@@ -42,7 +42,7 @@ class Options:
 
 
 def plan(options: Options) -> int:
-    """Prints and writes what the options ask for; 0 when something fits, else 1. Raises PlannerError and RecipeError."""
+    """Prints and writes what is asked for; 0 when something fits, else 1. Raises PlannerError and RecipeError."""
     topologies = [Topology.parse(text) for text in options.topology]
     source = read_source(options.model, options.seq_len)
     workload = workload_of(source, options, topologies[0])
@@ -83,7 +83,8 @@ def workload_of(source: Source, options: Options, topology: Topology) -> Workloa
         if options.batch_tokens < seq_len or options.batch_tokens % seq_len:
             near = max(1, round(options.batch_tokens / seq_len)) * seq_len
             raise PlannerError(
-                f"--batch-tokens is a multiple of --seq-len {seq_len}; got {options.batch_tokens}. The nearest is {near}."
+                f"--batch-tokens is a multiple of --seq-len {seq_len}; got {options.batch_tokens}. The nearest is "
+                f"{near}."
             )
         rows = options.batch_tokens // seq_len
     elif recipe is not None:

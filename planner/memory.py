@@ -11,7 +11,6 @@ How many arrays of each width a block's backward pass holds was fitted to compil
 import dataclasses
 
 from ..sharding.plan import Plan
-from ..sharding.rules import PARAMETER_RULES
 from ..train.loss import CHUNK_BYTES, LEAST_TOKENS
 from .buffers import CLASSES
 from .kept import kept_of
@@ -95,8 +94,7 @@ def _kept(workload: Workload, layout: Layout, share: Share) -> float:
 def _vocabulary(workload: Workload, plan: Plan) -> tuple[float, float]:
     """Elements of the table's and of the output projection's gradient while they are whole; 0 when never."""
     whole = workload.model.vocab_size / plan.tensor * workload.model.hidden_size
-    cut = any(plan.sizes[name] > 1 for name in PARAMETER_RULES["embed"])
-    return whole, whole if cut or plan.data > 1 else whole
+    return whole, whole
 
 
 def _logits(workload: Workload, share: Share) -> float:
@@ -111,7 +109,8 @@ def _block_weights(workload: Workload, plan: Plan) -> float:
 
 def _block(workload: Workload, layout: Layout, share: Share) -> float:
     holds = FROM_KEPT if layout.remat == "none" else RECOMPUTED
-    each = holds.width * share.width + holds.mlp * share.mlp + holds.heads * share.heads + holds.kv_heads * share.kv_heads
+    each = holds.width * share.width + holds.mlp * share.mlp
+    each += holds.heads * share.heads + holds.kv_heads * share.kv_heads
     return each * share.tokens
 
 

@@ -75,10 +75,11 @@ def _layout(verdict: Verdict, top: float, longest: float) -> list[str]:
     wide = max(capacity, total)
     memory = _bar(top + 30, wide, {k: v for k, v in _memory(verdict).items() if v}, MEMORY_COLORS)
     edge = LEFT + (WIDTH - LEFT - RIGHT) * capacity / wide
-    limit = f'<path d="M{edge:.1f} {top + 26}v{BAR + 8}" stroke="{OVER if not verdict.fits else INK}" stroke-width="2"/>'
+    color = INK if verdict.fits else OVER
+    limit = f'<path d="M{edge:.1f} {top + 26}v{BAR + 8}" stroke="{color}" stroke-width="2"/>'
     return [
         _text(LEFT, top + 18, name, 14, INK, 'font-weight="600"'),
-        _text(WIDTH - RIGHT, top + 18, fits, 13, INK if verdict.fits else OVER, 'text-anchor="end"'),
+        _text(WIDTH - RIGHT, top + 18, fits, 13, color, 'text-anchor="end"'),
         *memory,
         limit,
         _text(LEFT, top + 74, speed, 13, FAINT),

@@ -71,8 +71,8 @@ def _named(workload: Workload, topology: Topology, plan: Plan, wishes: Wishes) -
     """The best way to run a plan that the user names."""
     if plan.devices > topology.devices:
         raise PlannerError(
-            f"The plan {plan} takes {plan.devices} devices and {topology} has {topology.devices}. Use a smaller plan or "
-            "a larger topology."
+            f"The plan {plan} takes {plan.devices} devices and {topology} has {topology.devices}. Use a smaller plan "
+            "or a larger topology."
         )
     if wishes.accumulation is not None:
         found = [

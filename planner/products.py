@@ -9,7 +9,7 @@ import numpy as np
 from .hlo import Computation, Instruction
 
 # Calls that may hold products; what is not among them places, sorts or hints.
-WITH_PRODUCTS = re.compile(r"tpu_custom_call|mosaic|triton|cudnn|cublas|onednn|gemm|matmul|conv|attention", re.IGNORECASE)
+WITH_PRODUCTS = re.compile(r"tpu_custom_call|mosaic|triton|cudnn|cublas|onednn|gemm|matmul|conv|attention", re.I)
 
 
 def product_flops(computation: Computation, i: Instruction) -> float:

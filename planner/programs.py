@@ -29,7 +29,8 @@ def programs(request: dict[str, Any], plan: Plan, mesh: Mesh) -> Iterator[Progra
     """What a request of `compile` asks for: name, how to lower it, and how its arguments and weights are told apart."""
     config = DecoderConfig.from_dict(request["model"])
     if request["mode"] == "train":
-        yield "step", functools.partial(lower_train, request, config, plan, mesh), names_of(config, mesh, TRAIN_ARGUMENTS)
+        lower = functools.partial(lower_train, request, config, plan, mesh)
+        yield "step", lower, names_of(config, mesh, TRAIN_ARGUMENTS)
     else:
         from .serve_programs import serve_programs
 

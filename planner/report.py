@@ -103,7 +103,8 @@ def _work(table: Table, verdict: Verdict) -> None:
         ours, found = estimate.work.collectives.get(key, Traffic()), theirs.get(key, Traffic())
         if max(ours.sent, found.sent) < 1e6:
             continue
-        note = f"{found.count:,.0f} times" + (f", {found.beside / found.sent:.0%} beside compute" if found.beside else "")
+        note = f"{found.count:,.0f} times"
+        note += f", {found.beside / found.sent:.0%} beside compute" if found.beside else ""
         name = f"  {key[0]} over {'+'.join(key[1])}, GB"
         _row(table, name, _gb(found.sent), _gb(ours.sent), note if found.count else "")
 

@@ -12,7 +12,7 @@ from .workload import Layout, Workload
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """Attributes: name; shape and logical axes (of a stacked one with "layers" first); in_block: one of each layer's."""
+    """A name, a shape, and the logical axes of its dimensions; what all layers have is stacked, "layers" first."""
 
     name: str
     shape: tuple[int, ...]

@@ -2,10 +2,10 @@
 
 `v5p:4x4x8` is a slice of a torus, `h100:64` so many GPUs in nodes of eight.
 
-How fast an axis is depends on where JAX's device order puts its devices (`coordinates`). The devices of an axis that lie
-along a dimension of the torus share its links with the groups between them: `stride` groups, so a stride of 2 halves
-the speed. A dimension that closes to a ring sends both ways, an open one only one way when it matters (its last chip
-has one neighbour). An axis over several dimensions uses all of their links at once, as XLA's collectives do.
+How fast an axis is depends on where JAX's device order puts its devices (`coordinates`). The devices of an axis that
+lie along a dimension of the torus share its links with the groups between them: `stride` groups, so a stride of 2
+halves the speed. A dimension that closes to a ring sends both ways, an open one only one way when it matters (its last
+chip has one neighbour). An axis over several dimensions uses all of their links at once, as XLA's collectives do.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Topology:
         chip = find_chip(name)
         example = "64" if chip.platform == "cuda" else "x".join("4" * chip.dimensions)
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
-            raise PlannerError(f"A topology is a chip and its count or shape, as in {chip.name}:{example}; got {text!r}.")
+            raise PlannerError(f"A topology is a chip and its shape or count, as {chip.name}:{example}; got {text!r}.")
         shape = tuple(int(part) for part in size.split("x"))
         if chip.platform == "cuda":
             _check_gpus(chip, shape, text)

@@ -1,7 +1,7 @@
 """What a step computes, reads and sends, from sizes alone: FLOPs, memory traffic, and bytes for each mesh axis.
 
-The collectives are those that the program asks for (`sharding.rules`, the layers and the loss); a compiler may write them
-otherwise, such as a gather as an all-reduce of pieces among zeros. Bytes are what one device sends, as in `costs`.
+The collectives are those that the program asks for (`sharding.rules`, the layers and the loss); a compiler may write
+them otherwise, such as a gather as an all-reduce of pieces among zeros. Bytes are what one device sends, as in `costs`.
 """
 
 import dataclasses
