@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.helpers import MODEL, random_batch
+from tests.train.helpers import MODEL, random_batch, small_recipe
 from twinax.layers.contexts import PackedContext
 from twinax.layers.moe_config import MoEConfig
 from twinax.models.decoder import functional, init_params, split_layers
@@ -16,6 +16,8 @@ from twinax.sharding.plan import Plan
 from twinax.sharding.rules import use
 from twinax.train import balance
 from twinax.train.gradients import gradients
+from twinax.train.loop import train
+from twinax.train.metrics import read_metrics
 from twinax.train.recipe import OptimizerConfig
 from twinax.train.step import init_state, make_step, put_batch, state_shardings
 
@@ -211,3 +213,19 @@ def test_metrics_are_those_of_the_tokens():
     assert metrics["load_imbalance"] == pytest.approx(4 * load_LE.max(), rel=1e-6)
     assert metrics["balance_loss"] == pytest.approx(np.mean(balance_L), rel=1e-5)
     assert metrics["z_loss"] == pytest.approx(float(np.mean(statistics.z)) / tokens, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_mesh_resumes_on_one_device(tmp_path):
+    """Through the loop: text, evaluation, checkpoints, metrics."""
+    model = dataclasses.replace(MODEL, experts=4, expert_size=16, router="sigmoid", bias_update=0.01)
+    recipe = small_recipe(tmp_path, model=model, steps=2, plan="expert=2,data=2")
+    train(recipe, display=False)
+    longer = dataclasses.replace(recipe, steps=3, plan="")
+    result = train(longer, display=False, resume="must")
+    lines = [line for line in read_metrics(result.metrics) if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["balance_loss"] > 0.5 and line["load_imbalance"] >= 1 and line["z_loss"] > 0 for line in lines)
+    # One device from the start goes the same way, but for rounding.
+    again = train(dataclasses.replace(longer, output=str(tmp_path / "other")), display=False)
+    assert result.loss == pytest.approx(again.loss, rel=1e-5)
