@@ -1,6 +1,9 @@
 """Devices that are described and not there, to compile for."""
 
+import importlib
+import importlib.util
 import os
+import pkgutil
 from typing import Any
 
 from .errors import CompileFailed, CompilerMissing
@@ -24,18 +27,23 @@ def settings(topology: Topology) -> dict[str, str]:
 
 def check_compiler(topology: Topology) -> None:
     """Raises CompilerMissing, saying what to install, unless this Python can compile for `topology`."""
-    from importlib.util import find_spec
-
-    if topology.chip.platform == "tpu" and find_spec("libtpu") is None:
+    if topology.chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise CompilerMissing(
             f"Compiling for {topology} needs libtpu, which is not installed: pip install 'twinax[tpu]' (no TPU is "
-            "needed). Without it, --no-compile plans by the analytic model alone."
+            "needed). Without it, --compile 0 plans by the analytic model alone."
         )
-    if topology.chip.platform == "cuda" and find_spec("jax_plugins") is None:
+    if topology.chip.platform == "cuda" and not has_cuda_plugin():
         raise CompilerMissing(
             f"Compiling for {topology} needs JAX's CUDA plug-in, which is not installed: pip install 'twinax[cuda13]' "
             "(no GPU is needed). Without it, GPUs are planned by the analytic model alone."
         )
+
+
+def has_cuda_plugin() -> bool:
+    """Whether JAX's plug-in for CUDA is installed, of whichever version."""
+    if importlib.util.find_spec("jax_plugins") is None:
+        return False
+    return any("cuda" in module.name for module in pkgutil.iter_modules(importlib.import_module("jax_plugins").__path__))
 
 
 def find_devices(topology: Topology) -> list[Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .buffers import CLASSES, MEANINGS
@@ -40,9 +41,9 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
     by = "the compiler" if compiled else "the analytic model"
     console.print(f"{word}: {_gib(abs(verdict.free))} GiB {'free' if verdict.free >= 0 else 'too much'}, says {by}")
     if verdict.reason:
-        console.print(f"[yellow]not compiled:[/] {verdict.reason}", markup=True, soft_wrap=True)
+        console.print(f"[yellow]not compiled:[/] {escape(verdict.reason)}", soft_wrap=True)
     if compiled and compiled.refused:
-        console.print(f"[yellow]the compiler refused:[/] {compiled.refused}", soft_wrap=True)
+        console.print(f"[yellow]the compiler refused:[/] {escape(compiled.refused)}", soft_wrap=True)
 
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=True, header_style="dim")
     table.add_column("")
@@ -55,7 +56,7 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
     _time(table, verdict)
     console.print(table)
     if compiled and compiled.unknown:
-        console.print(f"Counted once, as their turns or products are not known: {', '.join(compiled.unknown[:5])}")
+        console.print(f"Counted once, as their turns or products are not known: {escape(', '.join(compiled.unknown[:5]))}", soft_wrap=True)
     if verdict.compilation:
         seconds = f"{verdict.compilation.seconds:.0f} s, {verdict.compilation.cpu_seconds:.0f} s of CPU"
         console.print(f"[dim]compiled in {seconds}. Assumed: {OVERLAP}.[/]", soft_wrap=True)

@@ -2,8 +2,8 @@
 
 MODEL is a recipe (a file, or a name in recipes/), a Hugging Face config.json, or a folder with one. The very step that
 the trainer or the engine would run is compiled for the named chips by their real compiler, on this machine; no TPU or
-GPU is needed (TPUs: pip install 'twinax[tpu]'). Without --plan all layouts are ranked by an analytic model, the best few
-are compiled, and the winner is printed with the command line that uses it.
+GPU is needed (TPUs: pip install 'twinax[tpu]'). Without --plan all layouts are ranked by an analytic model, the best
+few are compiled, and the winner is printed with the command line that uses it.
 
 examples:
   twinax plan config.json --topology v5p:4x4x8 --batch-tokens 1048576 --seq-len 8192
