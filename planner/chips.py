@@ -6,12 +6,14 @@ Sources:
 - TPU peaks, HBM bandwidth, links: the pages of Cloud TPU's documentation for v4, v5e, v5p, v6e and TPU7x. They give the
   interconnect in both directions together for the whole chip; a link's one direction is that over twice the links.
 - TPU memory: what libtpu 0.0.42 says a program may use ("exceeds available HBM"); a little less than is built in.
+- GPU memory: nine tenths of what is built in, as with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 (JAX's default is 0.75).
 - TPU clocks: the peak over the matrix units' width.
 - GPUs: NVIDIA's data sheets (SXM modules, dense). Between nodes: one network card for each GPU, 400 Gb/s (A100: 200).
 """
 
 import dataclasses
 import difflib
+from typing import Any
 
 from ..train.flops import PEAKS
 from .errors import PlannerError
@@ -27,6 +29,7 @@ class Chip:
         name: as `--topology` writes it.
         kind: key of `train.flops.PEAKS`.
         platform: "tpu" or "cuda".
+        built_in: bytes of memory.
         memory: bytes that a program may use.
         memory_bandwidth: bytes/s.
         narrow: peak of int8 and float8 over that of bfloat16; 1 where they are no faster.
@@ -42,6 +45,7 @@ class Chip:
     name: str
     kind: str
     platform: str
+    built_in: float
     memory: float
     memory_bandwidth: float
     narrow: float
@@ -65,8 +69,12 @@ class Chip:
         return self.flops * (1 if dtype == "bfloat16" else self.narrow)
 
 
-def _tpu(name: str, kind: str, memory: float, bandwidth: float, link: float, clock: float, **more) -> Chip:
-    return Chip(name, kind, "tpu", memory * GIB, bandwidth, link=link, clock=clock, **more)
+def _tpu(name: str, kind: str, memory: float, bandwidth: float, link: float, clock: float, **more: Any) -> Chip:
+    return Chip(name, kind, "tpu", memory * GIB, memory * GIB, bandwidth, link=link, clock=clock, **more)
+
+
+def _gpu(name: str, kind: str, memory: float, bandwidth: float, nvlink: float, network: float) -> Chip:
+    return Chip(name, kind, "cuda", memory, 0.9 * memory, bandwidth, 2, nvlink, node=8, network=network)
 
 
 CUBE = (16, 16, 24)  # the largest job that can be scheduled on v5p: 6,144 chips
@@ -81,10 +89,10 @@ CHIPS = {
             "tpu7x", "TPU7x", 94.75, 7380e9 / 2, 100e9, 2.2e9,
             narrow=2, dimensions=3, devices_per_chip=2, largest=(16, 24, 24),
         ),
-        Chip("a100", "NVIDIA A100", "cuda", 84942979072, 2039e9, 2, 300e9, node=8, network=25e9),
-        Chip("h100", "NVIDIA H100", "cuda", 84942979072, 3352e9, 2, 450e9, node=8, network=50e9),
-        Chip("h200", "NVIDIA H200", "cuda", 151397597184, 4800e9, 2, 450e9, node=8, network=50e9),
-        Chip("b200", "NVIDIA B200", "cuda", 191514411008, 7672e9, 2, 900e9, node=8, network=50e9),
+        _gpu("a100", "NVIDIA A100", 84942979072, 2039e9, 300e9, 25e9),
+        _gpu("h100", "NVIDIA H100", 84942979072, 3352e9, 450e9, 50e9),
+        _gpu("h200", "NVIDIA H200", 151397597184, 4800e9, 450e9, 50e9),
+        _gpu("b200", "NVIDIA B200", 191514411008, 7672e9, 900e9, 50e9),
     )
 }  # fmt: skip
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e", "v7x": "tpu7x", "7x": "tpu7x", "ironwood": "tpu7x"}

@@ -96,7 +96,13 @@ class _Counter:
             if i.opcode == "while":
                 total.add(self._loop(frame, i))
             elif i.opcode in ("call", "async-start") and i.called:
-                total.add(self.run(frame.call(i.called[0], [frame.get(name) for name in i.operands])))
+                inner = self.run(frame.call(i.called[0], [frame.get(name) for name in i.operands]))
+                if i.opcode == "async-start" and _is_beside(i):
+                    inner.collectives = {
+                        key: dataclasses.replace(traffic, beside=traffic.sent)
+                        for key, traffic in inner.collectives.items()
+                    }
+                total.add(inner)
             elif i.opcode == "conditional":
                 branches = [self.run(frame.call(name, [None])) for name in i.called]
                 total.add(max(branches, key=lambda costs: (costs.flops, costs.hbm_bytes)))
@@ -177,7 +183,7 @@ class _Counter:
                 if channel in asynchronous:
                     return
                 asynchronous.add(channel)
-            beside = i.opcode.endswith("-start") or "async_collective" in i.attributes
+            beside = _is_beside(i)
             self._collective(computation, i, kind, costs, beside)
 
     def _collective(self, computation: Computation, i: Instruction, kind: str, costs: Costs, beside: bool) -> None:
@@ -219,6 +225,12 @@ class _Counter:
         elif i.opcode.removesuffix("-start") in COLLECTIVES:
             writes = sum(reads)
         return sum(reads) + writes
+
+
+def _is_beside(i: Instruction) -> bool:
+    """Whether other work goes on while a collective runs."""
+    is_split = i.opcode.endswith("-start") or "async_collective" in i.attributes
+    return is_split and '"is_sync":true' not in i.attributes
 
 
 def _in_memory(i: Instruction) -> float:

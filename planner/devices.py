@@ -43,7 +43,8 @@ def has_cuda_plugin() -> bool:
     """Whether JAX's plug-in for CUDA is installed, of whichever version."""
     if importlib.util.find_spec("jax_plugins") is None:
         return False
-    return any("cuda" in module.name for module in pkgutil.iter_modules(importlib.import_module("jax_plugins").__path__))
+    folder = importlib.import_module("jax_plugins").__path__
+    return any("cuda" in module.name for module in pkgutil.iter_modules(folder))
 
 
 def find_devices(topology: Topology) -> list[Any]:
