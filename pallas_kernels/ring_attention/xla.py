@@ -234,6 +234,7 @@ def _meet(
     i, j = pair
     if own and (o.window is None or o.n == 1):  # in the order of the row, if not without gaps
         return [(None, None, local(rows, keys, causal=True, window=o.window))]
+    chunks: tuple[tuple[Any, Any], ...]
     late = 2 * o.n - 1 - i - j  # chunks from the early one of the keys to the late one of the queries
     if own:
         chunks, apart = ((0, 0), (1, 1), (1, 0)), (0, 0, late)
@@ -250,7 +251,7 @@ def _meet(
         return local(_take(rows, row), _take(keys, key), **seeing)
 
     found = jax.lax.map(one, (jnp.asarray(chunks), jnp.asarray(apart)))
-    return [(*pair, jax.tree.map(lambda a, m=m: a[m], found)) for m, pair in enumerate(chunks)]
+    return [(row, key, jax.tree.map(lambda a, m=m: a[m], found)) for m, (row, key) in enumerate(chunks)]
 
 
 def _attend(o: _Ring, found: Any, rows: Any, keys: Any, pair: tuple[Any, Any], own: bool = False) -> Any:
