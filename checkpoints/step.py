@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from . import files, manifest
+from ..sharding import agreement
+from . import files, manifest, shared
 from .arrays import StoredArray, open_array
 from .errors import CheckpointError, DamagedCheckpoint, MismatchedCheckpoint, first_few
 from .manifest import ArraySpec, Description, Manifest
@@ -80,7 +82,7 @@ def start_arrays(tmp: Path, flat: Mapping[str, Any], *, copy_host_arrays: bool =
 
     Several processes all call it, and each writes what its devices hold. NumPy arrays are copied first, unless
     `copy_host_arrays=False`: then they must stay until it is done, and at most a gigabyte more than the largest is in
-    memory at once.
+    memory at once. With several processes an error is raised when waiting, and by all alike.
     """
     import orbax.checkpoint as ocp  # here, because it takes a second
 
@@ -97,7 +99,11 @@ def start_arrays(tmp: Path, flat: Mapping[str, Any], *, copy_host_arrays: bool =
         use_compression=False,
         type_handler_registry=registry,
     )
-    checkpointer = ocp.AsyncCheckpointer(handler)
+    barriers, options = shared.Barriers(), {}
+    if agreement.count() > 1:
+        options["async_options"] = ocp.options.AsyncOptions(barrier_sync_fn=barriers.wait)
+        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=barriers.name)
+    checkpointer = ocp.AsyncCheckpointer(handler, **options)
     save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tree}
     quiet = _QuietOrbax()
     logging.getLogger("absl").addFilter(quiet)
@@ -109,15 +115,25 @@ def start_arrays(tmp: Path, flat: Mapping[str, Any], *, copy_host_arrays: bool =
     def finish() -> None:
         try:
             checkpointer.wait_until_finished()
+        except Exception as error:
+            barriers.fail(error)
+            raise
         finally:
             close()
 
     try:
         checkpointer.save(tmp / manifest.ARRAYS, args=ocp.args.PyTreeSave(tree, save_args=save_args))
-    except BaseException:
+    except Exception as error:
         close()
-        raise
+        if agreement.count() == 1:
+            raise
+        return functools.partial(_fail, error, barriers)
     return finish
+
+
+def _fail(error: Exception, barriers: shared.Barriers) -> None:
+    barriers.fail(error)
+    raise error
 
 
 class StepWriter(files.NewFolder):

@@ -110,10 +110,9 @@ class CheckpointStore:
         try:
             finish = start_arrays(tmp, copies)
         except Exception as error:
-            if writer is not None and agreement.count() == 1:
+            if writer is not None:
                 writer.abandon()
-                raise self._explain(step, error) from error
-            finish = functools.partial(_raise, error)  # the others are told when they are done
+            raise self._explain(step, error) from error
 
         def complete(known: dict[str, tuple[int, str]]) -> None:
             assert isinstance(writer, StepWriter)
@@ -222,10 +221,6 @@ def _finish_before_exit(store: CheckpointStore) -> None:
             found._writer.join()
 
     getattr(threading, "_register_atexit", lambda hook: None)(join)
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 def _error_of(finish: Callable[[], None]) -> Exception | None:

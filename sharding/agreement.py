@@ -35,14 +35,17 @@ def index() -> int:
     return state().process_id
 
 
-def problems(name: str, problem: str = "") -> dict[int, str]:
-    """Waits for all processes. Gives what is wrong, by process, where something is; no text is no problem."""
+def problems(name: str, problem: str = "", timeout_ms: int = _FOREVER_MS) -> dict[int, str]:
+    """Waits for all processes. Gives what is wrong, by process, where something is; no text is no problem.
+
+    Raises RuntimeError when not all have come by the timeout.
+    """
     if count() == 1:
         return {0: problem} if problem else {}
-    client, folder = state().client, _key(name)
+    client, folder = state().client, unique(name)
     if problem:
         client.key_value_set(f"{folder}/{index()}", problem)
-    client.wait_at_barrier(folder, _FOREVER_MS)
+    client.wait_at_barrier(folder, timeout_ms)
     said = client.key_value_dir_get(f"{folder}/")
     return {int(key.rpartition("/")[2]): text for key, text in sorted(said)}
 
@@ -51,7 +54,7 @@ def from_first(name: str, make: Callable[[], str]) -> str:
     """What `make` gives in process 0, which alone calls it."""
     if count() == 1:
         return make()
-    client, key = state().client, _key(name)
+    client, key = state().client, unique(name)
     if index() == 0:
         text = make()
         client.key_value_set(key, f"={text}")
@@ -83,7 +86,8 @@ def agree(name: str, text: str) -> None:
         )
 
 
-def _key(name: str) -> str:
+def unique(name: str) -> str:
+    """A name that was not used before, the same one in all processes."""
     with _counting:
         _uses[name] += 1
         return f"twinax/say/{name}/{_uses[name]}"

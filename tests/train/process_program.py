@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from tests.train.helpers import MODEL, small_recipe
 from twinax.checkpoints import shared, store
@@ -49,6 +50,13 @@ def keep_shares(said: Path, name: str, state: object) -> None:
     np.savez(said / name, **parts)
 
 
+class FullDisk:
+    """A write in the background, as Orbax has them, that fails."""
+
+    def result(self, timeout: float | None = None) -> None:
+        raise OSError(28, "No space left on device")
+
+
 def cause(mishap: str, index: int, batch_of_step_3) -> None:
     """Something goes wrong, in process 1 alone."""
     if index != 1:
@@ -63,15 +71,15 @@ def cause(mishap: str, index: int, batch_of_step_3) -> None:
 
         loop.put_batch = poisoned
     elif mishap == "full disk":
-        write, saves = shared._write_sums, []
+        handler, calls = ocp.type_handlers.ArrayHandler, []
+        serialize = handler.serialize
 
-        def full(tmp):
-            saves.append(tmp)
-            if len(saves) == 1:
-                raise OSError(28, "No space left on device")
-            write(tmp)
+        async def full(self, *rest, **options):
+            calls.append(rest)
+            written = await serialize(self, *rest, **options)
+            return written if len(calls) > 1 else [*written, FullDisk()]
 
-        shared._write_sums = full
+        handler.serialize = full
     elif mishap == "blind":
         shared._LAG, shared._read = 0.5, lambda path: None
 
