@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ..pallas_kernels.flash_attention import flash_attention
 from ..pallas_kernels.paged_attention import paged_attention
@@ -122,16 +123,33 @@ class PagedContext:
         return jnp.any((self.query_start_R <= row_T1) & (row_T1 < end_R), axis=1)
 
     def attend(self, q_THD: jax.Array, k_TKD: jax.Array, v_TKD: jax.Array, cache: Any, layer: Any):
-        """Writes the new keys and values of `layer`, mixes over the cache; returns ([T, H, D], cache)."""
-        return paged_attention(
-            q_THD,
-            k_TKD,
-            v_TKD,
-            cache,
-            layer=layer,
-            page_table_RM=self.page_table_RM,
-            lengths_R=self.lengths_R,
-            query_start_R=self.query_start_R,
-            query_length_R=self.query_length_R,
-            decode_rows=self.decode_rows,
-        )
+        """Writes the new keys and values of `layer`, mixes over the cache; returns ([T, H, D], cache).
+
+        On a mesh each device has its heads, of queries and of the cache, and all pages of these.
+        """
+
+        def local(q_THD: jax.Array, k_TKD: jax.Array, v_TKD: jax.Array, cache: Any, layer: Any, context: PagedContext):
+            return paged_attention(
+                q_THD,
+                k_TKD,
+                v_TKD,
+                cache,
+                layer=layer,
+                page_table_RM=context.page_table_RM,
+                lengths_R=context.lengths_R,
+                query_start_R=context.query_start_R,
+                query_length_R=context.query_length_R,
+                decode_rows=context.decode_rows,
+            )
+
+        mesh = current()
+        if mesh is not None:
+            heads = partition_spec((None, "heads", None), mesh, ACTIVATION_RULES, q_THD.shape)
+            pages, everywhere = partition_spec((None, None, "heads"), mesh, ACTIVATION_RULES), PartitionSpec()
+            local = jax.shard_map(
+                local,
+                in_specs=(heads, heads, heads, pages, everywhere, everywhere),
+                out_specs=(heads, pages),
+                check_vma=False,
+            )
+        return local(q_THD, k_TKD, v_TKD, cache, layer, self)

@@ -16,8 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ..checkpoints.load import LoadedModel, load_model
+from ..models.config import DecoderConfig
+from ..sharding.plan import Plan, PlanError
 from . import sampling
 from .batch import TOKEN, HostBatch
 from .compiles import CompileCounter, use_compile_cache
@@ -40,6 +43,7 @@ class EngineConfig:
         chunk_tokens: prompt tokens a step, at most.
         max_waiting: requests that may wait.
         dtype: "float32" or "bfloat16"; None: float32 on a CPU, bfloat16 elsewhere.
+        plan: "tensor=4" cuts the model and its cache over four devices; empty: one device.
         compile_cache: folder for compiled programs; None: the user's cache folder; "": none.
     """
 
@@ -51,6 +55,7 @@ class EngineConfig:
     chunk_tokens: int = 256
     max_waiting: int = 256
     dtype: str | None = None
+    plan: str = ""
     compile_cache: str | None = None
 
 
@@ -105,6 +110,24 @@ class _Flight:
     rows: list[tuple[Entry, int, int]]
 
 
+def _mesh(text: str, model: DecoderConfig) -> Mesh | None:
+    """The devices of a plan, None for one device. Raises PlanError when it does not fit the model or an engine."""
+    plan = Plan.parse(text)
+    if plan.devices == 1:
+        return None
+    if plan.devices != plan.tensor:
+        raise PlanError(
+            f"An engine is cut over tensor alone, as in plan=tensor={plan.devices}; got {text!r}. For more requests at "
+            "once run several servers."
+        )
+    sizes = {"heads": model.num_heads, "kv_heads": model.num_kv_heads, "vocab": model.vocab_size}
+    if problems := plan.problems({**sizes, "mlp": model.intermediate_size}):
+        raise PlanError(f"The plan {plan} does not fit: {'; '.join(problems)}. Choose a tensor that divides them all.")
+    if model.moe is not None:
+        raise PlanError("A mixture of experts is served by one device so far; leave plan out.")
+    return plan.mesh()
+
+
 class Engine:
     """Serves one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
 
@@ -146,6 +169,7 @@ class Engine:
             pages_per_request=pages_per_request,
             chunk_tokens=config.chunk_tokens,
             dtype=dtype,
+            mesh=_mesh(config.plan, model),
         )
         self._live: dict[str, _Live] = {}
         self._flight: _Flight | None = None

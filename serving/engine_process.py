@@ -131,7 +131,7 @@ def build(settings: wire.EngineSettings, channel: wire.BlockingChannel) -> tuple
     config, stats = engine.config, engine.stats()
     # What decides the numbers, beside the weights themselves.
     identity = f"{loaded.config} {loaded.tokenizer.fingerprint} {settings.dtype} {jax.__version__} "
-    identity += jax.default_backend()
+    identity += jax.default_backend() + (f" {settings.plan}" if settings.plan else "")
     ready = wire.Ready(
         model=settings.model,
         family=loaded.family,

@@ -1,12 +1,6 @@
 """Runs steps on the device: compiles its programs ahead of time, and keeps cache and slot state there.
 
-Shapes: T token rows, R request rows, S slots, V vocabulary, M pages a request, D width, L layers.
-
-A step is a few programs: `begin` (unpack, embed), the blocks, `select` (the rows that sample) and `finish` (unembed,
-sample), the last one for each number of request rows and not of tokens. On accelerators the blocks are one program, a
-scan over stacked weights. On a CPU they are one program of a few layers, called for each group of them: XLA:CPU copies
-each weight that a scan slices from a stack, which doubles the time of a decode step; all unrolled into one program they
-run as fast, but compile L times as long.
+Shapes: T token rows, R request rows, S slots, M pages a request, D width, L layers. The programs are in `programs.py`.
 
 Invariants: after `warmup`, no step compiles; cache and state are donated, so they are updated in place; results stay on
 the device until someone asks, so that the next step can be sent while this one runs.
@@ -14,21 +8,21 @@ the device until someone asks, so that the next step can be sent while this one 
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ..models.config import DecoderConfig
-from ..models.decoder import functional, split_layers, weight_dtype
+from ..models.decoder import BLOCKS, split_layers, weight_dtype
 from ..pallas_kernels.paged_attention import init_pages
 from . import sampling
-from .batch import Bucket, DeviceBatch, HostBatch, sampling_rows, unpack
+from .batch import Bucket, HostBatch
+from .programs import Programs
 
 # A chunk region of this and its multiples by four: short prompts need not pay for long ones.
 SMALLEST_CHUNK = 64
@@ -36,9 +30,6 @@ SMALLEST_CHUNK = 64
 # smaller batch, a request's numbers do not depend on how many run beside it. One row alone takes half as long, with a
 # rounding of its own: it is used where there is never a neighbour.
 FEWEST_ROWS = 8
-# Layers of one program on a CPU, where that divides them: a call costs the host 0.07 ms, a layer 0.5 s to compile.
-CPU_LAYERS = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
@@ -66,12 +57,13 @@ def ladder(smallest: int, largest: int, factor: int) -> list[int]:
 
 
 class Runner:
-    """One model on its device.
+    """One model on its device, or on the devices of a mesh.
 
     Args:
         params: by name, stacked [L, ...], as checkpoints hold them.
         slots: requests that may run at once. pages_per_request: M. chunk_tokens: prompt tokens a step, at most.
         dtype: of weights, compute and cache.
+        mesh: with an axis "tensor", over which heads, feed-forward, vocabulary and cache are cut; None: one device.
     """
 
     def __init__(
@@ -85,28 +77,35 @@ class Runner:
         pages_per_request: int,
         chunk_tokens: int,
         dtype: Any,
+        mesh: Mesh | None = None,
     ):
         self.config, self.slots, self.pages_per_request = config, slots, pages_per_request
         self.dtype = jnp.dtype(dtype)
-        self._model = functional(config, dtype=self.dtype)
-        if jax.default_backend() == "cpu":
+        sizes = {"slots": slots, "num_pages": num_pages, "page_size": page_size, "pages_per_request": pages_per_request}
+        self._made = Programs(config, dtype=dtype, mesh=mesh, **sizes)
+        group = self._made.group
+        if group:
             # Slices of a host array cost nothing; a compiled slice for each shape would.
             outside, layers = split_layers({name: np.asarray(array) for name, array in params.items()})
-            group = math.gcd(CPU_LAYERS, config.num_layers)
             starts = range(0, config.num_layers, group)
-            self._layers = [[self._place(layer) for layer in layers[start : start + group]] for start in starts]
-            self._indices = [jnp.asarray(start, jnp.int32) for start in starts]
+            self._layers = [[self._place(layer, BLOCKS) for layer in layers[start : start + group]] for start in starts]
+            self._indices = [self._put(np.int32(start)) for start in starts]
         else:
-            outside = {name: array for name, array in params.items() if not name.startswith("blocks.")}
-            self._layers = [self._place({name: array for name, array in params.items() if name not in outside})]
-            self._indices = [jnp.zeros((), jnp.int32)]
+            outside, stacks = self._made.split(params)
+            self._layers = [self._place(stacks)]
+            self._indices = [self._put(np.int32(0))]
         self._outside = self._place(outside)
-        self._pages = init_pages(
-            config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, jnp.dtype(dtype)
-        )
-        self._state = sampling.SlotState.empty(slots, config.vocab_size)
+        like = self._made.like
+        places = jax.tree.map(lambda x: x.sharding, (like.pages, like.state))
+        heads = (config.num_kv_heads, config.head_dim)
+        self._pages, self._state = jax.jit(
+            lambda: (
+                init_pages(config.num_layers, num_pages, page_size, *heads, self.dtype),
+                sampling.SlotState.empty(slots, config.vocab_size),
+            ),
+            out_shardings=None if mesh is None else places,
+        )()
         self._programs: dict[tuple[str, Bucket | int | None], Any] = {}
-        self._begun_shapes: dict[Bucket, Any] = {}
         rows = [1] if slots == 1 else ladder(FEWEST_ROWS, max(slots, FEWEST_ROWS), 4)
         chunks = ladder(SMALLEST_CHUNK, max(chunk_tokens, SMALLEST_CHUNK), 4)
         # A chunk dwarfs decode rows, so with one there is no gain from fewer of these.
@@ -124,9 +123,7 @@ class Runner:
         wanted.append(("setup", None))
         # Tracing holds the interpreter, compiling does not: two threads keep two cores busy.
         with ThreadPoolExecutor(2) as pool:
-            pending = {
-                pool.submit(getattr(self, f"_compile_{name}"), bucket): (name, bucket) for name, bucket in wanted
-            }
+            pending = {pool.submit(self._compile, name, bucket): (name, bucket) for name, bucket in wanted}
             for done, future in enumerate(as_completed(pending), 1):
                 self._programs[pending[future]] = future.result()
                 if progress:
@@ -142,7 +139,7 @@ class Runner:
     def dispatch(self, bucket: Bucket, batch: HostBatch) -> StepResult:
         """Sends a step and returns at once."""
         program = self._programs
-        array = jax.device_put(batch.array)
+        array = self._put(batch.array)
         self._state, rows_FR, x, rope = program["begin", bucket](self._outside, self._state, array)
         blocks, pages = program["blocks", bucket], self._pages
         for layers, index in zip(self._layers, self._indices, strict=True):
@@ -163,99 +160,17 @@ class Runner:
         held[: len(stops)] = stops
         self._state = self._programs["setup", None](self._state, np.int32(slot), ids, values, held)
 
-    def _place(self, params: dict[str, Any]) -> dict[str, jax.Array]:
+    def _compile(self, name: str, key: Bucket | int | None) -> Any:
+        return self._made.lower(name, key).compile()
+
+    def _put(self, array: Any) -> jax.Array:
+        return jax.device_put(array, self._made.everywhere())
+
+    def _place(self, params: dict[str, Any], prefix: str = "") -> dict[str, jax.Array]:
+        """Parameters in their dtype and place; of one layer, their names lack the `prefix` of the stacks."""
         return {
-            name: jax.device_put(jnp.asarray(array, weight_dtype(name, self.dtype))) for name, array in params.items()
+            name: jax.device_put(
+                jnp.asarray(array, weight_dtype(name, self.dtype)), self._made.place_of(prefix + name, bool(prefix))
+            )
+            for name, array in params.items()
         }
-
-    # -- programs: what they compute, and the shapes they are compiled for --------------------------------------------
-
-    def _unpack(self, bucket: Bucket, array: jax.Array) -> DeviceBatch:
-        return unpack(array, bucket, self.pages_per_request)
-
-    def _begin(self, bucket: Bucket, outside: Any, state: sampling.SlotState, array: jax.Array) -> Any:
-        batch = self._unpack(bucket, array)
-        rows = sampling_rows(batch.rows_FR)
-        slot_T, given_T = batch.tokens["slot"], batch.tokens["token"]
-        token_T = jnp.where(given_T < 0, state.last_token_S[jnp.minimum(slot_T, self.slots - 1)], given_T)
-        # A request whose logits were not finite "sampled" -1; it ends when the host sees that, and must not crash here.
-        token_T = jnp.maximum(token_T, 0)
-        state = sampling.record_tokens(state, rows, token_T, slot_T, batch.tokens["generated"] == 1)
-        return state, batch.rows_FR, *self._model.bind(outside).begin(token_T, batch.context)
-
-    def _blocks(
-        self, bucket: Bucket, layers: Any, index: Any, x_TD: jax.Array, pages: Any, rope: Any, array: jax.Array
-    ) -> Any:
-        context = self._unpack(bucket, array).context
-        if jax.default_backend() == "cpu":
-            for nth, one in enumerate(layers):
-                x_TD, pages, _ = self._model.block(one)(x_TD, rope, context, pages, index + nth)
-            return x_TD, pages
-        return self._model.bind(layers).run_blocks(x_TD, rope, context, pages)[:2]
-
-    def _select(self, bucket: Bucket, array: jax.Array, x_TD: jax.Array) -> jax.Array:
-        return x_TD[self._unpack(bucket, array).sample_row]
-
-    def _finish(self, outside: Any, state: sampling.SlotState, rows_FR: jax.Array, x_RD: jax.Array) -> Any:
-        model, rows = self._model.bind(outside), sampling_rows(rows_FR)
-        logits_RV = model.unembed(model.final_norm(x_RD))
-        token_R = sampling.sample(logits_RV, rows, state)
-        last = state.last_token_S.at[rows.slot].set(token_R, mode="drop")
-        top = min(sampling.MAX_TOP, self.config.vocab_size)
-        count = len(x_RD)
-        nothing = (jnp.zeros(count), jnp.zeros((count, top), jnp.int32), jnp.zeros((count, top)))
-        logprobs = jax.lax.cond(
-            jnp.any(rows.has(sampling.LOGPROBS)),
-            lambda: sampling.top_logprobs(logits_RV, token_R),
-            lambda: nothing,
-        )
-        return dataclasses.replace(state, last_token_S=last), token_R, logprobs
-
-    def _prompt(self, bucket: Bucket, outside: Any, array: jax.Array, x_TD: jax.Array) -> Any:
-        model = self._model.bind(outside)
-        logits_TV = model.unembed(model.final_norm(x_TD))
-        return sampling.top_logprobs(logits_TV, self._unpack(bucket, array).tokens["next"])
-
-    def _begun(self, bucket: Bucket) -> Any:
-        """Shapes of what `begin` returns, without the state. Kept: tracing is most of a warm start."""
-        if bucket not in self._begun_shapes:
-            arguments = (*_abstract((self._outside, self._state)), self._array(bucket))
-            self._begun_shapes[bucket] = jax.eval_shape(partial(self._begin, bucket), *arguments)[1:]
-        return self._begun_shapes[bucket]
-
-    def _array(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((bucket.size(self.pages_per_request),), jnp.int32)
-
-    def _compile_begin(self, bucket: Bucket) -> Any:
-        program = jax.jit(partial(self._begin, bucket), donate_argnums=1)
-        return program.lower(*_abstract((self._outside, self._state)), self._array(bucket)).compile()
-
-    def _compile_blocks(self, bucket: Bucket) -> Any:
-        _, x_TD, rope = self._begun(bucket)
-        program = jax.jit(partial(self._blocks, bucket), donate_argnums=(2, 3))
-        layers, index, pages = _abstract((self._layers[0], self._indices[0], self._pages))
-        return program.lower(layers, index, x_TD, pages, rope, self._array(bucket)).compile()
-
-    def _compile_select(self, bucket: Bucket) -> Any:
-        return jax.jit(partial(self._select, bucket)).lower(self._array(bucket), self._begun(bucket)[1]).compile()
-
-    def _compile_finish(self, count: int) -> Any:
-        rows_FR = self._begun(Bucket(count, 0))[0]
-        x_RD = jax.ShapeDtypeStruct((count, self.config.hidden_size), self.dtype)
-        program = jax.jit(self._finish, donate_argnums=1)
-        return program.lower(*_abstract((self._outside, self._state)), rows_FR, x_RD).compile()
-
-    def _compile_prompt(self, bucket: Bucket) -> Any:
-        program = jax.jit(partial(self._prompt, bucket))
-        return program.lower(_abstract(self._outside), self._array(bucket), self._begun(bucket)[1]).compile()
-
-    def _compile_setup(self, _: None) -> Any:
-        program = jax.jit(sampling.setup_slot, donate_argnums=0)
-        ids = jax.ShapeDtypeStruct((sampling.MAX_BIAS,), jnp.int32)
-        values = jax.ShapeDtypeStruct((sampling.MAX_BIAS,), jnp.float32)
-        stops = jax.ShapeDtypeStruct((sampling.MAX_STOPS,), jnp.int32)
-        return program.lower(_abstract(self._state), jax.ShapeDtypeStruct((), jnp.int32), ids, values, stops).compile()
-
-
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

@@ -33,6 +33,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     num_pages: int | None = None
     cache_bytes: int | None = None
     chunk_tokens: int | None = None
+    plan: str | None = None
     compile_cache: str | None = None
 
 

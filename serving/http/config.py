@@ -26,6 +26,7 @@ class ServeConfig:
       dtype: of weights and compute, "float32" or "bfloat16".
       page_size, num_pages, cache_bytes: the paged cache; `num_pages` pages of `page_size` tokens, or a size in bytes.
       chunk_tokens: prompt tokens computed per step.
+      plan: "tensor=4" cuts the model and its cache over four devices.
       compile_cache: folder that keeps compiled programs between starts.
       max_body_bytes: larger request bodies are answered 413.
       drain_seconds: how long requests in flight may go on after SIGTERM or Ctrl-C.
@@ -45,6 +46,7 @@ class ServeConfig:
     num_pages: int | None = None
     cache_bytes: int | None = None
     chunk_tokens: int | None = None
+    plan: str | None = None
     compile_cache: str | None = None
     max_body_bytes: int = 32 << 20
     drain_seconds: float = 30.0
