@@ -59,7 +59,7 @@ def read_memory(folder: Path, names: Names) -> tuple[Memory, Module]:
     module = Module.parse(_newest(folder, "after_optimizations.txt"))
     assignment = _newest(folder, "after_optimizations-buffer-assignment.txt")
     parameters = {number: _argument_class(i, names) for number, i in module.entry.parameters.items()}
-    by_class = dict.fromkeys(CLASSES, 0.0)
+    by_class: dict[str, float] = {name: 0.0 for name in CLASSES}
     heap = 0.0
     for size, kind in _ALLOCATION.findall(assignment):
         if "color" in kind or "thread-local" in kind:  # on-chip memory, and what reductions keep in registers

@@ -134,7 +134,7 @@ def _compile(
             raise CompileFailed(f"The compiler's process left no result for {layout.plan} on {topology}: {last}")
         result = json.loads(output.read_text())
     if "failed" in result:
-        raise CompileFailed(f"{layout.plan} on {topology} cannot be compiled: {result['reason']}")
+        raise CompileFailed(f"{layout.plan} on {topology} cannot be compiled: {result['failed']}")
     programs = tuple(_compiled(values) for values in result["programs"])
     return Compilation(layout, programs, result["seconds"], result["cpu_seconds"])
 

@@ -14,6 +14,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
+import numpy as np
+
 from .groups import group_of
 from .hlo import Computation, Instruction, Module
 from .integers import Frame, Loop
@@ -123,7 +125,8 @@ class _Counter:
             return total
         known: dict[tuple[bytes | None, ...], Costs] = {}
         for state in loop.states(relevant):
-            key = tuple(None if state[k] is None else state[k].tobytes() for k in sorted(relevant))
+            values = (state[index] for index in sorted(relevant))
+            key = tuple(value.tobytes() if isinstance(value, np.ndarray) else None for value in values)
             if key not in known:
                 known[key] = self.run(loop.at(state))
             total.add(known[key])

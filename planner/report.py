@@ -56,7 +56,8 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
     _time(table, verdict)
     console.print(table)
     if compiled and compiled.unknown:
-        console.print(f"Counted once, as their turns or products are not known: {escape(', '.join(compiled.unknown[:5]))}", soft_wrap=True)
+        names = escape(", ".join(compiled.unknown[:5]))
+        console.print(f"Counted once, as their turns or products are not known: {names}", soft_wrap=True)
     if verdict.compilation:
         seconds = f"{verdict.compilation.seconds:.0f} s, {verdict.compilation.cpu_seconds:.0f} s of CPU"
         console.print(f"[dim]compiled in {seconds}. Assumed: {OVERLAP}.[/]", soft_wrap=True)

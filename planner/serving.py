@@ -16,10 +16,9 @@ CACHE_SHARE = 0.95
 def serve_work(workload: Workload, layout: Layout) -> Work:
     """One decoding step with all requests at full length, so each reads all of its pages."""
     model, plan, item = workload.model, layout.plan, workload.itemsize
-    share = share_of(workload, layout)
-    rows, context = workload.rows, workload.seq_len
+    rows = workload.rows
     products = 2 * rows * (multiplied(model, True) + multiplied(model, False)) / plan.tensor
-    attention = 4 * rows * model.num_layers * share.heads * context
+    attention = serve_attention_flops(workload, layout)
     weights = item * sum(p.elements(plan) for p in parameters(model) if p.name != "embed.weight")
     if model.tie_embeddings:
         weights += item * model.vocab_size * model.hidden_size / plan.tensor
@@ -34,6 +33,12 @@ def serve_work(workload: Workload, layout: Layout) -> Work:
         sent["all-gather", ("tensor",)] = Traffic(part * logits, 1)
     flops = products + attention
     return Work(flops, flops, weights + cache, sent)
+
+
+def serve_attention_flops(workload: Workload, layout: Layout) -> float:
+    """Of one decoding step on a device: each request's token with all that were before it."""
+    heads = share_of(workload, layout).heads
+    return 4 * workload.rows * workload.model.num_layers * heads * workload.seq_len
 
 
 def most_requests(workload: Workload, topology: Topology, layout: Layout) -> int:

@@ -1,12 +1,14 @@
 """One layout on one topology: what the analytic model says and, where it was compiled, what the compiler says."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from .compile import Compilation, Compiled
-from .costs import Key, Traffic
+from .costs import Costs, Key, Traffic
 from .model import Estimate
 from .roofline import EFFICIENCY, Roofline, roofline
+from .serving import serve_attention_flops
 from .sizes import share_of
 from .traffic import forward_passes, turns
 
@@ -27,15 +29,16 @@ class Verdict:
 
     @property
     def compiled(self) -> Compiled | None:
-        """The program that a step mostly is."""
-        return self.compilation.programs[0] if self.compilation else None
+        """What a step compiles to: the trainer's program, or the engine's for a step of decoding as one."""
+        if self.compilation is None:
+            return None
+        programs = self.compilation.programs
+        return programs[0] if self.estimate.workload.mode == "train" else _engine(self.estimate, programs)
 
     @property
     def total_memory(self) -> float:
-        """Bytes on a device, by the compiler where it was asked: the most of any of its programs."""
-        if self.compilation is None:
-            return self.estimate.total_memory
-        return max(program.total_memory for program in self.compilation.programs)
+        """Bytes on a device, by the compiler where it was asked."""
+        return self.estimate.total_memory if self.compiled is None else self.compiled.total_memory
 
     @property
     def free(self) -> float:
@@ -92,17 +95,47 @@ class Verdict:
         return found
 
 
+def _engine(estimate: Estimate, programs: Sequence[Compiled]) -> Compiled:
+    """The engine's programs as one: what they take from shapes, as each takes a part; the most that any adds to it."""
+    held = {name: estimate.memory[name] for name in ("parameters", "cache", "inputs")}
+    added = max((dict(program.memory) for program in programs), key=lambda memory: _added(memory, held))
+    decode, finish = (next(p for p in programs if p.name == name) for name in ("decode", "finish"))
+    totals = Costs(decode.flops, decode.hbm_bytes, decode.cycles, dict(decode.collectives), attend=decode.attend)
+    totals.add(Costs(finish.flops, finish.hbm_bytes, finish.cycles, dict(finish.collectives)))
+    return Compiled(
+        name="decode and finish",
+        memory={**added, **held},
+        refused=next((program.refused for program in programs if program.refused), None),
+        flops=totals.flops,
+        hbm_bytes=totals.hbm_bytes,
+        collectives=totals.collectives,
+        cycles=totals.cycles,
+        attend=totals.attend,
+        # Attention's loops are as long as the requests; what they take is known from those.
+        unknown=tuple(name for name in (*decode.unknown, *finish.unknown) if "attend" not in name),
+        own={},
+        seconds=sum(program.seconds for program in programs),
+    )
+
+
+def _added(memory: dict[str, float], held: dict[str, float]) -> float:
+    return sum(size for name, size in memory.items() if name not in held)
+
+
 def compiled_roofline(estimate: Estimate, compiled: Compiled) -> Roofline:
     """The roofline of an optimized program, but that attention is taken to read and write only its inputs and outputs.
 
     What XLA's own implementation of attention moves is no guide to a kernel's, which keeps its tiles on the chip.
     """
     outside = compiled.hbm_bytes - compiled.attend[1] + attention_bytes(estimate)
+    flops = compiled.flops
+    if estimate.workload.mode == "serve":  # its loops are as long as the requests, which the compiler can't know
+        flops += serve_attention_flops(estimate.workload, estimate.layout) - compiled.attend[0]
     return roofline(
         estimate.topology,
         estimate.layout.plan.sizes,
         estimate.workload.dtype,
-        compiled.flops,
+        flops,
         outside,
         compiled.collectives,
     )
@@ -128,6 +161,8 @@ def scheduled_seconds(estimate: Estimate, compiled: Compiled) -> float | None:
     if not chip.clock or not compiled.cycles:
         return None
     attention_flops, _, attention_cycles = compiled.attend
+    if estimate.workload.mode == "serve":
+        attention_flops = serve_attention_flops(estimate.workload, estimate.layout)
     busy = (compiled.cycles - attention_cycles) / chip.clock
     busy += attention_flops / chip.peak(estimate.workload.dtype) / EFFICIENCY
     waiting = {

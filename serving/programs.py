@@ -187,8 +187,9 @@ class Programs:
 
     def _jit(self, function: Any, donated: tuple[int, ...] = (), out: Any = None) -> Any:
         """On a mesh results have fixed places (default: everywhere), as the next program is compiled for these."""
-        places = {} if self.mesh is None else {"out_shardings": self.everywhere() if out is None else out}
-        return jax.jit(function, donate_argnums=donated, **places)
+        if self.mesh is None:
+            return jax.jit(function, donate_argnums=donated)
+        return jax.jit(function, donate_argnums=donated, out_shardings=self.everywhere() if out is None else out)
 
     def _begun(self, bucket: Bucket) -> Any:
         """Shapes of what `begin` returns, without the state. Kept: tracing is most of a warm start."""

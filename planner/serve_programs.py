@@ -1,0 +1,42 @@
+"""The engine's programs, ready to be lowered for described devices: the blocks of a decoding step, and of one that also
+takes a chunk of a prompt."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ..models.config import DecoderConfig
+from ..serving.batch import Bucket
+from ..serving.programs import Programs
+from ..sharding.plan import Plan
+from .programs import Program, names_of
+from .workload import CHUNK, PAGE
+
+# What the programs take, by the beginning of their names: weights, pages, and the rest.
+ARGUMENTS = {"layers": "parameters", "outside": "parameters", "pages": "cache"}
+
+
+def serve_programs(request: dict[str, Any], config: DecoderConfig, plan: Plan, mesh: Mesh) -> Iterator[Program]:
+    """`decode`: every request gets a token. `chunk`: and one gets 1,024 tokens of its prompt. `finish`: sampling."""
+    pages = -(-request["seq_len"] // PAGE)
+    made = Programs(
+        config,
+        slots=request["rows"],
+        num_pages=pages * request["rows"],
+        page_size=PAGE,
+        pages_per_request=pages,
+        dtype=jnp.dtype(request["dtype"]),
+        mesh=mesh,
+    )
+    names = names_of(config, mesh, ARGUMENTS)
+    rows = request["rows"]
+    wanted = {
+        "decode": ("blocks", Bucket(rows, 0)),
+        "chunk": ("blocks", Bucket(rows, CHUNK)),
+        "finish": ("finish", rows),
+    }
+    for name, (program, key) in wanted.items():
+        yield name, functools.partial(made.lower, program, key), names
