@@ -130,7 +130,7 @@ def test_a_file_without_a_good_recipe_says_what_is_wrong(text, message, tmp_path
         (lambda: Recipe(steps=2.0), r"steps is of type int; got 2.0 \(float\)"),
         (lambda: Recipe(batch_size=0), r"batch_size is a whole number from 1 up; got 0"),
         (lambda: Recipe(dtype="float16"), r"dtype is one of auto, float32, bfloat16; got 'float16'"),
-        (lambda: Recipe(remat="half"), r"remat is one of none, dots, full; got 'half'"),
+        (lambda: Recipe(remat="half"), r"remat is one of none, dots, full, offload; got 'half'"),
         (lambda: Recipe(seed=-1), r"seed is a whole number from 0 to 2\^32 - 1; got -1"),
         (lambda: Recipe(batch_size=8, accumulation=3), r"batch_size=8 rows cannot be cut into accumulation=3"),
         (lambda: Recipe(model={}), r"model is of type ModelConfig; got {} \(dict\)"),

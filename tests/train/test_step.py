@@ -12,8 +12,8 @@ from twinax.models.decoder import functional, init_params
 from twinax.sharding.plan import Plan
 from twinax.sharding.rules import use
 from twinax.train import optimizer, schedules
-from twinax.train.recipe import OptimizerConfig, ScheduleConfig
 from twinax.train.gradients import gradients
+from twinax.train.recipe import OptimizerConfig, ScheduleConfig
 from twinax.train.step import init_state, make_step, put_batch, state_like, state_shardings
 
 CONFIG = MODEL.decoder(64, 16)
