@@ -22,8 +22,6 @@ import jax.numpy as jnp
 from .linear import matmul_precision
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 128
-# The name of these products for what decides which results the backward pass keeps.
-GROUPED = "grouped_product"
 
 
 @jax.custom_vjp

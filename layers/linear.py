@@ -11,8 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from ..sharding.rules import gather
+
+# The name of products of tokens and weights, for what decides which results the backward pass keeps.
+PRODUCT = "product"
 
 
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
@@ -45,7 +49,7 @@ _product.defvjp(_product_forward, _product_backward)
 def linear(x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
     """`x @ weight.T + bias` in the dtype of `x`, shape [..., I] to [..., O]."""
     dtype = x.dtype
-    y = _product(x, weight_OI.astype(dtype))
+    y = checkpoint_name(_product(x, weight_OI.astype(dtype)), PRODUCT)
     return y if bias_O is None else y + bias_O.astype(dtype)
 
 

@@ -24,8 +24,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from ..sharding.exchange import Exchange, give_back, send
-from ..sharding.rules import ACTIVATION_RULES, COMPUTE_RULES, constrain, current, gather, mesh_axes, partition_spec
-from .grouped import GROUPED, grouped_linear
+from ..sharding.rules import (
+    ACTIVATION_RULES,
+    COMPUTE_RULES,
+    PARAMETER_RULES,
+    constrain,
+    current,
+    gather,
+    gather_in_island,
+    mesh_axes,
+    partition_spec,
+)
+from .grouped import grouped_linear
+from .linear import PRODUCT
 from .mlp import SwiGLU
 from .moe_config import MoEConfig
 from .router import Router, route
@@ -103,12 +114,13 @@ class MoE(nnx.Module):
             None if bias is None else gather(bias[...].astype(wide), bias.axes),
         )
         experts = [p.weight for p in (self.gate, self.up, self.down)]
-        weights = [gather(weight[...].astype(x.dtype), weight.axes) for weight in experts]
+        # Cast before they are gathered: half the bytes travel.
+        weights, axes = [weight[...].astype(x.dtype) for weight in experts], [weight.axes for weight in experts]
         mesh = current()
         if mesh is None:
             y, statistics = _mixture(self.config, None, x, is_token, router, weights)
         else:
-            y, statistics = _on_mesh(self.config, mesh, x, is_token, router, weights, [w.axes for w in experts])
+            y, statistics = _on_mesh(self.config, mesh, x, is_token, router, weights, axes)
         if self.shared is not None:
             y += self.shared(constrain(x, ("batch", "tokens", "embed")) if x.ndim == 3 else x)
         return y, statistics
@@ -128,11 +140,16 @@ def _on_mesh(
         raise NotImplementedError(f"On a mesh a mixture of experts takes [B, T, D]; got {x_BTD.shape}.")
     tokens = partition_spec(("batch", "tokens"), mesh, ACTIVATION_RULES, is_token_BT.shape)
     between = partition_spec(("batch", "sequence", None), mesh, ACTIVATION_RULES, x_BTD.shape)
-    placed = [partition_spec(names, mesh, COMPUTE_RULES, w.shape) for names, w in zip(axes, weights, strict=True)]
+    resting = [partition_spec(names, mesh, PARAMETER_RULES, w.shape) for names, w in zip(axes, weights, strict=True)]
     everywhere = PartitionSpec()
+
+    def local(x: jax.Array, is_token: jax.Array, router: Any, weights: Any) -> tuple[jax.Array, Statistics]:
+        weights = [gather_in_island(weight, names, mesh) for weight, names in zip(weights, axes, strict=True)]
+        return _mixture(config, mesh, x, is_token, router, weights)
+
     island = jax.shard_map(
-        partial(_mixture, config, mesh),
-        in_specs=(between, tokens, everywhere, placed),
+        local,
+        in_specs=(between, tokens, everywhere, resting),
         out_specs=(between, everywhere),
         check_vma=False,
     )
@@ -218,7 +235,7 @@ def _experts(
 
 def _swiglu(x_RD: jax.Array, weight_R1: jax.Array, rows_L: jax.Array, weights: list[jax.Array]) -> jax.Array:
     def product(x_RI: jax.Array, weight_LOI: jax.Array) -> jax.Array:
-        return checkpoint_name(grouped_linear(x_RI, weight_LOI, rows_L), GROUPED)
+        return checkpoint_name(grouped_linear(x_RI, weight_LOI, rows_L), PRODUCT)
 
     gate_LFD, up_LFD, down_LDF = weights
     hidden_RF = jax.nn.silu(product(x_RD, gate_LFD)) * product(x_RD, up_LFD)

@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 
 from ..layers.attention import Attention
 from ..layers.embedding import Embedding
-from ..layers.grouped import GROUPED
-from ..layers.linear import matmul_precision
+from ..layers.linear import PRODUCT, matmul_precision
 from ..layers.mlp import SwiGLU
 from ..layers.moe import MoE, Statistics
 from ..layers.norm import RMSNorm
@@ -33,13 +32,22 @@ Params = dict[str, jax.Array]
 BLOCK_INPUT = "block_input"
 BLOCKS = "blocks."  # begins the name of every parameter that all layers have, stacked
 
+
+def _all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """What is kept without `remat`: all but weights, and tokens, as they were gathered.
+
+    Said of the steps that gather as well as of the name: with the name alone, what goes into it would be kept.
+    """
+    if primitive.name == "name":
+        return parameters["name"] != GATHERED
+    return primitive.name not in ("sharding_constraint", "all_gather")
+
+
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "none": _all_but_gathered,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(GROUPED),
-    ),
+    # By name: they are made in a `custom_vjp`, where JAX's policies see no product.
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     # What enters each block waits in the host's memory; all else is computed again.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

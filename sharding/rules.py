@@ -148,3 +148,18 @@ def gather(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         return weight
     weight = constrain_parameter(weight, axes)
     return checkpoint_name(jax.lax.with_sharding_constraint(weight, computing), GATHERED)
+
+
+def gather_in_island(weight: jax.Array, axes: tuple[str | None, ...], mesh: AnyMesh) -> jax.Array:
+    """`gather` for a `shard_map` over `mesh` that is given its own part of the parameter, as it rests.
+
+    There the sum of the gradients over devices is surely a reduce-scatter: outside of the island it would be an
+    all-reduce inside, and cut only then.
+    """
+    gathered = weight
+    for dimension, axis in enumerate(axes):
+        if axis is not None:
+            kept = mesh_axes(axis, mesh, COMPUTE_RULES)
+            if names := tuple(name for name in mesh_axes(axis, mesh, PARAMETER_RULES) if name not in kept):
+                gathered = jax.lax.all_gather(gathered, names, axis=dimension, tiled=True)
+    return weight if gathered is weight else checkpoint_name(gathered, GATHERED)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,46 @@ def test_remat_changes_memory_and_no_gradient(remat):
     again = jax.grad(loss)(params, remat)
     for name in plain:
         np.testing.assert_allclose(again[name], plain[name], rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+MIXTURE = dataclasses.replace(TINY, num_layers=5, moe=MoEConfig(4, 2, 56, router="sigmoid"))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("config", [dataclasses.replace(TINY, num_layers=5), MIXTURE], ids=["dense", "mixture"])
+def test_no_gathered_weight_is_kept_for_the_backward_pass(config, remat):
+    """The compiled loops over the layers carry weights [L, ...] only as they rest, each device's part."""
+    mesh = Plan(fsdp=4).mesh()
+    model, params = functional(config, remat=remat), init_params(config, 0, mesh=mesh)
+    tokens = jax.device_put(jnp.zeros((4, 24), jnp.int32), Plan(fsdp=4).batch_sharding(mesh))
+
+    def loss(params, tokens):
+        context = PackedContext(jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(24), tokens.shape))
+        with use(mesh):
+            return jnp.sum(model.hidden(params, tokens, context)[0] ** 2)
+
+    options = {"xla_backend_optimization_level": 0}
+    text = jax.jit(jax.grad(loss)).lower(params, tokens).compile(compiler_options=options).as_text()
+    carried = " ".join(re.findall(r"= \((.*)\) while\(", text))
+    resting = {name: a.addressable_shards[0].data.shape for name, a in params.items() if name.startswith("blocks.")}
+    stacks = {name: params[name].shape for name in resting if resting[name] != params[name].shape}
+    assert any(f"f32[{','.join(map(str, resting[name]))}]" in carried for name in stacks)
+    kept = [name for name, shape in stacks.items() if f"f32[{','.join(map(str, shape))}]" in carried]
+    assert not kept
+
+
+def test_remat_dots_computes_no_product_of_a_weight_again():
+    params, tokens = init_params(TINY, 0), jnp.zeros((1, 8), jnp.int32)
+
+    def products(remat):
+        def loss(params):
+            return jnp.sum(functional(TINY, remat=remat).hidden(params, tokens, packed([8], 8))[0])
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general[")
+
+    # Attention's two are computed again either way; seven more are those of the block's weights, less the last, which
+    # the backward pass does not need.
+    assert products("none") < products("dots") == products("full") - 6
 
 
 def test_layers_one_by_one_are_the_scan():
