@@ -2,7 +2,8 @@
 
 The derivative is taken of a toy whose sizes are all different, so that each array that it keeps says by its shape what
 it is made of, and so how it grows with the real sizes. This follows the model's code wherever that goes, without a
-compiler. What XLA then drops or computes again is not known here.
+compiler. What XLA then drops or computes again is not known here. Weights among what is kept are left out: the model
+keeps them as they rest, never as gathered.
 """
 
 import dataclasses
@@ -26,7 +27,6 @@ class Kept:
     Attributes:
         width, mlp, heads, kv_heads: for each token and each element of that width.
         single: for each token.
-        weights: for each parameter of the block, as gathered.
     """
 
     width: float = 0.0
@@ -34,7 +34,6 @@ class Kept:
     heads: float = 0.0
     kv_heads: float = 0.0
     single: float = 0.0
-    weights: float = 0.0
 
 
 @lru_cache(maxsize=32)
@@ -68,19 +67,15 @@ def kept_of(remat: str, dtype: str, has_experts: bool = False, on_mesh: bool = T
     for leaf in leaves:
         if leaf.shape[:1] != (LAYERS,) or (tuple(leaf.shape) in own and leaf.dtype == np.float32):
             continue  # not of the blocks, or a parameter itself, which is there anyway
-        kind, elements = _kind(tuple(leaf.shape[1:]))
-        found[kind] += leaf.dtype.itemsize * elements
-    block = sum(int(np.prod(s.shape)) for n, s in param_shapes(config).items() if n.startswith("blocks.")) / LAYERS
-    found["weights"] /= block
+        elements = math.prod(leaf.shape[1:])
+        if elements % LENGTH == 0:
+            kind, each = _kind(elements / TOKENS)
+            found[kind] += leaf.dtype.itemsize * each
     return Kept(**found)
 
 
-def _kind(shape: tuple[int, ...]) -> tuple[str, float]:
-    """Which coefficient of `Kept` an array of one layer belongs to, and how much it adds (elements, for weights)."""
-    elements = math.prod(shape)
-    if elements % TOKENS and elements % LENGTH:
-        return "weights", elements
-    each = elements / TOKENS
+def _kind(each: float) -> tuple[str, float]:
+    """Which coefficient of `Kept` an array of so many elements a token belongs to, and how much it adds."""
     for name, size in (("mlp", MLP), ("heads", HEADS * HEAD), ("kv_heads", KV_HEADS * HEAD), ("width", WIDTH)):
         if each % size == 0:
             return name, each / size

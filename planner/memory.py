@@ -10,7 +10,6 @@ How many arrays of each width a block's backward pass holds was fitted to compil
 
 import dataclasses
 
-from ..sharding.plan import Plan
 from ..train.loss import CHUNK_BYTES, LEAST_TOKENS
 from .buffers import CLASSES
 from .kept import kept_of
@@ -22,18 +21,26 @@ WIDE = 4  # bytes of float32
 
 @dataclasses.dataclass(frozen=True)
 class Holds:
-    """Arrays that a block's backward pass holds at once, in bytes for each token and element of a width, and copies of
-    its gathered weights."""
+    """Arrays that a block's backward pass holds at once.
+
+    Attributes:
+        width, mlp, heads, kv_heads: for each token and element of that width.
+        weights: copies of the block's gathered weights.
+        row_width, row_mlp: of a mixture, for each row that arrives at a device's experts.
+    """
 
     width: float
     mlp: float
     heads: float
     kv_heads: float
     weights: float
+    row_width: float = 4
+    row_mlp: float = 2
 
 
-RECOMPUTED = Holds(width=14, mlp=10, heads=10, kv_heads=8, weights=1.5)
-FROM_KEPT = Holds(width=8, mlp=6, heads=8, kv_heads=8, weights=1.5)
+RECOMPUTED = Holds(width=7, mlp=5, heads=5, kv_heads=4, weights=1)
+FROM_KEPT = Holds(width=4, mlp=3, heads=4, kv_heads=4, weights=1)
+GAPS = 0.1  # between buffers, as a share of those that come and go
 
 
 def train_memory(workload: Workload, layout: Layout) -> dict[str, float]:
@@ -43,7 +50,8 @@ def train_memory(workload: Workload, layout: Layout) -> dict[str, float]:
     at_rest, blocks = resting(model, plan), resting(model, plan, in_block=True)
     gradients = WIDE * at_rest * (2 if layout.accumulation > 1 else 1)
     kept = _kept(workload, layout, share)
-    table, projection = _vocabulary(workload, plan)
+    vocabulary = share.vocab * share.width  # elements of the table, and of the output projection, while they are whole
+    stream = share.tokens * share.width
     fixed = dict.fromkeys(CLASSES, 0.0) | {
         "parameters": WIDE * at_rest,
         "optimizer": 2 * WIDE * at_rest,
@@ -52,25 +60,26 @@ def train_memory(workload: Workload, layout: Layout) -> dict[str, float]:
     cast = item * blocks if item < WIDE else 0.0
     moments = [
         {
-            "gradients": projection * WIDE,
-            "weights": projection * item + cast,
+            "gradients": WIDE * vocabulary,
+            "weights": item * vocabulary + cast,
             "activations": kept,
-            "temporaries": _logits(workload, share) + 3 * item * share.tokens * share.width,
+            "temporaries": _logits(workload, share) + 2 * item * stream + (WIDE * stream if plan.tensor > 1 else 0),
         },
         {
-            "gradients": gradients + projection * WIDE,
-            "weights": cast + _block_weights(workload, plan),
+            "gradients": gradients,
+            "weights": cast + RECOMPUTED.weights * item * computing(model, plan),
             "activations": kept,
             "temporaries": _block(workload, layout, share),
         },
         {
-            "gradients": gradients + WIDE * (2 * table + projection),
-            "activations": 2 * item * share.tokens * share.width,
-            "temporaries": WIDE * share.tokens * share.width,
+            "gradients": gradients + 3 * WIDE * vocabulary,
+            "activations": item * stream,
+            "temporaries": WIDE * stream,
         },
     ]
     fullest = max(moments, key=lambda moment: sum(moment.values()))
-    return fixed | fullest
+    come_and_go = sum(size for name, size in fullest.items() if name != "activations")
+    return fixed | fullest | {"unused": GAPS * come_and_go}
 
 
 def _kept(workload: Workload, layout: Layout, share: Share) -> float:
@@ -78,40 +87,52 @@ def _kept(workload: Workload, layout: Layout, share: Share) -> float:
     plan, model, item = layout.plan, workload.model, workload.itemsize
     each = kept_of(layout.remat, workload.dtype, model.moe is not None, plan.devices > 1)
     between = item * share.width / plan.tensor  # what enters a block, cut by tensor too
-    inside = (each.width - item) * share.width + each.mlp * share.mlp
+    # Of a mixture's experts, the rows are as many as there is room for on arrival.
+    rows = expert_rows(workload, layout, share) / max(1, _routed(workload)) / share.tokens
+    inside = (each.width - item) * share.width + each.mlp * share.mlp * rows
     inside += each.heads * share.heads + each.kv_heads * share.kv_heads + each.single
-    layers = share.layers
     if layout.remat == "offload":
         between = 0.0
-    pieces = 1.0
-    if plan.stage > 1:
-        pieces = 2 * plan.stage - 1 if plan.schedule == "1f1b" else plan.pieces * plan.rounds + plan.stage - 1
-        if plan.schedule == "1f1b":
-            return pieces * share.tokens * between + layers * share.tokens * (between + inside)
-    return pieces * layers * share.tokens * (between + inside) + each.weights * layers * computing(model, plan)
+    of_blocks = share.layers * share.tokens * (between + inside)
+    if plan.stage == 1:
+        return of_blocks
+    if plan.schedule == "1f1b":
+        return (2 * plan.stage - 1) * share.tokens * between + of_blocks
+    return (plan.pieces * plan.rounds + plan.stage - 1) * of_blocks
 
 
-def _vocabulary(workload: Workload, plan: Plan) -> tuple[float, float]:
-    """Elements of the table's and of the output projection's gradient while they are whole; 0 when never."""
-    whole = workload.model.vocab_size / plan.tensor * workload.model.hidden_size
-    return whole, whole
+def _routed(workload: Workload) -> int:
+    return workload.model.moe.experts_per_token if workload.model.moe else 1
+
+
+def expert_rows(workload: Workload, layout: Layout, share: Share) -> float:
+    """Rows that a device's experts have room for: with an expert axis, for all that its devices might send."""
+    moe, plan = workload.model.moe, layout.plan
+    if moe is None:
+        return share.tokens
+    if plan.expert == 1:
+        return share.tokens * moe.experts_per_token
+    return share.tokens * plan.expert * min(moe.experts_per_token, moe.num_experts // plan.expert)
 
 
 def _logits(workload: Workload, share: Share) -> float:
-    """One chunk of logits, their exponentials and their gradient."""
-    tokens = max(LEAST_TOKENS, CHUNK_BYTES // (WIDE * share.vocab))
-    return min(tokens, share.tokens) * share.vocab * (2 * WIDE + workload.itemsize)
-
-
-def _block_weights(workload: Workload, plan: Plan) -> float:
-    return RECOMPUTED.weights * workload.itemsize * computing(workload.model, plan)
+    """One chunk of logits in float32; what follows from them takes their place."""
+    rows = max(share.rows, 1.0)
+    most = max(1.0, max(CHUNK_BYTES, LEAST_TOKENS * WIDE * share.vocab) // (rows * WIDE * share.vocab))
+    chunks = -(-share.length // most)
+    return rows * -(-share.length // chunks) * share.vocab * WIDE
 
 
 def _block(workload: Workload, layout: Layout, share: Share) -> float:
     holds = FROM_KEPT if layout.remat == "none" else RECOMPUTED
-    each = holds.width * share.width + holds.mlp * share.mlp
-    each += holds.heads * share.heads + holds.kv_heads * share.kv_heads
-    return each * share.tokens
+    item, moe = workload.itemsize, workload.model.moe
+    each = holds.width * share.width + holds.heads * share.heads + holds.kv_heads * share.kv_heads
+    if moe is None:
+        return item * share.tokens * (each + holds.mlp * share.mlp)
+    rows = expert_rows(workload, layout, share) / layout.plan.tensor
+    of_rows = holds.row_width * share.width + holds.row_mlp * moe.expert_size
+    shared = holds.mlp * moe.shared_experts * moe.expert_size / layout.plan.tensor
+    return item * (share.tokens * (each + shared) + rows * of_rows)
 
 
 def serve_memory(workload: Workload, layout: Layout) -> dict[str, float]:
