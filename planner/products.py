@@ -36,9 +36,15 @@ def product_flops(computation: Computation, i: Instruction) -> float:
 def _positions(size: int, kernel: int, outputs: int, window: str, axis: int) -> float:
     """Pairs of an output place and a kernel place that meet an input, and not padding or a gap between inputs."""
     stride, dilation, spread = (_of(window, name, axis, 1) for name in ("stride", "lhs_dilate", "rhs_dilate"))
-    low = _of(window, "pad", axis, 0)
-    at = np.arange(outputs)[:, None] * stride - low + np.arange(kernel) * spread
-    return float(((at >= 0) & (at <= (size - 1) * dilation) & (at % dilation == 0)).sum())
+    shift = _of(window, "pad", axis, 0) - np.arange(kernel) * spread  # output o meets the input at o * stride - shift
+    first = np.maximum(-(-shift // stride), 0)
+    last = np.minimum(((size - 1) * dilation + shift) // stride, outputs - 1)
+    # Of these outputs every so-manieth meets an input and not a gap: o * stride = shift, modulo the dilation.
+    common = math.gcd(stride, dilation)
+    period = dilation // common
+    residue = shift // common * pow(stride // common, -1, period) % period
+    met = (last - residue) // period - (first - 1 - residue) // period
+    return float(np.where((shift % common == 0) & (last >= first), met, 0).sum())
 
 
 def _of(window: str, name: str, axis: int, default: int) -> int:

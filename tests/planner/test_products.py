@@ -1,9 +1,10 @@
 """FLOPs of products as a TPU's compiler writes them, against counting by hand."""
 
+import numpy as np
 import pytest
 
 from twinax.planner.hlo import Module
-from twinax.planner.products import custom_call_flops, product_flops
+from twinax.planner.products import _positions, custom_call_flops, product_flops
 
 
 def flops(left: str, right: str, out: str, attributes: str, opcode: str = "convolution") -> float:
@@ -48,6 +49,21 @@ def flops(left: str, right: str, out: str, attributes: str, opcode: str = "convo
 )
 def test_convolutions(left: str, right: str, out: str, attributes: str, count: int):
     assert flops(left, right, out, attributes) == 2 * count
+
+
+def test_places_are_counted_as_by_trying_each():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        size, kernel, outputs = (int(n) for n in random.integers(1, 12, 3))
+        stride, dilation, spread = (int(n) for n in random.integers(1, 10, 3))
+        low = int(random.integers(0, 9))
+        window = f"size={kernel} stride={stride} pad={low}_0 lhs_dilate={dilation} rhs_dilate={spread}"
+        met = 0
+        for out in range(outputs):
+            for place in range(kernel):
+                at = out * stride - low + place * spread
+                met += 0 <= at <= (size - 1) * dilation and at % dilation == 0
+        assert _positions(size, kernel, outputs, window, 0) == met
 
 
 def test_dots():
