@@ -3,13 +3,15 @@
 A difference above 1e-9 is a bug and not rounding. Writes docs/equivalence.md: a row for each plan, a column for each
 variant, the largest relative difference of any array in each cell; a plan that is refused says why.
 
-Plans are all ways of dividing 1, 2, 4 or 8 simulated devices over the six axes. By default each is run with one way for
-its attention to cross devices, one schedule for its pipeline, and one of the variants of remat and accumulation, taken
-in turn so that all meet all; --full runs every combination (hours).
+Plans are all ways of dividing 1, 2, 4 or 8 simulated devices over the six axes. By default each is run in every
+variant of remat and accumulation, with one way for its attention to cross devices and one schedule for its pipeline,
+taken in turn so that all meet all (an hour on two cores); --quick takes the variants in turn too (a quarter of that),
+--full runs every combination (hours). A long run that was stopped goes on with --resume.
 """
 
 import dataclasses
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -21,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
+from rich.progress import MofNCompleteColumn, Progress
 
 from . import report
 
@@ -106,19 +108,30 @@ def batch(packed: bool, rows: int, step: int) -> Any:
     return Batch(tokens, targets, segments, positions, weights)
 
 
+@cache
+def start(model: str) -> Any:
+    """The state before the first step, as host arrays. That every plan draws the same is tested in tests/models."""
+    import jax
+    import jax.numpy as jnp
+
+    from twinax.models.decoder import init_params
+    from twinax.sharding.plan import ONE_DEVICE
+    from twinax.train.step import init_state
+
+    config, mesh = model_config(model), ONE_DEVICE.mesh()
+    return jax.device_get(init_state(config, 0, mesh, init_params(config, 0, dtype=jnp.float64, mesh=mesh)))
+
+
 def run(model: str, plan: Any, variant: Variant) -> dict[bool, dict[str, Any]]:
     """What five steps of the trainer's own step give under `plan`, with packed rows and without, as host arrays."""
     import jax
     import jax.numpy as jnp
 
-    from twinax.models.decoder import init_params
     from twinax.train.recipe import OptimizerConfig
-    from twinax.train.step import init_state, make_step, put_batch
+    from twinax.train.step import make_step, put_batch, state_shardings
 
     config, mesh, rows = model_config(model), plan.mesh(), ROWS * variant.accumulation
-    params = init_params(config, 0, dtype=jnp.float64, mesh=mesh)
-    start = jax.device_get(init_state(config, 0, mesh, params))
-    places = jax.tree.map(lambda a: a.sharding, init_state(config, 0, mesh, params))
+    places = state_shardings(config, mesh)
     step = make_step(
         config,
         OptimizerConfig(),
@@ -130,7 +143,7 @@ def run(model: str, plan: Any, variant: Variant) -> dict[bool, dict[str, Any]]:
     )
     compiled, found = None, {}
     for packed in (False, True):
-        state, losses, first = jax.device_put(start, places), [], None
+        state, losses, first = jax.device_put(start(model), places), [], None
         for number in range(STEPS):
             placed = put_batch(batch(packed, rows, number), number, variant.accumulation, mesh)
             if compiled is None:
@@ -184,31 +197,61 @@ def start_worker() -> None:
     jax.config.update("jax_enable_x64", True)
 
 
-def work(full: bool) -> Iterator[tuple[str, Any, Variant]]:
-    for turn, plan in enumerate(plans(full)):
+def work(scope: str) -> Iterator[tuple[str, Any, Variant]]:
+    """All cells of a scope: "quick", "default" or "full"."""
+    for turn, plan in enumerate(plans(scope == "full")):
         for offset, model in enumerate(MODELS):
-            for variant in VARIANTS if full else [VARIANTS[(turn + offset) % len(VARIANTS)]]:
+            for variant in [VARIANTS[(turn + offset) % len(VARIANTS)]] if scope == "quick" else VARIANTS:
                 yield model, plan, variant
 
 
-def write(cells: dict[Any, Any], file: Path, seconds: float, full: bool) -> None:
+class Kept:
+    """Results in a file, a line each, so that a run that was stopped can go on. Its lines belong to one state of the
+    code; who changes the code starts another file."""
+
+    def __init__(self, file: Path | None):
+        self.file, self.results = file, {}
+        if file is not None and file.exists():
+            for line in file.read_text().splitlines():
+                key, result = json.loads(line)
+                # JSON knows no numbers or truth values as keys.
+                self.results[key] = result if isinstance(result, str) else dict(zip((False, True), result, strict=True))
+
+    def get(self, one: tuple[str, Any, Variant]) -> Any:
+        return self.results.get(self._key(one))
+
+    def add(self, one: tuple[str, Any, Variant], result: dict[bool, float] | str) -> None:
+        if self.file is not None:
+            values = result if isinstance(result, str) else list(result.values())
+            with self.file.open("a") as stream:
+                stream.write(json.dumps([self._key(one), values]) + "\n")
+
+    @staticmethod
+    def _key(one: tuple[str, Any, Variant]) -> str:
+        return ": ".join(map(str, one))
+
+
+def write(cells: dict[Any, Any], file: Path, scope: str) -> None:
     """The table, as Markdown."""
     import jax
 
     numbers = [value for cell in cells.values() if isinstance(cell, dict) for value in cell.values()]
     rows = list(dict.fromkeys(plan for _, plan, _ in cells))
+    how = "" if scope == "default" else f" --{scope}"
+    ran = sum(isinstance(cell, dict) for cell in cells.values())
     lines = [
         "# Every layout against one device",
         "",
-        f"Written by `python -m benchmarks.equivalence{' --full' if full else ''}`: {len(rows)} plans, {len(cells)} "
-        f"compiled steps, {len(numbers)} comparisons in {seconds / 60:.0f} minutes; jax {jax.__version__}, "
-        f"{DEVICES} simulated CPU devices, float64.",
+        f"Written by `python -m benchmarks.equivalence{how}`: {len(rows)} plans, {ran} compiled steps, {len(numbers)} "
+        f"comparisons; jax {jax.__version__}, {DEVICES} simulated CPU devices, float64.",
         "",
         f"A cell is the largest relative difference from one device, of any array: the losses of {STEPS} AdamW steps, "
         "every parameter's gradient in the first, and parameters and moments after the last. Two numbers: whole rows, "
-        f"and rows packed with documents and padding. The largest of all is **{max(numbers):.1e}**; {LIMIT:g} would be "
-        "a bug. A dot was not run: by default variants are taken in turn.",
+        f"and rows packed with documents and padding. The largest of all is **{max(numbers):.1e}**; more than "
+        f"{LIMIT:g} would be a bug.",
     ]
+    if scope == "quick":
+        lines[-1] += " A dot was not run: variants are taken in turn."
     for model in MODELS:
         lines += ["", f"## {model.capitalize()}", "", "| plan | " + " | ".join(map(str, VARIANTS)) + " |"]
         lines.append("|---" * (len(VARIANTS) + 1) + "|")
@@ -226,32 +269,41 @@ def write(cells: dict[Any, Any], file: Path, seconds: float, full: bool) -> None
 
 def main() -> None:
     parser = report.arguments(str(__doc__), peer=False)
-    parser.add_argument("--full", action="store_true", help="every variant of every plan, hours")
+    scopes = parser.add_mutually_exclusive_group()
+    scopes.add_argument("--quick", dest="scope", action="store_const", const="quick", help="variants in turn")
+    scopes.add_argument("--full", dest="scope", action="store_const", const="full", help="every combination, hours")
     parser.add_argument("--output", type=Path, default=FILE, help="the table")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="keep each result there, and skip what it holds")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1)), help="processes")
     options = parser.parse_args()
-    began, cells, failed = time.perf_counter(), {}, []
+    scope = options.scope or "default"
+    began, failed, kept = time.perf_counter(), [], Kept(options.resume)
+    cells: dict[Any, Any] = {one: kept.get(one) for one in work(scope)}
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(options.workers, mp_context=context, initializer=start_worker) as pool,
-        Progress() as progress,
+        Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=not sys.stdout.isatty()) as progress,
     ):
-        pending = {pool.submit(compare, *one): one for one in work(options.full)}
-        bar = progress.add_task("plans", total=len(pending))
-        for future in as_completed(pending):
+        pending = {pool.submit(compare, *one): one for one, found in cells.items() if found is None}
+        bar = progress.add_task("steps", total=len(cells), completed=len(cells) - len(pending))
+        for count, future in enumerate(as_completed(pending), len(cells) - len(pending) + 1):
             one = pending[future]
             cells[one] = future.result()
+            kept.add(one, cells[one])
             progress.advance(bar)
-            if isinstance(cells[one], dict) and max(cells[one].values()) > LIMIT:
-                failed.append(one)
-                progress.print(f"DIFFERENT: {one[0]}, {one[1]}, {one[2]}: {cells[one]}")
+            if not sys.stdout.isatty() and count % 20 == 0:
+                print(f"{count} of {len(cells)}, {(time.perf_counter() - began) / 60:.1f} min", flush=True)
+    for one, cell in cells.items():
+        if isinstance(cell, dict) and max(cell.values()) > LIMIT:
+            failed.append(one)
+            print(f"DIFFERENT: {', '.join(map(str, one))}: {cell}")
     seconds = time.perf_counter() - began
-    cells = {one: cells[one] for one in work(options.full)}
-    write(cells, options.output, seconds, options.full)
-    largest = max(value for cell in cells.values() if isinstance(cell, dict) for value in cell.values())
+    write(cells, options.output, scope)
+    ran = [cell for cell in cells.values() if isinstance(cell, dict)]
+    largest = max(value for cell in ran for value in cell.values())
     rows = [
-        report.Row("equivalence", "largest relative difference", largest, None, "", "", LIMIT, False),
-        report.Row("equivalence", "compiled steps", len(cells), None, "", "", None),
+        report.Row("equivalence", "largest relative difference, / 1e-9", largest / LIMIT, None, "", "", 1, False),
+        report.Row("equivalence", "compiled steps", len(ran), None, "", "", None),
         report.Row("equivalence", "time", seconds / 60, None, "", "min", None, False),
     ]
     report.finish(rows, options.json)

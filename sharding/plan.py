@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from .platform import distrust_compile_cache
 from .rules import activation_sharding, parameter_sharding
 
 # Outermost first: what talks most is innermost, where devices are closest.
@@ -119,6 +120,7 @@ class Plan:
                 f"The plan {self} takes {self.devices} devices and there are {len(devices)} ({devices[0].platform}). "
                 f"Use a smaller plan; on a CPU, JAX_NUM_CPU_DEVICES={self.devices} simulates more."
             )
+        distrust_compile_cache(devices[: self.devices])
         grid = np.asarray(devices[: self.devices]).reshape(tuple(self.sizes.values()))
         return Mesh(grid, tuple(self.sizes), axis_types=(AxisType.Auto,) * len(self.sizes))
 

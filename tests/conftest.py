@@ -12,6 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 # A second run of the suite finds its compiled programs here. Only those that took a while: reading one costs too.
@@ -22,6 +23,16 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 # The same examples on every run, and no time limits: the suite must say the same on a slow machine.
 hypothesis.settings.register_profile("twinax", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("twinax")
+
+
+@pytest.fixture(autouse=True)
+def compile_cache():
+    """The cache is there again after a test with several devices, for which a plan's mesh turned it off."""
+    enabled = jax.config.jax_enable_compilation_cache
+    yield
+    if jax.config.jax_enable_compilation_cache != enabled:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def test_every_division_of_every_power_of_two_is_there():
     every = list(plans(full=True))
     assert set(sizes) == {tuple(plan.sizes.values()) for plan in every}
     assert {plan.attention for plan in every} == {"ring", "ring_two_way", "all_to_all"}
-    work = {(model, variant) for model, _, variant in equivalence.work(full=False)}
+    work = {(model, variant) for model, _, variant in equivalence.work("quick")}
     assert work == {(model, variant) for model in MODELS for variant in VARIANTS}
 
 
@@ -68,7 +68,17 @@ def test_the_table_says_what_was_found(tmp_path):
         (MOE, Plan(fsdp=2), VARIANTS[1]): {False: 3e-15, True: 4e-15},
         (DENSE, Plan(expert=2), VARIANTS[0]): "the model is dense",
     }
-    equivalence.write(cells, tmp_path / "table.md", 60.0, False)
+    equivalence.write(cells, tmp_path / "table.md", "quick")
     text = (tmp_path / "table.md").read_text()
     assert "| fsdp=2 | 1e-15 2e-14 | · | · | · |" in text and "**2.0e-14**" in text
     assert "| expert=2 | refused: the model is dense |" in text
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    one, other = (DENSE, Plan(fsdp=2), VARIANTS[0]), (DENSE, Plan(expert=2), VARIANTS[1])
+    for key, result in ((one, {False: 1e-15, True: float("inf")}), (other, "the model is dense")):
+        equivalence.Kept(tmp_path / "kept").add(key, result)
+    kept = equivalence.Kept(tmp_path / "kept")
+    assert kept.get(one) == {False: 1e-15, True: float("inf")}
+    assert kept.get(other) == "the model is dense"
+    assert kept.get((DENSE, Plan(fsdp=2), VARIANTS[1])) is None

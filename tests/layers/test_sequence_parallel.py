@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.train.helpers import MODEL, random_batch
 from twinax.layers.contexts import PackedContext, in_order
@@ -63,9 +63,9 @@ def test_tokens_for_heads_is_attention_on_one_device(devices, H, K):
 
     with jax.enable_x64(True):
         arrays, ids = inputs(H, K)
-        mesh, cut = Mesh(np.array(jax.devices()[:devices]), ("ring",)), PartitionSpec(None, "ring")
+        mesh, cut = Plan(sequence=devices).mesh(), PartitionSpec(None, "sequence")
         island = partial(jax.shard_map, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False)
-        exchanged = island(partial(over_heads, local, axis="ring"))
+        exchanged = island(partial(over_heads, local, axis="sequence"))
         got = outputs(lambda q, k, v: exchanged(q, k, v, ids), arrays)
         close(got, outputs(lambda q, k, v: local(q, k, v, ids), arrays))
 

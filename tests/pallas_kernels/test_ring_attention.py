@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from twinax.pallas_kernels.flash_attention import flash_attention
 from twinax.pallas_kernels.ring_attention import OPERATION, ring_attention, unzigzag, zigzag
+from twinax.sharding.plan import Plan
 
 QUICK = {"xla_backend_optimization_level": 0}  # the same products and sums, compiled in a third of the time
 B, D = 2, 4
@@ -73,13 +74,13 @@ def on_one_device(arrays, ids, options):
 
 def on_a_ring(devices, ids, options, backward=True):
     """The jitted function of (q, k, v, d_out), all in ring order, to (out, dq, dk, dv) or out alone."""
-    mesh, cut = Mesh(np.array(jax.devices()[:devices]), ("ring",)), PartitionSpec(None, "ring")
+    mesh, cut = Plan(sequence=devices).mesh(), PartitionSpec(None, "sequence")
     island = partial(jax.shard_map, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False)
 
     def attend(q, k, v):
         if ids is None:
-            return island(partial(ring_attention, axis="ring", **options))(q, k, v)
-        inner = lambda q, k, v, ids: ring_attention(q, k, v, axis="ring", segment_ids_BT=ids, **options)  # noqa: E731
+            return island(partial(ring_attention, axis="sequence", **options))(q, k, v)
+        inner = lambda q, k, v, ids: ring_attention(q, k, v, axis="sequence", segment_ids_BT=ids, **options)  # noqa: E731
         return island(inner)(q, k, v, jnp.asarray(ids))
 
     def run(q, k, v, d_out):

@@ -2,26 +2,13 @@
 
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from tests.planner.helpers import DENSE, compile_here, memory_of
 from twinax.planner.buffers import CLASSES, Names, read_memory
 from twinax.planner.sizes import resting
 from twinax.planner.workload import Layout, Workload
 from twinax.sharding.plan import Plan
-
-
-@pytest.fixture(autouse=True)
-def compiled_afresh():
-    """A program that comes from the compile cache writes no dump."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize("plan", [Plan(fsdp=4), Plan(fsdp=2, tensor=2)])

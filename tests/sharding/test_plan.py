@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
 from twinax.sharding.plan import Plan
@@ -50,3 +51,29 @@ def test_an_axis_without_a_rule_and_a_collision_are_errors():
         parameter_sharding(("width",), mesh)
     with pytest.raises(ValueError, match="would cut both 'embed' and 'mlp'"):
         partition_spec(("embed", "mlp"), mesh, {**PARAMETER_RULES, "mlp": ("fsdp",)})
+
+
+@pytest.fixture
+def cache_folder(tmp_path):
+    """A folder in which JAX keeps every compiled program."""
+    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "enable_compilation_cache")
+    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
+    for name, value in zip(before, (str(tmp_path), 0.0, True), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_programs_for_several_cpu_devices_are_not_read_from_a_cache(cache_folder):
+    """As they would mix up messages: a ring with a window was wrong in one of three runs."""
+    Plan().mesh()
+    jax.jit(lambda x: x + 1)(1.0)
+    kept = set(cache_folder.iterdir())
+    assert kept
+    mesh = Plan(fsdp=2).mesh()
+    cut = jax.device_put(jax.numpy.arange(4.0), jax.NamedSharding(mesh, PartitionSpec("fsdp")))
+    jax.jit(lambda x: x.sum())(cut)
+    assert set(cache_folder.iterdir()) == kept
