@@ -9,6 +9,10 @@ Sources:
 - GPU memory: nine tenths of what is built in, as with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 (JAX's default is 0.75).
 - TPU clocks: the peak over the matrix units' width.
 - GPUs: NVIDIA's data sheets (SXM modules, dense). Between nodes: one network card for each GPU, 400 Gb/s (A100: 200).
+- Attention: of a flash attention kernel, forward and backward together, head size 128. TPUs: splash attention's measured
+  forward rates at 8,192 tokens (v5p 89%, v6e 36%, TPU7x 34% of the peak: exponentials take longer than the products),
+  and 1.6 times that time for the backward pass, as its program for a tile is 1.6 times as long. GPUs: FlashAttention-2
+  and 3 (arXiv:2307.08691, 2407.08608).
 """
 
 import dataclasses
@@ -32,6 +36,7 @@ class Chip:
         built_in: bytes of memory.
         memory: bytes that a program may use.
         memory_bandwidth: bytes/s.
+        attention: share of the bfloat16 peak that a flash attention kernel reaches.
         narrow: peak of int8 and float8 over that of bfloat16; 1 where they are no faster.
         link: bytes/s of one interconnect link in one direction; for GPUs, of all of NVLink together.
         dimensions: of the torus that the links make; 0: any GPU of a node reaches any other at full speed.
@@ -48,6 +53,7 @@ class Chip:
     built_in: float
     memory: float
     memory_bandwidth: float
+    attention: float
     narrow: float
     link: float
     dimensions: int = 0
@@ -69,24 +75,26 @@ class Chip:
         return self.flops * (1 if dtype == "bfloat16" else self.narrow)
 
 
-def _tpu(name: str, kind: str, memory: float, bandwidth: float, link: float, clock: float, **more: Any) -> Chip:
-    return Chip(name, kind, "tpu", memory * GIB, memory * GIB, bandwidth, link=link, clock=clock, **more)
+def _tpu(
+    name: str, kind: str, memory: float, bandwidth: float, link: float, clock: float, attention: float, **more: Any
+) -> Chip:
+    return Chip(name, kind, "tpu", memory * GIB, memory * GIB, bandwidth, attention, link=link, clock=clock, **more)
 
 
 def _gpu(name: str, kind: str, memory: float, bandwidth: float, nvlink: float, network: float) -> Chip:
-    return Chip(name, kind, "cuda", memory, 0.9 * memory, bandwidth, 2, nvlink, node=8, network=network)
+    return Chip(name, kind, "cuda", memory, 0.9 * memory, bandwidth, 0.6, 2, nvlink, node=8, network=network)
 
 
 CUBE = (16, 16, 24)  # the largest job that can be scheduled on v5p: 6,144 chips
 CHIPS = {
     chip.name: chip
     for chip in (
-        _tpu("v4", "TPU v4", 30.75, 1200e9, 50e9, 1.05e9, narrow=1, dimensions=3, largest=(16, 16, 16)),
-        _tpu("v5e", "TPU v5e", 15.75, 819e9, 50e9, 1.5e9, narrow=2, dimensions=2, largest=(16, 16)),
-        _tpu("v5p", "TPU v5p", 95.74, 2765e9, 100e9, 1.75e9, narrow=2, dimensions=3, largest=CUBE),
-        _tpu("v6e", "TPU v6e", 31.25, 1638e9, 100e9, 1.75e9, narrow=2, dimensions=2, largest=(16, 16)),
+        _tpu("v4", "TPU v4", 30.75, 1200e9, 50e9, 1.05e9, 0.8, narrow=1, dimensions=3, largest=(16, 16, 16)),
+        _tpu("v5e", "TPU v5e", 15.75, 819e9, 50e9, 1.5e9, 0.8, narrow=2, dimensions=2, largest=(16, 16)),
+        _tpu("v5p", "TPU v5p", 95.74, 2765e9, 100e9, 1.75e9, 0.8, narrow=2, dimensions=3, largest=CUBE),
+        _tpu("v6e", "TPU v6e", 31.25, 1638e9, 100e9, 1.75e9, 0.45, narrow=2, dimensions=2, largest=(16, 16)),
         _tpu(
-            "tpu7x", "TPU7x", 94.75, 7380e9 / 2, 100e9, 2.2e9,
+            "tpu7x", "TPU7x", 94.75, 7380e9 / 2, 100e9, 2.2e9, 0.42,
             narrow=2, dimensions=3, devices_per_chip=2, largest=(16, 24, 24),
         ),
         _gpu("a100", "NVIDIA A100", 84942979072, 2039e9, 300e9, 25e9),

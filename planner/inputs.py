@@ -83,4 +83,3 @@ def summary(model: DecoderConfig) -> str:
         active = multiplied(model, True) + multiplied(model, False)
         text += f" ({active / 1e9:.2f}B for a token), {model.moe.num_experts} experts"
     return f"{model.family} of {text}, {model.num_layers} layers"
-

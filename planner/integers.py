@@ -95,9 +95,7 @@ class Loop:
 
     def __init__(self, frame: Frame, instruction: Instruction):
         self.frame = frame
-        self.condition, self.body = (
-            frame.module[str(instruction.attribute(name))] for name in ("condition", "body")
-        )
+        self.condition, self.body = (frame.module[str(instruction.attribute(name))] for name in ("condition", "body"))
         self._stuck = False
         self._start = frame.get(instruction.operands[0])
         self._known_turns = re.search(r'known_trip_count"?\s*:\s*\{\s*"?n"?\s*:\s*"?(\d+)', instruction.attributes)

@@ -133,9 +133,7 @@ def command_line(verdict: Verdict, source: Source, options: Options) -> str:
 def _write_json(options: Options, source: Source, verdicts: list[Verdict]) -> None:
     found = {
         "model": source.model.to_dict(),
-        "verdicts": [
-            {**verdict.to_dict(), "command": command_line(verdict, source, options)} for verdict in verdicts
-        ],
+        "verdicts": [{**verdict.to_dict(), "command": command_line(verdict, source, options)} for verdict in verdicts],
     }
     text = json.dumps(found, indent=2)
     if options.json == "-":

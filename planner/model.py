@@ -58,7 +58,8 @@ def estimate(workload: Workload, topology: Topology, layout: Layout) -> Estimate
     else:
         memory, work = serve_memory(workload, layout), serve_work(workload, layout)
     sizes = layout.plan.sizes
-    times = roofline(topology, sizes, workload.dtype, work.flops, work.hbm_bytes, work.collectives)
+    flops = work.flops, work.attention_flops
+    times = roofline(topology, sizes, workload.dtype, flops, work.hbm_bytes, work.collectives)
     return Estimate(workload, topology, layout, memory, work, times)
 
 

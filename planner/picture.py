@@ -55,10 +55,11 @@ def _times(verdict: Verdict) -> dict[str, float]:
     """The expected step, cut into what it waits for; what travels beside it shows only where it is longer."""
     times = verdict.roofline
     compute = times.busy if times.busy > times.memory else 0.0
+    computing = max(times.busy, times.memory)
     return {
         "compute": compute,
         "memory": times.memory if not compute else 0.0,
-        "hidden sending": max(0.0, times.hidden - times.busy),
+        "hidden sending": max(0.0, times.hidden - computing),
         "waiting": times.exposed,
     }
 

@@ -10,7 +10,7 @@ from .buffers import CLASSES, MEANINGS
 from .chips import GIB
 from .costs import Key, Traffic
 from .inputs import summary
-from .roofline import OVERLAP
+from .roofline import assumption
 from .verdict import Verdict, compiled_roofline, scheduled_seconds
 from .workload import Workload
 
@@ -60,9 +60,9 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
         console.print(f"Counted once, as their turns or products are not known: {names}", soft_wrap=True)
     if verdict.compilation:
         seconds = f"{verdict.compilation.seconds:.0f} s, {verdict.compilation.cpu_seconds:.0f} s of CPU"
-        console.print(f"[dim]compiled in {seconds}. Assumed: {OVERLAP}.[/]", soft_wrap=True)
+        console.print(f"[dim]compiled in {seconds}. Assumed: {assumption(chip)}.[/]", soft_wrap=True)
     else:
-        console.print(f"[dim]Assumed: {OVERLAP}.[/]", soft_wrap=True)
+        console.print(f"[dim]Assumed: {assumption(chip)}.[/]", soft_wrap=True)
 
 
 def _row(table: Table, name: str, compiled: str | None, estimated: str, note: str = "") -> None:
@@ -118,6 +118,7 @@ def _time(table: Table, verdict: Verdict) -> None:
 
     _row(table, "[bold]milliseconds[/]", None, "")
     _row(table, "  compute, at the peak", _ms(theirs.compute) if theirs else None, _ms(ours.compute))
+    _row(table, "  compute, as expected", _ms(theirs.busy) if theirs else None, _ms(ours.busy))
     _row(table, "  memory", _ms(theirs.memory) if theirs else None, _ms(ours.memory), "attention as a kernel moves it")
     for axes in sorted({*ours.axes, *(theirs.axes if theirs else ())}):
         mine = ours.axes.get(axes, 0.0)

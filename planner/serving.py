@@ -32,7 +32,7 @@ def serve_work(workload: Workload, layout: Layout) -> Work:
         logits = 4 * rows * model.vocab_size
         sent["all-gather", ("tensor",)] = Traffic(part * logits, 1)
     flops = products + attention
-    return Work(flops, flops, weights + cache, sent)
+    return Work(flops, attention, flops, weights + cache, sent)
 
 
 def serve_attention_flops(workload: Workload, layout: Layout) -> float:

@@ -18,18 +18,22 @@ from .workload import Layout, Workload
 
 WIDE = 4  # bytes of float32
 ATTENTION_BACKWARD = 2.5  # products of attention's backward pass over those of its forward pass (5 to 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """Of one device in one step.
 
     Attributes:
         flops: that it computes, with what remat computes again and what a pipeline's idle stages compute for nobody.
+        attention_flops: those of them that attention computes between queries and keys, and with values.
         model_flops: its share of what the model asks for: what MFU counts (`train.flops`).
         hbm_bytes: read and written; an estimate.
         collectives: sent, by kind and mesh axes.
     """
 
     flops: float
+    attention_flops: float
     model_flops: float
     hbm_bytes: float
     collectives: dict[Key, Traffic]
@@ -77,12 +81,13 @@ def train_work(workload: Workload, layout: Layout) -> Work:
     blocks, outside = (2 * tokens * multiplied(model, in_block) for in_block in (True, False))
     attention = 2 * tokens * model.num_layers * model.num_heads * model.head_dim * workload.seq_len
     forwards, attentions = forward_passes(workload, layout)
-    products = blocks * (forwards + 2) + attention * (attentions + ATTENTION_BACKWARD)
+    products, attention = blocks * (forwards + 2), attention * (attentions + ATTENTION_BACKWARD)
     wires = _Wires(plan)
     _weights(workload, layout, wires)
     _activations(workload, layout, share, wires)
     return Work(
-        flops=products / useful(plan) + 3 * outside,
+        flops=(products + attention) / useful(plan) + 3 * outside,
+        attention_flops=attention / useful(plan),
         model_flops=_asked_for(model, workload.seq_len) * tokens,
         hbm_bytes=_hbm(workload, layout, share),
         collectives=wires.found,

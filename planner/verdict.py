@@ -7,7 +7,7 @@ from typing import Any
 from .compile import Compilation, Compiled
 from .costs import Costs, Key, Traffic
 from .model import Estimate
-from .roofline import EFFICIENCY, Roofline, roofline
+from .roofline import Roofline, attention_seconds, roofline
 from .serving import serve_attention_flops
 from .sizes import share_of
 from .traffic import forward_passes, turns
@@ -128,14 +128,15 @@ def compiled_roofline(estimate: Estimate, compiled: Compiled) -> Roofline:
     What XLA's own implementation of attention moves is no guide to a kernel's, which keeps its tiles on the chip.
     """
     outside = compiled.hbm_bytes - compiled.attend[1] + attention_bytes(estimate)
-    flops = compiled.flops
+    attention = compiled.attend[0]
     if estimate.workload.mode == "serve":  # its loops are as long as the requests, which the compiler can't know
-        flops += serve_attention_flops(estimate.workload, estimate.layout) - compiled.attend[0]
+        attention = serve_attention_flops(estimate.workload, estimate.layout)
+    flops = compiled.flops - compiled.attend[0] + attention
     return roofline(
         estimate.topology,
         estimate.layout.plan.sizes,
         estimate.workload.dtype,
-        flops,
+        (flops, attention),
         outside,
         compiled.collectives,
     )
@@ -155,7 +156,7 @@ def attention_bytes(estimate: Estimate) -> float:
 def scheduled_seconds(estimate: Estimate, compiled: Compiled) -> float | None:
     """The step by the compiler's own estimates: its cycles, and the collectives that it does not run beside them.
 
-    Attention is taken at EFFICIENCY of the peak, for the reason above. None where the compiler estimates no cycles.
+    Attention is taken at what a kernel is expected to take, for the reason above. None where the compiler estimates no cycles.
     """
     chip = estimate.topology.chip
     if not chip.clock or not compiled.cycles:
@@ -164,13 +165,12 @@ def scheduled_seconds(estimate: Estimate, compiled: Compiled) -> float | None:
     if estimate.workload.mode == "serve":
         attention_flops = serve_attention_flops(estimate.workload, estimate.layout)
     busy = (compiled.cycles - attention_cycles) / chip.clock
-    busy += attention_flops / chip.peak(estimate.workload.dtype) / EFFICIENCY
+    busy += attention_seconds(chip, estimate.workload.dtype, attention_flops)
     waiting = {
-        key: Traffic(traffic.sent - traffic.beside, traffic.count)
-        for key, traffic in compiled.collectives.items()
+        key: Traffic(traffic.sent - traffic.beside, traffic.count) for key, traffic in compiled.collectives.items()
     }
     sizes = estimate.layout.plan.sizes
-    waits = roofline(estimate.topology, sizes, estimate.workload.dtype, 0, 0, waiting)
+    waits = roofline(estimate.topology, sizes, estimate.workload.dtype, (0, 0), 0, waiting)
     return busy + sum(waits.axes.values())
 
 
@@ -200,6 +200,7 @@ def _collectives(collectives: dict[Key, Traffic]) -> list[dict[str, Any]]:
 def _seconds(times: Roofline) -> dict[str, Any]:
     return {
         "compute": times.compute,
+        "compute_expected": times.busy,
         "memory": times.memory,
         "axes": {"+".join(axes): seconds for axes, seconds in times.axes.items()},
         "least": times.least,
