@@ -1,6 +1,5 @@
 """Rows cut over devices: every way of crossing them gives one device's attention, and one device's gradients."""
 
-import functools
 from functools import partial
 
 import jax
@@ -9,19 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.train.helpers import MODEL, random_batch
+from tests.train.helpers import MODEL, QUICK, mean_gradients
 from twinax.layers.contexts import PackedContext, in_order
-from twinax.models.decoder import functional, init_params
 from twinax.pallas_kernels.flash_attention import flash_attention
 from twinax.planner.costs import count
 from twinax.planner.hlo import Module
 from twinax.sharding.all_to_all import over_heads
 from twinax.sharding.plan import CHOICES, Plan
 from twinax.sharding.rules import use
-from twinax.train.gradients import gradients
-from twinax.train.step import put_batch
 
-QUICK = {"xla_backend_optimization_level": 0}  # the same products and sums, compiled in a third of the time
 CONFIG = MODEL.decoder(64, 16)
 ATTENTION = pytest.mark.parametrize("attention", CHOICES["attention"])
 
@@ -132,25 +127,14 @@ def test_nothing_but_the_exchange_itself_crosses_devices(attention, kinds):
         assert found["all-gather", ("sequence",)].sent == 3 * 16 * 4
 
 
-@functools.cache
-def mean_gradients(plan, accumulation=1):
-    mesh = plan.mesh()
-    params = init_params(CONFIG, 0, dtype=jnp.float64, mesh=mesh)
-    find = partial(gradients, functional(CONFIG, dtype=jnp.float64), plan=plan)
-    with use(mesh):
-        placed = put_batch(random_batch(0), 0, accumulation, mesh)
-        grads, loss, weight, _ = jax.jit(find, compiler_options=QUICK)(params, placed)
-    return jax.device_get(grads), float(loss), float(weight)
-
-
 @ATTENTION
 @pytest.mark.parametrize(
     ("sizes", "accumulation"), [("sequence=4", 2), ("sequence=2,tensor=2", 1), ("sequence=2,fsdp=2,data=2", 1)]
 )
 def test_a_model_has_the_loss_and_gradients_of_one_device(sizes, accumulation, attention):
     with jax.enable_x64(True):
-        want = mean_gradients(Plan())
-        got = mean_gradients(Plan.parse(f"{sizes},attention={attention}"), accumulation)
+        want = mean_gradients(CONFIG)
+        got = mean_gradients(CONFIG, Plan.parse(f"{sizes},attention={attention}"), accumulation)
     assert got[1] == pytest.approx(want[1], rel=1e-12)
     assert got[2] == want[2]
     for name, grad in want[0].items():

@@ -1,12 +1,56 @@
 """Small models, batches and runs that the tests of training share."""
 
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from twinax.models.decoder import DecoderConfig, functional, init_params, param_shardings
+from twinax.sharding.plan import ONE_DEVICE, Plan
+from twinax.sharding.rules import use
 from twinax.train.data import Batch, DataConfig
+from twinax.train.gradients import gradients
 from twinax.train.recipe import CheckpointConfig, EvalConfig, ModelConfig, OptimizerConfig, Recipe, ScheduleConfig
+from twinax.train.step import put_batch
 
 MODEL = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2)
 WORDS = "the step of a run is a pure function of state and batch so that it resumes with the same bits".split(" ")  # noqa: SIM905
+
+
+QUICK = {"xla_backend_optimization_level": 0}  # the same products and sums, compiled in a third of the time
+
+
+@functools.cache
+def start_params(config: DecoderConfig, dtype: Any) -> Any:
+    """Fresh parameters as host arrays: drawn on one device, as drawing them on each mesh compiles for each."""
+    return jax.device_get(init_params(config, 0, dtype=dtype))
+
+
+@functools.cache
+def mean_gradients(
+    config: DecoderConfig,
+    plan: Plan = ONE_DEVICE,
+    accumulation: int = 1,
+    dtype: Any = jnp.float64,
+    remat: str = "none",
+) -> Any:
+    """(gradients, loss, weight, statistics) of a random batch under a plan, as host arrays."""
+    params = start_params(config, dtype)
+    mesh, model = plan.mesh(), functional(config, dtype=dtype, remat=remat)
+    placed = jax.device_put(params, param_shardings(config, mesh))
+    batch = put_batch(random_batch(0), 0, accumulation, mesh)
+    with use(mesh):
+        find = jax.jit(functools.partial(gradients, model, plan=plan), compiler_options=QUICK)
+        return jax.device_get(find(placed, batch))
+
+
+def difference(got: Any, want: Any) -> float:
+    """The largest relative difference, by the norm, of any array."""
+    least = np.finfo(np.float64).tiny
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    return max(float(np.linalg.norm(np.subtract(a, b)) / max(np.linalg.norm(b), least)) for a, b in pairs)
 
 
 def random_batch(seed: int, rows: int = 8, length: int = 16, vocabulary: int = 61) -> Batch:

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.helpers import MODEL, random_batch
+from tests.train.helpers import MODEL, QUICK, difference, mean_gradients, random_batch
 from twinax.models.decoder import functional, init_params
 from twinax.sharding.plan import Plan
-from twinax.sharding.rules import use
 from twinax.train import optimizer, schedules
 from twinax.train.gradients import gradients
 from twinax.train.recipe import OptimizerConfig, ScheduleConfig
@@ -18,7 +17,6 @@ from twinax.train.step import init_state, make_step, put_batch, state_like, stat
 
 CONFIG = MODEL.decoder(64, 16)
 ONE = Plan()
-QUICK = {"xla_backend_optimization_level": 0}  # the same products and sums, compiled in a third of the time
 
 
 def constant(step):
@@ -53,23 +51,6 @@ def run(steps: int, plan: Plan = ONE, **options):
     return jax.device_get(state), found
 
 
-def difference(got, want) -> float:
-    """The largest relative difference, by the norm, of any array."""
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    return max(float(np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b)) for a, b in pairs)
-
-
-@functools.cache
-def mean_gradients(plan: Plan, accumulation: int, dtype, remat: str = "none"):
-    mesh = plan.mesh()
-    params = init_params(CONFIG, 0, dtype=dtype, mesh=mesh)
-    model = functional(CONFIG, dtype=dtype, remat=remat)
-    batch = put_batch(random_batch(0), 0, accumulation, mesh)
-    with use(mesh):
-        grads, loss, weight, _ = jax.jit(functools.partial(gradients, model), compiler_options=QUICK)(params, batch)
-    return jax.device_get(grads), float(loss), float(weight)
-
-
 LAYOUTS = [("", 4), ("fsdp=4", 1), ("fsdp=2", 2), ("data=4", 2), ("data=2,fsdp=2", 1)]
 LAYOUTS += [("tensor=2", 1), ("fsdp=2,tensor=2", 2), ("data=2,fsdp=2,tensor=2", 1)]
 
@@ -77,8 +58,8 @@ LAYOUTS += [("tensor=2", 1), ("fsdp=2,tensor=2", 2), ("data=2,fsdp=2,tensor=2", 
 @pytest.mark.parametrize(("plan", "accumulation"), LAYOUTS)
 def test_any_layout_gives_the_loss_and_gradients_of_one_device_in_float64(plan, accumulation):
     with jax.enable_x64(True):
-        want = mean_gradients(ONE, 1, jnp.float64)
-        got = mean_gradients(Plan.parse(plan), accumulation, jnp.float64)
+        want = mean_gradients(CONFIG)
+        got = mean_gradients(CONFIG, Plan.parse(plan), accumulation)
     assert got[2] == want[2] == random_batch(0).weights_BT.sum()
     assert got[1] == pytest.approx(want[1], rel=1e-12)
     assert difference(got[0], want[0]) < 1e-9
@@ -86,8 +67,8 @@ def test_any_layout_gives_the_loss_and_gradients_of_one_device_in_float64(plan, 
 
 @pytest.mark.parametrize(("plan", "accumulation"), [("", 4), ("fsdp=4", 1), ("fsdp=2,tensor=2", 1)])
 def test_and_in_float32_to_rounding(plan, accumulation):
-    want = mean_gradients(ONE, 1, jnp.float32)
-    got = mean_gradients(Plan.parse(plan), accumulation, jnp.float32)
+    want = mean_gradients(CONFIG, dtype=jnp.float32)
+    got = mean_gradients(CONFIG, Plan.parse(plan), accumulation, jnp.float32)
     assert got[1] == pytest.approx(want[1], rel=1e-6)
     assert difference(got[0], want[0]) < 1e-6
 
@@ -104,15 +85,15 @@ def test_the_loss_in_chunks_under_a_mesh_sums_the_gradient_once(monkeypatch):
 
     monkeypatch.setattr(loss, "LEAST_TOKENS", 0)
     monkeypatch.setattr(loss, "CPU_CHUNK_BYTES", 8 * 5 * 64 * 4)
-    want = mean_gradients(ONE, 1, jnp.float32)
-    got = mean_gradients.__wrapped__(Plan.parse("fsdp=4"), 1, jnp.float32)
+    want = mean_gradients(CONFIG, dtype=jnp.float32)
+    got = mean_gradients.__wrapped__(CONFIG, Plan.parse("fsdp=4"), dtype=jnp.float32)
     assert difference(got[0], want[0]) < 1e-6
 
 
 @pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_remat_changes_no_gradient(remat):
-    want = mean_gradients(ONE, 1, jnp.float32)
-    got = mean_gradients(ONE, 1, jnp.float32, remat)
+    want = mean_gradients(CONFIG, dtype=jnp.float32)
+    got = mean_gradients(CONFIG, dtype=jnp.float32, remat=remat)
     assert difference(got[0], want[0]) < 1e-6
 
 
@@ -132,7 +113,7 @@ def test_it_overfits_a_small_batch():
 
 def test_metrics_are_those_of_the_step():
     schedule = schedules.make(ScheduleConfig(warmup_steps=4), 1e-3, 10)
-    grads, loss, weight = mean_gradients(ONE, 1, jnp.float32)
+    grads, loss, weight, _ = mean_gradients(CONFIG, dtype=jnp.float32)
     _, (metrics,) = run(1, schedule=schedule)
     norm = np.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in grads.values()))
     assert metrics == {
