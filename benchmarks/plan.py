@@ -66,7 +66,7 @@ class Published:
 
 
 PUBLISHED = (
-    Published("Llama 3.1 405B, 256 TPU7x", LLAMA_405B, "tpu7x:4x8x8", 1536, 8192, "full", 499.77, 0.547),
+    Published("Llama 3.1 405B, 256 TPU7x", LLAMA_405B, "tpu7x:4x8x8", 1536, 8192, "offload", 499.77, 0.547),
     Published("Llama 3.1 8B, 256 v6e", LLAMA_8B, "v6e:16x16", 1024, 8192, "full", 7207, 0.4546),
     Published("Llama 2 70B, 512 v5p", LLAMA2_70B, "v5p:8x8x8", 2048, 4096, "full", 692, 0.654),
     Published("Llama 3.1 70B, 64 TPU7x", LLAMA_70B, "tpu7x:4x4x4", 256, 8192, "full", 2686.98, 0.523),
