@@ -36,6 +36,12 @@ class Embedding(nnx.Module):
         return _look_up(_Cut(mesh, weight_VD.shape, weight_VD.dtype, jnp.dtype(dtype)), weight_VD, tokens)
 
 
+def pieces(height: int, width: int, part: int, itemsize: int) -> int:
+    """How many pieces hold to the bound, of a table of which a device has `part` of the width; they divide the part."""
+    size = height * width * itemsize
+    return next(p for p in range(1, part + 1) if part % p == 0 and (p == part or size <= p * PIECE_BYTES))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Cut:
     """A table on a mesh: its shape and dtype, and the dtype of the embeddings. The methods see one device's part."""
@@ -73,11 +79,8 @@ class _Cut:
 
     @property
     def pieces(self) -> int:
-        """The fewest that divide a device's part of the width and hold to the bound."""
         height, width = self.shape[0] // self._devices(self.vocab_axes), self.shape[1]
-        part = width // self._devices(self.width_axes)
-        size = height * width * max(4, self.weight_dtype.itemsize)
-        return next(p for p in range(1, part + 1) if part % p == 0 and (p == part or size <= p * PIECE_BYTES))
+        return pieces(height, width, width // self._devices(self.width_axes), max(4, self.weight_dtype.itemsize))
 
     def _rows(self, tokens_BT: jax.Array, height: int) -> jax.Array:
         """Each token's row of this device's part of the vocabulary; `height`, which is none, for another's."""

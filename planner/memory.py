@@ -4,12 +4,15 @@ A training step has a few moments that can be the fullest. All hold parameters, 
 - `loss`: the output projection as gathered, its whole gradient in float32, one chunk of logits, what is kept so far.
 - `block`: the backward pass of one block at the time that all inputs are still kept: its weights as gathered, its
   activations computed again and their gradients. The output projection's whole gradient waits.
-- `table`: the embedding's gradient, whole, before it is cut: twice, as what is summed over devices is a copy.
+- `table`: a piece of the embedding's gradient before it is cut, three times: as it is added up, and copied to be sent.
 How many arrays of each width a block's backward pass holds was fitted to compiled programs (docs/plan-accuracy.md).
 """
 
 import dataclasses
 
+from ..layers.embedding import pieces
+from ..models.config import DecoderConfig
+from ..sharding.plan import Plan
 from ..train.loss import CHUNK_BYTES, LEAST_TOKENS
 from .buffers import CLASSES
 from .kept import kept_of
@@ -40,7 +43,7 @@ class Holds:
 
 RECOMPUTED = Holds(width=7, mlp=5, heads=5, kv_heads=4, weights=1)
 FROM_KEPT = Holds(width=4, mlp=3, heads=4, kv_heads=4, weights=1)
-GAPS = 0.1  # between buffers, as a share of those that come and go
+GAP = 0.75  # what finds no place beside the output projection's gradient and its copy on the way, as a share of it
 
 
 def train_memory(workload: Workload, layout: Layout) -> dict[str, float]:
@@ -64,22 +67,29 @@ def train_memory(workload: Workload, layout: Layout) -> dict[str, float]:
             "weights": item * vocabulary + cast,
             "activations": kept,
             "temporaries": _logits(workload, share) + 2 * item * stream + (WIDE * stream if plan.tensor > 1 else 0),
+            "unused": GAP * WIDE * vocabulary,
         },
         {
-            "gradients": gradients,
+            "gradients": gradients + WIDE * vocabulary,
             "weights": cast + RECOMPUTED.weights * item * computing(model, plan),
             "activations": kept,
             "temporaries": _block(workload, layout, share),
         },
         {
-            "gradients": gradients + 3 * WIDE * vocabulary,
+            "gradients": gradients + 3 * WIDE * vocabulary / _pieces(model, plan),
             "activations": item * stream,
             "temporaries": WIDE * stream,
         },
     ]
     fullest = max(moments, key=lambda moment: sum(moment.values()))
-    come_and_go = sum(size for name, size in fullest.items() if name != "activations")
-    return fixed | fullest | {"unused": GAPS * come_and_go}
+    return fixed | fullest
+
+
+def _pieces(model: DecoderConfig, plan: Plan) -> int:
+    """Of the embedding, as it passes from and to the devices that share its width; see `layers.embedding`."""
+    devices = plan.fsdp * plan.expert * plan.sequence
+    shape = model.vocab_size // plan.tensor, model.hidden_size
+    return 1 if devices == 1 else pieces(*shape, shape[1] // devices, WIDE)
 
 
 def _kept(workload: Workload, layout: Layout, share: Share) -> float:

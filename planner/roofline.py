@@ -2,8 +2,9 @@
 
 Three step times are given, as nobody knows from outside how well things overlap:
 - `least`: everything at its peak and beside everything else, so the longest of all;
-- `expected`: products at EFFICIENCY of the peak, and attention at what flash attention reaches on the chip. Weights, gradients and what goes round a ring travel beside them; what
-  tensor parallelism, exchanges and pipelines send is waited for;
+- `expected`: products at EFFICIENCY of the peak, and attention at what flash attention reaches on the chip. Weights,
+  gradients and what goes round a ring travel beside them; what tensor parallelism, exchanges and pipelines send is
+  waited for;
 - `most`: the same, and nothing overlaps.
 """
 
@@ -18,8 +19,9 @@ from .topology import Topology
 # products; see docs/plan-accuracy.md.
 EFFICIENCY = 0.8
 OVERLAP = (
-    f"products run at {EFFICIENCY:.0%} of the peak, and attention at {{attention:.0%}}; weights and gradients over data, "
-    "fsdp, and what goes round a ring, travel beside them; what tensor, expert, stage and all-to-all send is waited for"
+    f"products run at {EFFICIENCY:.0%} of the peak, and attention at {{attention:.0%}}; "
+    "weights and gradients over data and fsdp, and what goes round a ring, travel beside them; "
+    "what tensor, expert, stage and all-to-all send is waited for"
 )
 HIDDEN_AXES = {"data", "fsdp", "sequence", "expert"}
 

@@ -156,7 +156,8 @@ def attention_bytes(estimate: Estimate) -> float:
 def scheduled_seconds(estimate: Estimate, compiled: Compiled) -> float | None:
     """The step by the compiler's own estimates: its cycles, and the collectives that it does not run beside them.
 
-    Attention is taken at what a kernel is expected to take, for the reason above. None where the compiler estimates no cycles.
+    Attention is taken at what a kernel is expected to take, for the reason above. None where the compiler estimates no
+    cycles.
     """
     chip = estimate.topology.chip
     if not chip.clock or not compiled.cycles:
