@@ -88,7 +88,7 @@ MEMORY: tuple[MemoryCase, ...] = (
     (LLAMA_8B, "v5p:4x4x4", "fsdp=64", 128, 8192, 1, "full"),
     (LLAMA_8B, "v6e:8x8", "fsdp=64", 256, 8192, 1, "full"),
     (LLAMA_8B, "v6e:8x8", "fsdp=64", 256, 8192, 1, "offload"),
-    (LLAMA_8B, "v5p:4x4x4", "fsdp=16,tensor=4", 64, 8192, 1, "none"),
+    (LLAMA_8B, "v5p:4x4x4", "fsdp=16,tensor=4", 32, 4096, 1, "none"),
     (LLAMA_8B, "v6e:8x8", "fsdp=64", 64, 8192, 1, "full"),
     (MIXTURE, "v5e:4x4", "fsdp=4,expert=4", 32, 2048, 1, "full"),
     (MIXTURE, "v5e:4x4", "fsdp=16", 32, 2048, 1, "full"),
