@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.quick import QUICK
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Far beyond what anything takes: it only keeps a bug from hanging the suite.
 TIMEOUT = 400
@@ -39,7 +41,7 @@ def environment(devices: int, **more: str) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": " ".join(f"--{name}={value}".lower() for name, value in QUICK.items()),
         "PYTHONUNBUFFERED": "1",
         **more,
     }

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.quick import QUICK
 from twinax.layers.moe import MoE
 from twinax.layers.moe_config import MoEConfig
 from twinax.layers.router import route
@@ -26,7 +27,6 @@ CONFIGS = {
     "one expert a token": dataclasses.replace(SOFTMAX, experts_per_token=1, normalize=False, shared_experts=1),
     "every expert": dataclasses.replace(SOFTMAX, experts_per_token=8),
 }
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def make(config: MoEConfig, seed: int = 0):

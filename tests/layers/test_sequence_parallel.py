@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.train.helpers import MODEL, QUICK, mean_gradients
+from tests.quick import QUICK
+from tests.train.helpers import MODEL, mean_gradients
 from twinax.layers.contexts import PackedContext, in_order
 from twinax.pallas_kernels.flash_attention import flash_attention
 from twinax.planner.costs import count

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from tests.quick import QUICK
 from twinax.pallas_kernels.flash_attention import flash_attention
 from twinax.pallas_kernels.ring_attention import OPERATION, ring_attention, unzigzag, zigzag
 from twinax.sharding.plan import Plan
 
-QUICK = {"xla_backend_optimization_level": 0}  # the same products and sums, compiled in a third of the time
 B, D = 2, 4
 # Devices, tokens of a chunk, query heads, key heads, options.
 CASES = {

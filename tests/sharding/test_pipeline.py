@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.quick import QUICK
 from twinax.sharding import pipeline
 from twinax.sharding.plan import Plan
 from twinax.sharding.rules import use
 
 L, B, T, D = 8, 16, 4, 6
 AXES = {"w": ("mlp", "embed"), "b": ("embed",)}
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def weights():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.quick import QUICK
 from twinax.models.decoder import DecoderConfig, functional, init_params, param_shardings
 from twinax.sharding.plan import ONE_DEVICE, Plan
 from twinax.sharding.rules import use
@@ -19,7 +20,6 @@ MODEL = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_head
 WORDS = "the step of a run is a pure function of state and batch so that it resumes with the same bits".split(" ")  # noqa: SIM905
 
 
-QUICK = {"xla_backend_optimization_level": 0}  # the same products and sums, compiled in a third of the time
 
 
 @functools.cache

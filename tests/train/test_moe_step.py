@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.helpers import MODEL, QUICK, difference, mean_gradients, random_batch, small_recipe
+from tests.quick import QUICK
+from tests.train.helpers import MODEL, difference, mean_gradients, random_batch, small_recipe
 from twinax.layers.contexts import PackedContext
 from twinax.layers.moe_config import MoEConfig
 from twinax.models.decoder import functional, init_params, split_layers

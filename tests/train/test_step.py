@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.helpers import MODEL, QUICK, difference, mean_gradients, random_batch
+from tests.quick import QUICK
+from tests.train.helpers import MODEL, difference, mean_gradients, random_batch
 from twinax.models.decoder import functional, init_params
 from twinax.sharding.plan import Plan
 from twinax.train import optimizer, schedules
