@@ -20,6 +20,6 @@ def distrust_compile_cache(devices: Sequence[Any]) -> None:
     the same number. A CPU program read from the cache has lost that order between a loop's collectives and those
     beside it (jaxlib 0.10.2): messages get mixed up, now and then, and the numbers are wrong.
     """
-    if len(devices) > 1 and devices[0].platform == "cpu" and jax.config.jax_enable_compilation_cache:
+    if len(devices) > 1 and devices[0].platform == "cpu" and jax.config.values["jax_enable_compilation_cache"]:
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()
