@@ -9,9 +9,9 @@ Sources:
 - GPU memory: nine tenths of what is built in, as with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 (JAX's default is 0.75).
 - TPU clocks: the peak over the matrix units' width.
 - GPUs: NVIDIA's data sheets (SXM modules, dense). Between nodes: one network card for each GPU, 400 Gb/s (A100: 200).
-- Attention: of a flash attention kernel, forward and backward together, head size 128. TPUs: splash attention's
-  measured forward rates at 8,192 tokens (v5p 89%, v6e 36%, TPU7x 34% of the peak: exponentials take longer than the
-  products), and 1.6 times that time for the backward pass, as its program for a tile is 1.6 times as long. GPUs:
+- Attention: of a flash attention kernel, forward and backward together. v6e, TPU7x: from measured forward times of
+  splash attention at 8,192 tokens (36% and 34% of the peak if that was one head of 128), and 1.6 times that time for
+  the backward pass, as its program for a tile is 1.6 times as long (v5p, v6e). v4, v5e, v5p: as products. GPUs:
   FlashAttention-2 and 3 (arXiv:2307.08691, 2407.08608).
 """
 
