@@ -10,10 +10,12 @@ from .errors import CompileFailed, CompilerMissing, PlannerError
 from .model import Estimate, estimate
 from .progress import CompileDisplay
 from .search import REMATS, best_of, distinct, search, search_batch, search_serving
-from .serving import most_requests
+from .serving import fewer_requests, most_requests
 from .topology import Topology
 from .verdict import Verdict
 from .workload import Layout, Workload
+
+RETRIES = 2  # of an engine that does not fit, each with fewer requests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +124,26 @@ def _serving(
     else:
         pairs = search_serving(workload, topology)
     count = len(pairs) if wishes.plans else max(1, wishes.compiled)
-    verdicts = []
-    for found, requests in pairs[:count]:
-        (verdict,) = _compiled(topology, [found], wishes, reason)
-        verdicts.append(dataclasses.replace(verdict, requests=requests))
+    verdicts = [_largest_engine(topology, found, requests, wishes, reason) for found, requests in pairs[:count]]
     return verdicts, [found for found, _ in pairs]
+
+
+def _largest_engine(
+    topology: Topology, found: Estimate, requests: int, wishes: Wishes, reason: str | None
+) -> Verdict:
+    """The engine compiled; again with fewer requests while it needs more memory than the model thought.
+
+    (Pages of few heads or of small ones are padded to tiles, by up to eight times.)
+    """
+    (verdict,) = _compiled(topology, [found], wishes, reason)
+    for _ in range(RETRIES):
+        if verdict.compiled is None or verdict.fits:
+            break
+        weights = verdict.compiled.memory["parameters"]
+        fewer = fewer_requests(requests, topology.chip.memory, weights, verdict.total_memory)
+        if fewer < 1:
+            break
+        requests = fewer
+        found = estimate(dataclasses.replace(found.workload, rows=requests), topology, found.layout)
+        (verdict,) = _compiled(topology, [found], wishes, reason)
+    return dataclasses.replace(verdict, requests=requests)

@@ -11,6 +11,7 @@ from .workload import Layout, Workload
 
 # Of the memory that weights leave, the share that pages may take; the rest is for what a step computes.
 CACHE_SHARE = 0.95
+MOST_REQUESTS = 4096  # at once, however small they are: beyond it the host cannot keep up with a step
 
 
 def serve_work(workload: Workload, layout: Layout) -> Work:
@@ -42,7 +43,7 @@ def serve_attention_flops(workload: Workload, layout: Layout) -> float:
 
 
 def most_requests(workload: Workload, topology: Topology, layout: Layout) -> int:
-    """How many requests of the workload's length fit beside the weights; 0 if not one."""
+    """How many requests of the workload's length fit beside the weights, up to MOST_REQUESTS; 0 if not one."""
 
     def at(rows: int) -> float:
         return sum(serve_memory(dataclasses.replace(workload, rows=rows), layout).values())
@@ -51,4 +52,10 @@ def most_requests(workload: Workload, topology: Topology, layout: Layout) -> int
     left = topology.chip.memory - one
     if left < 0:
         return 0
-    return 1 + int(CACHE_SHARE * left / max(two - one, 1.0))
+    return min(MOST_REQUESTS, 1 + int(CACHE_SHARE * left / max(two - one, 1.0)))
+
+
+def fewer_requests(requests: int, available: float, weights: float, used: float) -> int:
+    """How many to try next when so many requests take `used` bytes with the weights; at least one less."""
+    each = (used - weights) / requests
+    return min(requests - 1, int(CACHE_SHARE * (available - weights) / each))

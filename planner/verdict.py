@@ -96,8 +96,14 @@ class Verdict:
 
 
 def _engine(estimate: Estimate, programs: Sequence[Compiled]) -> Compiled:
-    """The engine's programs as one: what they take from shapes, as each takes a part; the most that any adds to it."""
-    held = {name: estimate.memory[name] for name in ("parameters", "cache", "inputs")}
+    """The engine's programs as one: what they hold together, and the most that any of them adds to it.
+
+    What they hold is known from shapes, as each takes a part of it, but for the padding that a compiler adds.
+    """
+    held = {
+        name: max(estimate.memory[name], *(program.memory[name] for program in programs))
+        for name in ("parameters", "cache", "inputs")
+    }
     added = max((dict(program.memory) for program in programs), key=lambda memory: _added(memory, held))
     decode, finish = (next(p for p in programs if p.name == name) for name in ("decode", "finish"))
     totals = Costs(decode.flops, decode.hbm_bytes, decode.cycles, dict(decode.collectives), attend=decode.attend)

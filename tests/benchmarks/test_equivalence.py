@@ -22,7 +22,7 @@ def float64():
     [
         (DENSE, "fsdp=2,sequence=2,tensor=2", VARIANTS[3]),
         (DENSE, "stage=2,data=2,sequence=2,attention=all_to_all,schedule=interleaved,rounds=2", VARIANTS[0]),
-        (MOE, "stage=2,expert=2,tensor=2,schedule=1f1b", VARIANTS[1]),
+        (MOE, "stage=2,expert=2,schedule=1f1b", VARIANTS[1]),
     ],
 )
 def test_layouts_give_the_numbers_of_one_device(model, plan, variant):

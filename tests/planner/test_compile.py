@@ -1,5 +1,6 @@
 """Steps compiled for TPUs by libtpu on this machine. Skipped where libtpu is not installed."""
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -9,6 +10,7 @@ from twinax.planner.compile import Compilation, compile_layouts
 from twinax.planner.errors import CompileFailed
 from twinax.planner.model import estimate
 from twinax.planner.plan import Wishes, plan_on
+from twinax.planner.serving import MOST_REQUESTS, most_requests
 from twinax.planner.sizes import resting
 from twinax.planner.topology import Topology
 from twinax.planner.traffic import forward_passes
@@ -67,14 +69,20 @@ def test_what_does_not_fit_is_refused_and_its_memory_known():
 
 @pytest.mark.slow
 def test_the_engine_s_programs():
-    workload = Workload(DENSE, "serve", 1, 256)
-    (verdict,), _ = plan_on(workload, TOPOLOGY, Wishes(plans=(Plan(tensor=2),), display=False))
+    """While they are read, pages of so small heads are padded: fewer requests fit than shapes alone would have it."""
+    long = dataclasses.replace(DENSE, max_position_embeddings=131072)
+    workload = Workload(long, "serve", 1, 131072)
+    layout = Layout(Plan(tensor=2), remat="none")
+    thought = most_requests(workload, TOPOLOGY, layout)
+    (verdict,), _ = plan_on(workload, TOPOLOGY, Wishes(plans=(layout.plan,), display=False))
     assert verdict.compilation is not None, verdict.reason
     assert [program.name for program in verdict.compilation.programs] == ["decode", "chunk", "finish"]
     assert verdict.fits
-    assert verdict.requests
-    cache = verdict.compilation.programs[0].memory["cache"]
-    assert cache >= verdict.estimate.memory["cache"]  # pages may be padded to tiles
+    assert verdict.requests is not None
+    assert 1 < verdict.requests < thought < MOST_REQUESTS
+    assert verdict.estimate.workload.rows == verdict.requests
+    assert verdict.compilation.programs[0].memory["cache"] >= verdict.estimate.memory["cache"]
+    assert 0.5 < verdict.total_memory / TOPOLOGY.chip.memory <= 1
 
 
 def test_what_cannot_be_lowered_says_why():
