@@ -5,8 +5,9 @@ The folder is the registry. An operation's package holds up to four modules: `re
 exists is a candidate, one that does not is not.
 
 - `implementation="tpu"` runs that module and nothing else: whatever it raises is the caller's.
-- Without a name, the candidates of the platform that the program is **lowered** for are tried in order, each until one
-  does not raise `NotImplementedError`. When all do, the error holds every reason.
+- Without a name, the candidates of the platform that the program is for are tried in order, each until one does not
+  raise `NotImplementedError`. When all do, the error holds every reason. That platform is the one of the mesh in use (a
+  laptop compiles for a TPU under a mesh of its described devices); without a mesh, the one the program is lowered for.
 - `reference` is chosen only by name.
 """
 
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+
+from .chips import known_platform
 
 ROSTER = ("tpu", "gpu", "xla", "reference")
 ORDER_ELSEWHERE = ("xla",)
@@ -60,9 +63,10 @@ class Operation:
             for platform, order in ORDER.items()
             if (chain := tuple(name for name in order if name in present)) != elsewhere
         }
-        if not special:
-            return self._first(elsewhere, args, kwargs)
-        # The platform is known only when the program is lowered (a TPU program may be compiled on a laptop), so every
+        known = known_platform()
+        if known is not None or not special:
+            return self._first(special.get(known, elsewhere), args, kwargs)
+        # A process with an accelerator may run a program on its CPU, which is known only when it is lowered. So every
         # platform's choice is traced and the compiler keeps one: arrays reach the branches as closures.
         branches = {
             platform: lambda chain=chain: self._first(chain, args, kwargs) for platform, chain in special.items()

@@ -5,6 +5,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from twinax.pallas_kernels import candidates
 from twinax.pallas_kernels.candidates import NoCandidateError, Operation
@@ -34,9 +35,14 @@ def operation(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+KINDS = {"cpu": "cpu", "cuda": "NVIDIA H200", "tpu": "TPU v5p"}
+
+
 def lowered_for(platform, op, n=0):
-    """The text of the program that `platform` would compile."""
-    traced = jax.jit(lambda x: op(x, n=n)).trace(jnp.ones(3, jnp.int32))
+    """The text of the program that `platform` would compile, traced under a mesh of its devices."""
+    device = AbstractDevice(KINDS[platform], None, platform)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        traced = jax.jit(lambda x: op(x, n=n)).trace(jnp.ones(3, jnp.int32))
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -74,6 +80,16 @@ def test_the_choice_is_the_platform_of_the_lowering(operation):
         text = lowered_for(platform, op)
         assert f"dense<{own}>" in text
         assert f"dense<{others[:2]}>" not in text and f"dense<{others[2:]}>" not in text
+
+
+def test_without_a_mesh_a_process_with_an_accelerator_chooses_while_lowering(operation, monkeypatch):
+    monkeypatch.setattr(candidates, "known_platform", lambda: None)
+    op = operation(tpu=PLUS.format(77), xla=PLUS.format(99))
+    assert op(jnp.zeros((), jnp.int32), n=0) == 99
+    traced = jax.jit(lambda x: op(x, n=0)).trace(jnp.ones(3, jnp.int32))
+    for platform, own, other in (("tpu", "77", "99"), ("cpu", "99", "77"), ("cuda", "99", "77")):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert f"dense<{own}>" in text and f"dense<{other}>" not in text
 
 
 def test_a_kernel_that_refuses_gives_way_to_the_next(operation):
