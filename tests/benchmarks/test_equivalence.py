@@ -6,6 +6,7 @@ from jax import lax
 
 from benchmarks import equivalence
 from benchmarks.equivalence import LIMIT, MODELS, VARIANTS, compare, plans
+from tests.thorough import thorough
 from twinax.sharding.plan import Plan
 
 DENSE, MOE = MODELS
@@ -19,11 +20,13 @@ def float64():
 
 @pytest.mark.parametrize(
     ("model", "plan", "variant"),
-    [
-        (DENSE, "fsdp=2,sequence=2,tensor=2", VARIANTS[3]),
-        (DENSE, "stage=2,data=2,sequence=2,attention=all_to_all,schedule=interleaved,rounds=2", VARIANTS[0]),
-        (MOE, "stage=2,expert=2,schedule=1f1b", VARIANTS[1]),
-    ],
+    thorough(
+        [
+            (DENSE, "stage=2,data=2,sequence=2,attention=all_to_all,schedule=interleaved,rounds=2", VARIANTS[0]),
+            (DENSE, "fsdp=2,sequence=2,tensor=2", VARIANTS[3]),
+            (MOE, "stage=2,expert=2,schedule=1f1b", VARIANTS[1]),
+        ]
+    ),
 )
 def test_layouts_give_the_numbers_of_one_device(model, plan, variant):
     found = compare(model, Plan.parse(plan), variant)

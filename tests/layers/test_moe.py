@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.quick import QUICK
+from tests.thorough import thorough
 from twinax.layers.moe import MoE
 from twinax.layers.moe_config import MoEConfig
 from twinax.layers.router import route
@@ -123,12 +124,12 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize(("plan", "name"), PLANS)
+@pytest.mark.parametrize(("plan", "name"), thorough(PLANS, 4))
 def test_a_plan_gives_the_values_statistics_and_gradients_of_one_device(plan, name):
     check_plan(Plan.parse(plan), CONFIGS[name])
 
 
-@pytest.mark.parametrize("plan", ["stage=2,expert=2,tensor=2", "stage=2,fsdp=2,sequence=2"])
+@pytest.mark.parametrize("plan", thorough(["stage=2,expert=2,tensor=2", "stage=2,fsdp=2,sequence=2"]))
 def test_it_can_be_mapped_over_the_stages_of_a_pipeline(plan):
     """Two layers with their own inputs, each on its stage."""
     mesh = Plan.parse(plan).mesh()
@@ -184,7 +185,7 @@ def to_one_expert(state):
     return state
 
 
-@pytest.mark.parametrize("plan", ["expert=4", "expert=8", "expert=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("plan", thorough(["expert=2,fsdp=2,tensor=2", "expert=4", "expert=8"]))
 def test_no_token_is_dropped_when_all_go_to_the_same_experts(plan):
     got = check_plan(Plan.parse(plan), SOFTMAX, to_one_expert, constant=True)
     (_, (y, tokens, _, _)), _ = got

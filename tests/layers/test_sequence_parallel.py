@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.quick import QUICK
+from tests.thorough import thorough
 from tests.train.helpers import MODEL, mean_gradients
 from twinax.layers.contexts import PackedContext, in_order
 from twinax.pallas_kernels.flash_attention import flash_attention
@@ -75,7 +76,7 @@ def test_heads_that_do_not_divide_are_refused():
 
 
 @ATTENTION
-@pytest.mark.parametrize("sizes", ["sequence=2,tensor=2,data=2", "sequence=4,tensor=2", "sequence=8"])
+@pytest.mark.parametrize("sizes", thorough(["sequence=2,tensor=2,data=2", "sequence=4,tensor=2", "sequence=8"]))
 def test_a_context_on_a_mesh_is_one_on_a_device(sizes, attention):
     with jax.enable_x64(True):
         arrays, ids = inputs(8, 2)
@@ -130,7 +131,8 @@ def test_nothing_but_the_exchange_itself_crosses_devices(attention, kinds):
 
 @ATTENTION
 @pytest.mark.parametrize(
-    ("sizes", "accumulation"), [("sequence=4", 2), ("sequence=2,tensor=2", 1), ("sequence=2,fsdp=2,data=2", 1)]
+    ("sizes", "accumulation"),
+    thorough([("sequence=4", 2), ("sequence=2,tensor=2", 1), ("sequence=2,fsdp=2,data=2", 1)]),
 )
 def test_a_model_has_the_loss_and_gradients_of_one_device(sizes, accumulation, attention):
     with jax.enable_x64(True):

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from tests.quick import QUICK
+from tests.thorough import thorough
 from twinax.layers.contexts import PackedContext
 from twinax.layers.moe_config import MoEConfig
 from twinax.models.config import DecoderConfig
@@ -142,7 +143,7 @@ def test_remat_changes_memory_and_no_gradient(remat):
 MIXTURE = dataclasses.replace(TINY, num_layers=5, moe=MoEConfig(4, 2, 56, router="sigmoid"))
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", thorough(["full", "none", "dots"]))
 @pytest.mark.parametrize("config", [dataclasses.replace(TINY, num_layers=5), MIXTURE], ids=["dense", "mixture"])
 def test_no_gathered_weight_is_kept_for_the_backward_pass(config, remat):
     """The compiled loops over the layers carry weights [L, ...] only as they rest, each device's part."""
@@ -193,7 +194,9 @@ def test_layers_one_by_one_are_the_scan():
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", [Plan(fsdp=4), Plan(data=4), Plan(data=2, fsdp=2), Plan(fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    "plan", thorough([Plan(fsdp=2, tensor=2), Plan(fsdp=4), Plan(data=4), Plan(data=2, fsdp=2)]), ids=str
+)
 def test_a_mesh_gives_the_numbers_of_one_device(plan):
     config = dataclasses.replace(TINY, attention_bias=True, vocab_size=64)
     mesh = plan.mesh()

@@ -9,6 +9,7 @@ import pytest
 
 from tests.serving.test_engine import CONFIG as MODEL
 from tests.serving.test_engine import TOKENIZER
+from tests.thorough import thorough
 from twinax.checkpoints.load import LoadedModel
 from twinax.models.decoder import init_params
 from twinax.serving import programs
@@ -43,7 +44,7 @@ def alone() -> list:
     return answers("")[1]
 
 
-@pytest.mark.parametrize("plan", ["tensor=2", "tensor=2 stacked"])
+@pytest.mark.parametrize("plan", thorough(["tensor=2", "tensor=2 stacked"]))
 def test_the_same_tokens_and_nearly_the_same_log_probabilities(
     plan: str, alone: list, monkeypatch: pytest.MonkeyPatch
 ):
@@ -71,6 +72,7 @@ def test_each_device_holds_its_part(alone: list):
     assert len(pages.sharding.device_set) == 2
 
 
+@pytest.mark.slow
 def test_all_blocks_as_one_program_alone(alone: list, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(programs, "CPU_LAYERS", 0)
     _, found = answers("")

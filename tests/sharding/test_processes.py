@@ -66,6 +66,7 @@ time.sleep(300)
     assert "left" not in first.out + failing.out
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others():
     body = """
 if me == 1:

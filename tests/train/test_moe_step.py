@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.quick import QUICK
+from tests.thorough import thorough
 from tests.train.helpers import MODEL, difference, mean_gradients, random_batch, small_recipe
 from twinax.layers.contexts import PackedContext
 from twinax.layers.moe_config import MoEConfig
@@ -33,11 +34,9 @@ def config(moe: MoEConfig):
 
 LAYOUTS = [
     ("softmax", "", 4, "none"),
+    ("sigmoid", "expert=2,data=2,tensor=2", 2, "none"),
     ("softmax", "expert=2,fsdp=2", 2, "none"),
     ("sigmoid", "expert=4", 2, "none"),
-    ("sigmoid", "expert=2,data=2,tensor=2", 2, "none"),
-]
-MORE = [
     ("sigmoid", "", 2, "full"),
     ("softmax", "expert=4", 1, "full"),
     ("sigmoid", "expert=2,tensor=2", 1, "dots"),
@@ -46,10 +45,7 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "plan", "accumulation", "remat"),
-    [*LAYOUTS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
-)
+@pytest.mark.parametrize(("name", "plan", "accumulation", "remat"), thorough(LAYOUTS, 2))
 def test_any_layout_gives_the_gradients_and_statistics_of_one_device_in_float64(name, plan, accumulation, remat):
     with jax.enable_x64(True):
         want = mean_gradients(config(MOES[name]))
