@@ -1,0 +1,86 @@
+"""Reads what the compilers leave behind: libtpu's static profile and last bundles, ptxas's remarks.
+
+A dump is read once, and what was read is deleted, so that the next kernel of a process finds an empty folder.
+"""
+
+import dataclasses
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from twinax.planner.gpu_target import TARGETS
+
+
+@dataclasses.dataclass(frozen=True)
+class Dump:
+    """Cycles of each operation of a program, and of all together the rest (the most registers); see `static.Static`."""
+
+    cycles: dict[str, float]
+    bundles: int | None
+    spills: int | None
+    registers: int | None = None
+    warnings: tuple[str, ...] = ()
+
+
+_ESTIMATE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)')
+_OPERATION = re.compile(r"^\d+-(.+?)-\d+-")
+_BUNDLES = re.compile(r"total scheduled bundles:\s+(\d+)")
+_SPILL = re.compile(r"vmem:\[#allocation\d+_spill")
+
+
+def read_tpu(folder: Path, chip: str) -> Dump:
+    """Operations of the whole program (`<...>`, `TLP`) are left out."""
+    cycles: dict[str, float] = {}
+    for file in (folder / "static").glob("*_static_llo_profile.textproto"):
+        cycles |= {name: float(count) for name, count in _ESTIMATE.findall(file.read_text())}
+    bundles: dict[str, int] = {}
+    for name, file in _named(folder / "llo", "*schedule-analysis_final_bundles.txt"):
+        if found := _BUNDLES.search(file.read_text()[:400]):
+            bundles[name] = int(found[1])
+    spills = {
+        name: sum(len(_SPILL.findall(line)) for line in file.open())
+        for name, file in _named(folder / "llo", "*-final_bundles.txt")
+        if name in bundles
+    }
+    _empty(folder / "static")
+    _empty(folder / "llo")
+    there = bool(bundles)
+    return Dump(cycles, sum(bundles.values()) if there else None, sum(spills.values()) if there else None)
+
+
+def _named(folder: Path, pattern: str) -> Iterator[tuple[str, Path]]:
+    for file in sorted(folder.glob(pattern)):
+        found = _OPERATION.match(file.name)
+        if found and not found[1].startswith("<") and found[1] != "TLP":
+            yield found[1], file
+
+
+def read_cuda(folder: Path, chip: str) -> Dump:
+    """Of kernels through Mosaic, ptxas has spoken already; PTX that XLA and Triton made is given to it here."""
+    capability = TARGETS[chip].capability
+    architecture = f"sm_{capability}0" + ("a" if capability >= 9 else "")
+    said = (folder / "said").read_text(errors="replace")
+    for file in sorted((folder / "xla").glob("*.ptx")):
+        if ".entry" in file.read_text():
+            command = ["ptxas", "-v", f"-arch={architecture}", str(file), "-o", "/dev/null"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            said += done.stdout + done.stderr
+    _empty(folder / "xla")
+    return read_ptxas(said)
+
+
+def read_ptxas(said: str) -> Dump:
+    """What `ptxas -v` says: registers of a thread, bytes spilled, and where it serialises wgmma."""
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", said)]
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    warnings = tuple(dict.fromkeys(re.findall(r"\((C75\d\d)\) Potential Performance Loss", said)))
+    spills = sum(int(count) for pair in spilled for count in pair) if spilled else None
+    return Dump({}, None, spills, max(registers, default=None), warnings)
+
+
+def _empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+        folder.mkdir()

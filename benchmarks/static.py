@@ -1,0 +1,253 @@
+"""How fast a kernel will be on an accelerator that is not there: compiles it, and reads what the compiler says.
+
+    from benchmarks.static import Request, compile_all
+    (found,) = compile_all([Request("v6e", "benchmarks.kernel_cases.flash_attention:forward", {"T": 4096})])
+    print(found.microseconds, found.of_limit, found.spills)
+
+or `python -m benchmarks.static v6e MODULE:FUNCTION '{"T": 4096}'`, where MODULE may be the path of a file. The function
+is called in a child process as `function(target, **arguments)` and returns a `Program`: what to compile, its arguments
+as shapes that `target.array(shape, dtype)` made, and what it has to compute and to move.
+
+TPU (needs libtpu): the microseconds are the static profiler's cycles over the clock, but never less than the program's
+bytes over the bandwidth, as contention for memory is not modelled. The profiler follows the scalar program, so that
+loops and conditions on program ids count as they run; what hangs on data (scalar prefetch) is guessed, and such a
+kernel wants a variant without it. On v5p, a device is two cores: a grid dimension marked "parallel" is divided over
+both, any other grid runs on one of them; all limits are of the device.
+
+NVIDIA (needs JAX's CUDA plug-in and ptxas): registers, spills and ptxas's warnings; there is no clock.
+
+Several requests for one chip share a child. A kernel on which the profiler aborts ends its child; it is compiled again
+without the profile, and the others go on in a new one.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from twinax.planner.chips import Chip, find_chip
+from twinax.planner.devices import check_compiler, settings
+from twinax.planner.errors import PlannerError
+from twinax.planner.topology import Topology
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TIMEOUT = 300.0  # seconds, for one kernel
+LAST = ".*final.*"  # of the many stages that a program for TPUs goes through, what is read here
+# The smallest machine that a chip comes in; kernels of one device are compiled for its first.
+SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A kernel to compile.
+
+    Attributes:
+        chip: "v5e", "v5p", "v6e", "7x", "h200", ...; or a machine, "v5p:2x2x1", for programs on several devices.
+        builder: "module:function" or "file.py:function"; called as `function(target, **arguments)`.
+        arguments: JSON values.
+    """
+
+    chip: str
+    builder: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def topology(self) -> Topology:
+        if ":" in self.chip:
+            return Topology.parse(self.chip)
+        name = find_chip(self.chip).name
+        return Topology.parse(SMALLEST.get(name, f"{name}:1"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a builder returns.
+
+    Attributes:
+        function, arguments: to be jitted and lowered; arguments are pytrees of `target.array`s.
+        flops, hbm_bytes: what one device cannot avoid, for the limit. Causal attention counts half.
+        dtype: of the products, for their peak: "bfloat16", "float32", "int8" or "float8".
+        share: how much of the compiled program's cycles counts; for variants that compute a known multiple.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    flops: float
+    hbm_bytes: float
+    dtype: str = "bfloat16"
+    share: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What the compiler says of a program; None where it does not say. Of several operations, sums.
+
+    Attributes:
+        microseconds: see the module; `of_limit`: the limit (the larger of FLOPs over peak and bytes over bandwidth)
+            over it.
+        cycles: of the busiest core, `share` counted in. by_op: those of each operation of the program, without it.
+        bundles: instructions of a TPU's program. spills: its uses of spilled vector registers; on a GPU, bytes.
+        registers: of a GPU's thread.
+        warnings: ptxas's "Potential Performance Loss" (C7510 to C7512: wgmma serialised).
+        temp_bytes: HBM that the program needs beside arguments and results.
+        failed: why there is nothing, or None.
+    """
+
+    microseconds: float | None = None
+    of_limit: float | None = None
+    cycles: float | None = None
+    by_op: dict[str, float] = dataclasses.field(default_factory=dict)
+    bundles: int | None = None
+    spills: int | None = None
+    registers: int | None = None
+    warnings: tuple[str, ...] = ()
+    temp_bytes: int | None = None
+    compile_seconds: float | None = None
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    failed: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Static":
+        return cls(**{**values, "warnings": tuple(values["warnings"])})
+
+
+def limit_seconds(chip: Chip, flops: float, hbm_bytes: float, dtype: str = "bfloat16") -> float:
+    """The least time that `chip` can take: the larger of products at its peak and bytes at its bandwidth."""
+    return max(flops / chip.peak(dtype), hbm_bytes / chip.memory_bandwidth)
+
+
+Progress = Callable[[int, Static], None]
+
+
+def compile_all(
+    requests: Sequence[Request], *, timeout: float = TIMEOUT, progress: Progress | None = None
+) -> list[Static]:
+    """Compiles each; what cannot be compiled has `failed` set. `progress(index, result)` hears of each as it is there.
+
+    Raises CompilerMissing (`planner.errors`), saying what to install.
+    """
+    results: dict[int, Static] = {}
+    for topology in dict.fromkeys(request.topology for request in requests):
+        check_compiler(topology)
+        todo = [i for i, request in enumerate(requests) if request.topology == topology]
+        profiled = True
+        while todo:
+            # After the profiler has aborted on a kernel, that one goes alone and without it.
+            now = todo if profiled else todo[:1]
+            profiled_now, profiled = profiled, True
+            for index, found in _child(topology, [(i, requests[i]) for i in now], profiled_now, timeout):
+                if found is None and profiled_now:
+                    profiled = False
+                    break
+                found = found or Static(failed="the compiler's process ended without a result")
+                results[index] = found
+                todo.remove(index)
+                if progress:
+                    progress(index, found)
+    return [results[i] for i in range(len(requests))]
+
+
+def _child(
+    topology: Topology, requests: list[tuple[int, Request]], profiled: bool, timeout: float
+) -> Iterator[tuple[int, Static | None]]:
+    """Results as they come; None, the last, of a kernel with which the child died, if it was profiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump, errors = Path(folder), Path(folder) / "errors"
+        question = {
+            "topology": str(topology),
+            "dump": str(dump),
+            "requests": [dataclasses.asdict(request) for _, request in requests],
+        }
+        with errors.open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.static_child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                cwd=REPOSITORY,
+                env={**os.environ, **_environment(topology, dump, profiled)},
+            )
+        assert process.stdin and process.stdout
+        late = threading.Event()
+        try:
+            process.stdin.write(json.dumps(question))
+            process.stdin.close()
+            for index, _ in requests:
+                timer = threading.Timer(timeout, lambda: (late.set(), process.kill()))
+                timer.start()
+                line = _answer(process.stdout)
+                timer.cancel()
+                if line is not None:
+                    yield index, Static.from_json(json.loads(line))
+                    continue
+                process.wait()
+                if late.is_set():
+                    yield index, Static(failed=f"not compiled after {timeout:.0f} s")
+                elif profiled and topology.chip.platform == "tpu":
+                    yield index, None
+                else:
+                    last = errors.read_text()[-1500:].strip() or f"exit status {process.returncode}"
+                    yield index, Static(failed=f"the compiler's process died: {last}")
+                return
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _answer(lines: Any) -> str | None:
+    return next((line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")), None)
+
+
+def _environment(topology: Topology, dump: Path, profiled: bool) -> dict[str, str]:
+    """The compilers read these once, when they are loaded."""
+    if topology.chip.platform == "cuda":
+        flags = os.environ.get("XLA_FLAGS", "")
+        cuda = os.environ.get("CUDA_ROOT", "/usr/local/cuda")
+        return {
+            **settings(topology),
+            "XLA_FLAGS": f"{flags} --xla_dump_to={dump}/xla --xla_gpu_cuda_data_dir={cuda}",
+            "MOSAIC_GPU_DUMP_PTXAS": "1",  # on the standard output
+        }
+    (dump / "llo").mkdir()
+    (dump / "static").mkdir()
+    flags = [f"--xla_jf_dump_to={dump}/llo", "--xla_jf_dump_llo_text=true", f"--xla_jf_dump_llo_pass_label_regex={LAST}"]
+    if profiled:
+        flags.append(f"--xla_jf_dump_static_llo_profile_to={dump}/static")
+    if topology.chip.name == "tpu7x":
+        flags.append("--xla_tpu_check_llo_types=false")  # its own check refuses some of its own programs
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    return {**settings(topology), "LIBTPU_INIT_ARGS": " ".join([given, *flags]).strip()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chip", help="v5e, v5p, v6e, 7x, h100, h200, b200, or a machine such as v5p:2x2x1")
+    parser.add_argument("builder", help="MODULE:FUNCTION or FILE.py:FUNCTION")
+    parser.add_argument("arguments", nargs="*", help="JSON objects: one compilation each, in one child")
+    options = parser.parse_args()
+    requests = [Request(options.chip, options.builder, json.loads(given)) for given in options.arguments or ["{}"]]
+
+    def show(index: int, found: Static) -> None:
+        print(json.dumps({**requests[index].arguments, **found.to_json()}), flush=True)
+
+    try:
+        found = compile_all(requests, progress=show)
+    except PlannerError as error:
+        parser.error(str(error))
+    sys.exit(1 if any(one.failed for one in found) else 0)
+
+
+if __name__ == "__main__":
+    main()

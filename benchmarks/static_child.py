@@ -1,0 +1,153 @@
+"""Compiles kernels for a machine that is not there. A process of its own, started by `benchmarks.static`.
+
+It reads what to do as JSON from its standard input and prints one line `RESULT {...}` for each kernel.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .dumps import Dump, read_cuda, read_tpu
+from .static import Program, Static, limit_seconds
+
+
+class Target:
+    """The described devices, as builders see them.
+
+    Attributes:
+        chip: facts of the chip (`planner.chips.Chip`). devices: JAX's, all of the machine.
+        mesh: one axis "x" over all devices of a machine that was named, or the first device alone.
+    """
+
+    def __init__(self, topology: Any, alone: bool):
+        import jax
+        import numpy as np
+        from jax.sharding import AxisType, Mesh
+
+        from twinax.planner.devices import find_devices
+
+        self.chip, self.devices = topology.chip, find_devices(topology)
+        used = self.devices[:1] if alone else self.devices
+        self.mesh = Mesh(np.array(used), ("x",), axis_types=(AxisType.Auto,))
+        self._jax = jax
+
+    def array(self, shape: tuple[int, ...], dtype: Any = "bfloat16", cut: Any = None) -> Any:
+        """An argument: its shape and dtype, on the mesh, cut as the PartitionSpec says (whole on each device)."""
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        sharding = NamedSharding(self.mesh, PartitionSpec() if cut is None else cut)
+        return self._jax.ShapeDtypeStruct(shape, self._jax.numpy.dtype(dtype), sharding=sharding)
+
+    def context(self) -> Any:
+        """Within it, kernels know the chip that they are traced for."""
+        from jax._src.mesh import AbstractDevice
+        from jax.sharding import AbstractMesh
+
+        from twinax.planner.gpu_target import TARGETS
+
+        device = self.devices[0]
+        is_gpu = self.chip.platform == "cuda"
+        cores = TARGETS[self.chip.name].cores if is_gpu else getattr(device, "num_cores", 1)
+        more = [self.chip.platform] if "platform" in AbstractDevice.__dataclass_fields__ else []
+        described = AbstractDevice(device.device_kind, cores, *more)
+        mesh = AbstractMesh(self.mesh.axis_sizes, self.mesh.axis_names, self.mesh.axis_types, abstract_device=described)
+        return self._jax.sharding.use_abstract_mesh(mesh)
+
+
+def load(builder: str) -> Any:
+    """The function of "module:function" or "file.py:function"."""
+    module, _, name = builder.rpartition(":")
+    if not module.endswith(".py"):
+        return getattr(importlib.import_module(module), name)
+    path = Path(module).resolve()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader, f"{path} is no Python file"
+    sys.path.insert(0, str(path.parent))
+    loaded = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return getattr(loaded, name)
+
+
+def compile_one(target: Target, request: dict[str, Any], dump: Path) -> Static:
+    import jax
+
+    program: Program = load(request["builder"])(target, **request["arguments"])
+    began = time.perf_counter()
+    with _standard_output(dump / "said"):
+        with target.context():
+            lowered = jax.jit(program.function).lower(*program.arguments)
+        compiled = lowered.compile()
+    seconds = time.perf_counter() - began
+    read = read_cuda if target.chip.platform == "cuda" else read_tpu
+    found = read(dump, target.chip.name)
+    memory = compiled.memory_analysis()
+    return summary(target.chip, program, found, seconds, None if memory is None else memory.temp_size_in_bytes)
+
+
+def summary(chip: Any, program: Program, found: Dump, seconds: float, temp_bytes: int | None) -> Static:
+    least = limit_seconds(chip, program.flops, program.hbm_bytes, program.dtype)
+    cycles = sum(found.cycles.values()) * program.share if found.cycles else None
+    time_taken = None
+    if cycles is not None:
+        time_taken = max(cycles / chip.clock, program.hbm_bytes / chip.memory_bandwidth)
+    return Static(
+        microseconds=None if time_taken is None else 1e6 * time_taken,
+        of_limit=None if not time_taken else least / time_taken,
+        cycles=cycles,
+        by_op=found.cycles,
+        bundles=found.bundles,
+        spills=found.spills,
+        registers=found.registers,
+        warnings=found.warnings,
+        temp_bytes=temp_bytes,
+        compile_seconds=seconds,
+        flops=program.flops,
+        hbm_bytes=program.hbm_bytes,
+    )
+
+
+@contextlib.contextmanager
+def _standard_output(file: Path) -> Iterator[None]:
+    """What C++ code prints on the standard output goes to `file`."""
+    sys.stdout.flush()
+    kept, opened = os.dup(1), os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(opened, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(opened)
+
+
+def main() -> None:
+    question = json.loads(sys.stdin.read())
+    from twinax.planner.topology import Topology
+
+    dump = Path(question["dump"])
+    targets: dict[bool, Target] = {}
+    for request in question["requests"]:
+        try:
+            alone = ":" not in request["chip"]
+            if alone not in targets:
+                targets[alone] = Target(Topology.parse(question["topology"]), alone)
+            found = compile_one(targets[alone], request, dump)
+        except Exception as error:  # whatever it is, the parent says it
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            found = Static(failed=f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"[:3000])
+        print("RESULT " + json.dumps(found.to_json()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # libtpu's threads may outlive the interpreter
