@@ -222,7 +222,7 @@ def _environment(topology: Topology, dump: Path, profiled: bool) -> dict[str, st
         }
     (dump / "llo").mkdir()
     (dump / "static").mkdir()
-    flags = [f"--xla_jf_dump_to={dump}/llo", "--xla_jf_dump_llo_text=true", f"--xla_jf_dump_llo_pass_label_regex={LAST}"]
+    flags = [f"--xla_jf_dump_to={dump}/llo", "--xla_jf_dump_llo_text", f"--xla_jf_dump_llo_pass_label_regex={LAST}"]
     if profiled:
         flags.append(f"--xla_jf_dump_static_llo_profile_to={dump}/static")
     if topology.chip.name == "tpu7x":

@@ -79,6 +79,7 @@ def load(builder: str) -> Any:
 def compile_one(target: Target, request: dict[str, Any], dump: Path) -> Static:
     import jax
 
+    jax.clear_caches()  # or a kernel traced with other block sizes would be found again
     program: Program = load(request["builder"])(target, **request["arguments"])
     began = time.perf_counter()
     with _standard_output(dump / "said"):
