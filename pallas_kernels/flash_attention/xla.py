@@ -8,8 +8,8 @@ Written for XLA:CPU, where a product is quick only if its left operand is contra
 [query, key] forward and [key, query] backward, and the gradient of the queries transposed. A tile that fits a core's
 second-level cache matters as much, hence the groups of batch rows.
 
-Shapes: B batch rows, T queries, S keys, H query heads, K key/value heads, G = H // K, D head size. All of a key head's
-queries are rows: R = T * G, row t * G + g. r, s: the rows and keys of one tile.
+Shapes: B batch rows, T queries, S keys, H query heads, K key/value heads, G = H // K, D head size, E head size of
+values. All of a key head's queries are rows: R = T * G, row t * G + g. r, s: the rows and keys of one tile.
 """
 
 import math
@@ -22,12 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .gradient import differentiable
+
 BLOCK = 128  # queries or keys: the unit in which work is skipped
 FORWARD_CHUNK = 1  # blocks of keys a tile of the forward pass spans at most, when its loop is unrolled
 BACKWARD_CHUNK = 2  # blocks of queries a tile of the backward pass spans at most, likewise
 UNROLL = 16  # tiles up to which loops are unrolled; beyond, compile time matters more
 TILE_BYTES = 1 << 20  # batch rows are taken together as long as their tile is no larger
-MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
+LOWEST = -1e30  # a running maximum's start: finite, so that what is hidden, -inf, has no weight beside it
 
 
 @dataclass(frozen=True)
@@ -46,29 +48,11 @@ class _Options:
     block_k: int
 
 
-def flash_attention(
-    q_BTHD: jax.Array,
-    k_BSKD: jax.Array,
-    v_BSKD: jax.Array,
-    *,
-    causal: bool,
-    window: int | None,
-    q_segment_ids_BT: jax.Array | None,
-    kv_segment_ids_BS: jax.Array | None,
-    q_offset: int | jax.Array,
-    scale: float,
-    softcap: float | None,
-) -> tuple[jax.Array, jax.Array]:
-    o, offset_B = _options(q_BTHD, k_BSKD, causal, window, q_offset, scale, softcap)
-    segments = None if q_segment_ids_BT is None else (q_segment_ids_BT, kv_segment_ids_BS)
-    return _attention(o, q_BTHD, k_BSKD, v_BSKD, segments, offset_B)
-
-
 def flash_attention_backward(
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,
-    v_BSKD: jax.Array,
-    d_out_BTHD: jax.Array,
+    v_BSKE: jax.Array,
+    d_out_BTHE: jax.Array,
     lse_BTH: jax.Array,
     delta_BTH: jax.Array,
     *,
@@ -79,11 +63,47 @@ def flash_attention_backward(
     q_offset: int | jax.Array,
     scale: float,
     softcap: float | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    bias_BHTS: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
     o, offset_B = _options(q_BTHD, k_BSKD, causal, window, q_offset, scale, softcap)
     segments = None if q_segment_ids_BT is None else (q_segment_ids_BT, kv_segment_ids_BS)
-    inputs = q_BTHD, k_BSKD, v_BSKD, segments, offset_B, d_out_BTHD, lse_BTH, delta_BTH
+    inputs = q_BTHD, k_BSKD, v_BSKE, segments, offset_B, bias_BHTS, d_out_BTHE, lse_BTH, delta_BTH
     return _by_groups(o, _backward, BACKWARD_CHUNK, inputs)
+
+
+def _attention(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKE: jax.Array,
+    *,
+    causal: bool,
+    window: int | None,
+    q_segment_ids_BT: jax.Array | None = None,
+    kv_segment_ids_BS: jax.Array | None = None,
+    q_offset: int | jax.Array,
+    scale: float,
+    softcap: float | None,
+    bias_BHTS: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
+    qk_scale_H: jax.Array | None = None,
+    v_scale_H: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    o, offset_B = _options(q_BTHD, k_BSKD, causal, window, q_offset, scale, softcap)
+    segments = None if q_segment_ids_BT is None else (q_segment_ids_BT, kv_segment_ids_BS)
+    if qk_scale_H is not None and v_scale_H is not None:
+        q_BTHD, k_BSKD, v_BSKE = (x.astype(jnp.float32) for x in (q_BTHD, k_BSKD, v_BSKE))
+        q_BTHD = q_BTHD * qk_scale_H[:, None]
+    out_BTHE, lse_BTH = _by_groups(o, _forward, FORWARD_CHUNK, (q_BTHD, k_BSKD, v_BSKE, segments, offset_B, bias_BHTS))
+    if sinks_H is not None:
+        seen_lse_BTH, lse_BTH = lse_BTH, jnp.logaddexp(lse_BTH, sinks_H.astype(lse_BTH.dtype))
+        share_BTH = jnp.exp(seen_lse_BTH - jnp.where(lse_BTH > -jnp.inf, lse_BTH, 0))
+        out_BTHE = (out_BTHE * share_BTH[..., None]).astype(out_BTHE.dtype)
+    if v_scale_H is not None:
+        out_BTHE = (out_BTHE * v_scale_H[:, None]).astype(jnp.bfloat16)
+    return out_BTHE, lse_BTH
+
+
+flash_attention = differentiable(_attention, flash_attention_backward)
 
 
 def _options(
@@ -102,36 +122,13 @@ def _options(
     return _Options(causal, window, scale, softcap, offset, T, S, H // K, min(BLOCK, T), min(BLOCK, S)), offset_B
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(
-    o: _Options, q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, segments: Any, offset_B: Any
-) -> tuple[jax.Array, jax.Array]:
-    return _by_groups(o, _forward, FORWARD_CHUNK, (q_BTHD, k_BSKD, v_BSKD, segments, offset_B))
-
-
-def _attention_forward(o: _Options, *inputs: Any) -> Any:
-    out_BTHD, lse_BTH = _by_groups(o, _forward, FORWARD_CHUNK, inputs)
-    return (out_BTHD, lse_BTH), (*inputs, out_BTHD, lse_BTH)
-
-
-def _attention_backward(o: _Options, residuals: Any, cotangents: Any) -> Any:
-    *inputs, out_BTHD, lse_BTH = residuals
-    d_out_BTHD, d_lse_BTH = cotangents
-    delta_BTH = (out_BTHD.astype(lse_BTH.dtype) * d_out_BTHD.astype(lse_BTH.dtype)).sum(-1) - d_lse_BTH
-    grads = _by_groups(o, _backward, BACKWARD_CHUNK, (*inputs, d_out_BTHD, lse_BTH, delta_BTH))
-    return *(grad.astype(x.dtype) for grad, x in zip(grads, inputs[:3], strict=True)), None, None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
 def _forward(
-    o: _Options, q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, segments: Any, offset_B: Any
+    o: _Options, q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKE: jax.Array, segments: Any, offset_B: Any, bias: Any
 ) -> tuple[jax.Array, jax.Array]:
-    q, k, v = _to_rows(o, q_BTHD), _to_keys(o, k_BSKD), _to_keys(o, v_BSKD)
-    segments = _pad_segments(o, segments)
-    B, K, R, D = q.shape
+    q, k, v = _to_rows(o, q_BTHD), _to_keys(o, k_BSKD), _to_keys(o, v_BSKE)
     acc_dtype = jnp.promote_types(q.dtype, jnp.float32)
+    segments, bias = _pad_segments(o, segments), _pad_bias(o, bias, acc_dtype)
+    (B, K, R, _), E = q.shape, v.shape[3]
 
     def query_block(i: Any, _: int, carry: Any) -> Any:
         out, lse = carry
@@ -139,32 +136,32 @@ def _forward(
         q_BKrD = _slice(q, *rows, 2)
 
         def key_tile(j: Any, blocks: int, carry: Any) -> Any:
-            acc_BKrD, max_BKr1, sum_BKr1 = carry
+            acc_BKrE, max_BKr1, sum_BKr1 = carry
             keys = (j * o.block_k, blocks * o.block_k)
             scores = _dot("bkrd,bksd->bkrs", q_BKrD, _slice(k, *keys, 2)) * o.scale
             if o.softcap is not None:
                 scores = o.softcap * jnp.tanh(scores / o.softcap)
+            if bias is not None:
+                scores = scores + _bias_rows(o, _slice(_slice(bias, i * o.block_q, o.block_q, 2), *keys, 3))
             mask = _mask(o, rows, keys, segments, offset_B)
             if mask is not None:
-                scores = jnp.where(mask, scores, MASKED)
+                scores = jnp.where(mask, scores, -jnp.inf)
             new_max = jnp.maximum(max_BKr1, scores.max(-1, keepdims=True))
             p_BKrs = jnp.exp(scores - new_max)
-            if mask is not None:
-                p_BKrs = jnp.where(mask, p_BKrs, 0)
             decay = jnp.exp(max_BKr1 - new_max)
-            pv_BKrD = _dot("bkrs,bksd->bkrd", p_BKrs.astype(v.dtype), _slice(v, *keys, 2))
-            return acc_BKrD * decay + pv_BKrD, new_max, sum_BKr1 * decay + p_BKrs.sum(-1, keepdims=True)
+            pv_BKrE = _dot("bkrs,bksd->bkrd", p_BKrs.astype(v.dtype), _slice(v, *keys, 2))
+            return acc_BKrE * decay + pv_BKrE, new_max, sum_BKr1 * decay + p_BKrs.sum(-1, keepdims=True)
 
         shape = (B, K, o.block_q * o.G)
         zeros_BKr1 = jnp.zeros((*shape, 1), acc_dtype)
-        start = (jnp.zeros((*shape, D), acc_dtype), jnp.full_like(zeros_BKr1, MASKED), zeros_BKr1)
+        start = (jnp.zeros((*shape, E), acc_dtype), jnp.full_like(zeros_BKr1, LOWEST), zeros_BKr1)
         acc, max_, sum_ = _loop(*_keys_seen(o, i, offset_B), FORWARD_CHUNK, key_tile, start)
         norm = jnp.where(sum_ > 0, sum_, 1)
         lse_block = jnp.where(sum_ > 0, max_ + jnp.log(norm), -jnp.inf)[..., 0]
         return _update(out, (acc / norm).astype(q.dtype), rows[0], 2), _update(lse, lse_block, rows[0], 2)
 
     blocks = R // (o.block_q * o.G)
-    start = (jnp.zeros(q.shape, q.dtype), jnp.zeros((B, K, R), acc_dtype))
+    start = (jnp.zeros((B, K, R, E), q.dtype), jnp.zeros((B, K, R), acc_dtype))
     unroll = _tiles(o, blocks, _keys_seen, FORWARD_CHUNK) <= UNROLL
     out, lse = _loop(0, blocks, 1, query_block, start, unroll)
     return _from_rows(o, out), _from_rows(o, lse[..., None])[..., 0]
@@ -174,65 +171,82 @@ def _backward(
     o: _Options,
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,
-    v_BSKD: jax.Array,
+    v_BSKE: jax.Array,
     segments: Any,
     offset_B: Any,
-    d_out_BTHD: jax.Array,
+    bias: Any,
+    d_out_BTHE: jax.Array,
     lse_BTH: jax.Array,
     delta_BTH: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    acc_dtype = lse_BTH.dtype
+) -> tuple[jax.Array, ...]:
+    acc_dtype, shared = lse_BTH.dtype, None if bias is None else bias.shape[:2]
     seen_BTH = lse_BTH > -jnp.inf
-    # d score = p (dp - sum_s p dp + d lse), and sum_s p dp is out . d_out: together one number a row, delta.
     delta = _to_rows(o, jnp.where(seen_BTH, delta_BTH, 0)[..., None])[..., 0]
     lse = _to_rows(o, jnp.where(seen_BTH, lse_BTH, 0)[..., None])[..., 0]
-    q, k, v, d_out = _to_rows(o, q_BTHD), _to_keys(o, k_BSKD), _to_keys(o, v_BSKD), _to_rows(o, d_out_BTHD)
+    q, k, v, d_out = _to_rows(o, q_BTHD), _to_keys(o, k_BSKD), _to_keys(o, v_BSKE), _to_rows(o, d_out_BTHE)
     kT_BKDS = jnp.swapaxes(k, 2, 3)
-    segments = _pad_segments(o, segments)
+    segments, bias = _pad_segments(o, segments), _pad_bias(o, bias, acc_dtype)
     B, K, R, D = q.shape
 
     def key_block(j: Any, _: int, carry: Any) -> Any:
-        dqT_BKDR, dk, dv = carry
+        dqT_BKDR, d_bias, dk, dv = carry
         keys = (j * o.block_k, o.block_k)
-        k_BKsD, v_BKsD, kT_BKDs = _slice(k, *keys, 2), _slice(v, *keys, 2), _slice(kT_BKDS, *keys, 3)
+        k_BKsD, v_BKsE, kT_BKDs = _slice(k, *keys, 2), _slice(v, *keys, 2), _slice(kT_BKDS, *keys, 3)
 
         def query_tile(i: Any, blocks: int, carry: Any) -> Any:
-            dqT_BKDR, dk_BKsD, dv_BKsD = carry
+            dqT_BKDR, d_bias, dk_BKsD, dv_BKsE = carry
             rows = (i * o.block_q * o.G, blocks * o.block_q * o.G)
-            q_BKrD, do_BKrD = _slice(q, *rows, 2), _slice(d_out, *rows, 2)
+            q_BKrD, do_BKrE = _slice(q, *rows, 2), _slice(d_out, *rows, 2)
             scores = _dot("bksd,bkrd->bksr", k_BKsD, q_BKrD) * o.scale
             slope = o.scale
             if o.softcap is not None:
                 bent = jnp.tanh(scores / o.softcap)
                 scores, slope = o.softcap * bent, o.scale * (1 - bent * bent)
+            queries = (i * o.block_q, blocks * o.block_q)
+            if bias is not None:
+                bias_BKrs = _bias_rows(o, _slice(_slice(bias, *queries, 2), *keys, 3))
+                scores = scores + jnp.swapaxes(bias_BKrs, 2, 3)
             p_BKsr = jnp.exp(scores - _slice(lse, *rows, 2)[:, :, None])
             mask = _mask(o, rows, keys, segments, offset_B, keys_first=True)
             if mask is not None:
                 p_BKsr = jnp.where(mask, p_BKsr, 0)
-            dp_BKsr = _dot("bksd,bkrd->bksr", v_BKsD, do_BKrD)
-            ds_BKsr = p_BKsr * (dp_BKsr - _slice(delta, *rows, 2)[:, :, None]) * slope
+            dp_BKsr = _dot("bksd,bkrd->bksr", v_BKsE, do_BKrE)
+            ds_BKsr = p_BKsr * (dp_BKsr - _slice(delta, *rows, 2)[:, :, None])
+            if shared is not None:  # every tile comes once
+                tile = jnp.moveaxis(ds_BKsr.reshape(B, K, o.block_k, -1, o.G), (1, 4, 3, 2), (1, 2, 3, 4))
+                tile = tile.reshape(B, K * o.G, *tile.shape[3:])
+                tile = tile.sum([axis for axis in (0, 1) if shared[axis] == 1], keepdims=True)
+                start = [jnp.asarray(n, jnp.int32) for n in (0, 0, queries[0], keys[0])]
+                d_bias = jax.lax.dynamic_update_slice(d_bias, tile, start)
+            ds_BKsr = ds_BKsr * slope
             p_BKsr, ds_BKsr = p_BKsr.astype(v.dtype), ds_BKsr.astype(q.dtype)
             dqT_BKDr = _slice(dqT_BKDR, *rows, 3) + _dot("bkds,bksr->bkdr", kT_BKDs, ds_BKsr)
             return (
                 _update(dqT_BKDR, dqT_BKDr, rows[0], 3),
+                d_bias,
                 dk_BKsD + _dot("bksr,bkrd->bksd", ds_BKsr, q_BKrD),
-                dv_BKsD + _dot("bksr,bkrd->bksd", p_BKsr, do_BKrD),
+                dv_BKsE + _dot("bksr,bkrd->bksd", p_BKsr, do_BKrE),
             )
 
-        start = (dqT_BKDR, *(jnp.zeros((B, K, o.block_k, D), acc_dtype) for _ in "kv"))
-        dqT_BKDR, dk_BKsD, dv_BKsD = _loop(*_queries_seeing(o, j, R, offset_B), BACKWARD_CHUNK, query_tile, start)
+        zeros = (jnp.zeros((B, K, o.block_k, x.shape[3]), acc_dtype) for x in (k, v))
+        start = (dqT_BKDR, d_bias, *zeros)
+        done = _loop(*_queries_seeing(o, j, R, offset_B), BACKWARD_CHUNK, query_tile, start)
+        dqT_BKDR, d_bias, dk_BKsD, dv_BKsE = done
         return (
             dqT_BKDR,
+            d_bias,
             _update(dk, dk_BKsD, keys[0], 2),
-            _update(dv, dv_BKsD, keys[0], 2),
+            _update(dv, dv_BKsE, keys[0], 2),
         )
 
     blocks = k.shape[2] // o.block_k
-    start = (jnp.zeros((B, K, D, R), acc_dtype), jnp.zeros(k.shape, acc_dtype), jnp.zeros(v.shape, acc_dtype))
+    d_bias = None if bias is None else jnp.zeros_like(bias)
+    start = (jnp.zeros((B, K, D, R), acc_dtype), d_bias, jnp.zeros(k.shape, acc_dtype), jnp.zeros(v.shape, acc_dtype))
     unroll = _tiles(o, blocks, partial(_queries_seeing, R=R), BACKWARD_CHUNK) <= UNROLL
-    dqT_BKDR, dk, dv = _loop(0, blocks, 1, key_block, start, unroll)
+    dqT_BKDR, d_bias, dk, dv = _loop(0, blocks, 1, key_block, start, unroll)
     dq = jnp.swapaxes(dqT_BKDR, 2, 3)
-    return _from_rows(o, dq), jnp.swapaxes(dk, 1, 2)[:, : o.S], jnp.swapaxes(dv, 1, 2)[:, : o.S]
+    grads = _from_rows(o, dq), jnp.swapaxes(dk, 1, 2)[:, : o.S], jnp.swapaxes(dv, 1, 2)[:, : o.S]
+    return grads if d_bias is None else (*grads, d_bias[:, :, : o.T, : o.S])
 
 
 def _to_rows(o: _Options, x_BTHD: jax.Array) -> jax.Array:
@@ -257,6 +271,22 @@ def _pad_segments(o: _Options, segments: Any) -> Any:
     if segments is None:
         return None
     return jnp.repeat(_pad(segments[0], o.block_q), o.G, axis=1), _pad(segments[1], o.block_k)
+
+
+def _pad_bias(o: _Options, bias: Any, dtype: Any) -> Any:
+    """In the accumulators' dtype, up to whole blocks."""
+    if bias is None:
+        return None
+    extra = [(0, 0), (0, 0), (0, -o.T % o.block_q), (0, -o.S % o.block_k)]
+    return jnp.pad(bias.astype(dtype), extra)
+
+
+def _bias_rows(o: _Options, bias_BHts: jax.Array) -> jax.Array:
+    """A tile's [B or 1, K or 1, r, s]."""
+    B, H, t, s = bias_BHts.shape
+    shape = (B, H // o.G, o.G, t, s) if H > 1 else (B, 1, 1, t, s)
+    bias_BKtGs = jnp.swapaxes(bias_BHts.reshape(shape), 2, 3)
+    return jnp.broadcast_to(bias_BKtGs, (*bias_BKtGs.shape[:3], o.G, s)).reshape(B, -1, t * o.G, s)
 
 
 def _mask(
@@ -337,6 +367,8 @@ def _loop(
 def _by_groups(o: _Options, f: Callable[..., Any], chunk: int, inputs: tuple[Any, ...]) -> Any:
     """`f(o, *inputs)`, over so many batch rows at a time that their tiles stay in cache."""
     B, _, H, _ = inputs[0].shape
+    if any(x is not None and x.shape[0] != B for x in jax.tree.leaves(inputs)):
+        return f(o, *inputs)  # a bias that batch rows share
     tile = H * chunk * o.block_q * o.block_k * 4  # bytes, of one batch row
     size = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or n * tile <= TILE_BYTES))
     if size == B:

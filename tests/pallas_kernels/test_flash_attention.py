@@ -34,6 +34,14 @@ CASES = {
     "offsets by row": (3, 13, 30, 4, 2, 4, {"q_offset": (17, -5, 3), "window": 9}),
     "offsets by row, segments": (2, 18, 18, 2, 1, 4, {"q_offset": (0, 4), "segments": True, "softcap": 1.0}),
     "all keys, offsets by row, window": (2, 9, 30, 2, 1, 4, {"q_offset": (2, 11), "window": 4, "causal": False}),
+    "wider keys than values": (2, 21, 21, 4, 2, 6, {"value_size": 4, "segments": True, "sinks": True}),
+    "wider values than keys": (1, 19, 19, 2, 1, 4, {"value_size": 7, "causal": False}),
+    "sinks": (2, 19, 33, 4, 2, 4, {"sinks": True, "q_offset": 5, "window": 8}),
+    "sinks, rows before the first key": (1, 18, 17, 2, 1, 4, {"sinks": True, "q_offset": -7, "softcap": 1.2}),
+    "bias": (2, 21, 21, 4, 2, 4, {"bias": (2, 4), "softcap": 1.5}),
+    "bias of every row and head": (2, 18, 27, 2, 2, 4, {"bias": (1, 1), "causal": False, "sinks": True}),
+    "bias of every row": (3, 18, 18, 4, 2, 4, {"bias": (1, 4), "segments": True}),
+    "bias of every head": (2, 12, 34, 4, 1, 4, {"bias": (2, 1), "q_offset": (22, 3), "window": 9, "sinks": True}),
 }
 
 
@@ -45,11 +53,21 @@ def small_blocks(monkeypatch):
 
 
 def make(case, dtype=np.float64):
-    """Inputs and options of a case; segment ids with padding in the middle, at the end, and for one whole row."""
+    """Inputs and options of a case; segment ids with padding in the middle, at the end, and for one whole row.
+
+    A bias hides some keys, and all of one row.
+    """
     B, T, S, H, K, D, options = CASES[case]
     rng = np.random.default_rng(list(CASES).index(case))
-    inputs = [rng.standard_normal(shape).astype(dtype) for shape in ((B, T, H, D), (B, S, K, D), (B, S, K, D))]
     options = dict(options)
+    E = options.pop("value_size", D)
+    inputs = [rng.standard_normal(shape).astype(dtype) for shape in ((B, T, H, D), (B, S, K, D), (B, S, K, E))]
+    if options.pop("sinks", False):
+        options["sinks_H"] = rng.standard_normal(H).astype(dtype)
+    if "bias" in options:
+        bias = rng.standard_normal((*options.pop("bias"), T, S)).astype(dtype)
+        options["bias_BHTS"] = np.where(rng.random(bias.shape) < 0.1, dtype(-np.inf), bias)
+        options["bias_BHTS"][:, :, T // 2] = -np.inf
     if options.pop("segments", False):
         ids = np.sort(rng.integers(1, 4, (B, T)), axis=1)
         ids[:, T // 3 : T // 3 + 2] = 0
@@ -64,7 +82,9 @@ def make(case, dtype=np.float64):
 def by_hand(q, k, v, options):
     """The same in numpy, row by row, from the words of the docstring."""
     (B, T, H, D), (_, S, K, _) = q.shape, k.shape
-    out, lse = np.zeros(q.shape), np.full((B, T, H), -np.inf)
+    out, lse = np.zeros((B, T, H, v.shape[3])), np.full((B, T, H), -np.inf)
+    bias, sinks = options.get("bias_BHTS", np.zeros((1, 1, T, S))), options.get("sinks_H", np.full(H, -np.inf))
+    bias = np.broadcast_to(bias, (B, H, T, S))
     q_ids, k_ids = options.get("q_segment_ids_BT"), options.get("kv_segment_ids_BS")
     window, softcap = options.get("window"), options.get("softcap")
     for b, t, h in np.ndindex(B, T, H):
@@ -72,11 +92,15 @@ def by_hand(q, k, v, options):
         keys = [s for s in range(S) if s <= p or not options.get("causal", True)]
         keys = [s for s in keys if window is None or abs(p - s) < window]
         keys = [s for s in keys if q_ids is None or (q_ids[b, t] == k_ids[b, s] != 0)]
+        keys = [s for s in keys if bias[b, h, t, s] > -np.inf]
+        lse[b, t, h] = sinks[h]
         if keys:
             kv_head = h // (H // K)
             scores = k[b, keys, kv_head] @ q[b, t, h] * options.get("scale", 1 / math.sqrt(D))
             scores = softcap * np.tanh(scores / softcap) if softcap else scores
-            lse[b, t, h] = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+            scores = scores + bias[b, h, t, keys]
+            top = max(scores.max(), sinks[h])
+            lse[b, t, h] = top + np.log(np.exp(scores - top).sum() + np.exp(sinks[h] - top))
             out[b, t, h] = np.exp(scores - lse[b, t, h]) @ v[b, keys, kv_head]
     return out, lse
 
@@ -84,22 +108,25 @@ def by_hand(q, k, v, options):
 def outputs_and_gradients(inputs, options, implementation):
     """out, lse (rows that see nothing: 0), and the gradients of a random function of both."""
     options = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    learned = {name: options.pop(name) for name in ("bias_BHTS", "sinks_H") if name in options}
     rng = np.random.default_rng(0)
-    d_out = rng.standard_normal(inputs[0].shape).astype(inputs[0].dtype)
+    d_out = rng.standard_normal((*inputs[0].shape[:3], inputs[2].shape[3])).astype(inputs[0].dtype)
     d_lse = rng.standard_normal(inputs[0].shape[:3]).astype(inputs[0].dtype)
 
-    def loss(q, k, v):
-        out, lse = flash_attention(q, k, v, return_lse=True, implementation=implementation, **options)
+    def loss(q, k, v, learned):
+        out, lse = flash_attention(q, k, v, return_lse=True, implementation=implementation, **options, **learned)
         seen = lse > -jnp.inf
         return (out * d_out).sum() + (jnp.where(seen, lse, 0) * d_lse).sum(), (out, jnp.where(seen, lse, 0), seen)
 
-    (_, (out, lse, seen)), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*inputs)
-    return [np.asarray(x) for x in (seen, out, lse, *gradients)]
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+    (_, (out, lse, seen)), (*gradients, d_learned) = step(*inputs, learned)
+    return [np.asarray(x) for x in (seen, out, lse, *gradients, *jax.tree.leaves(d_learned))]
 
 
 def check(got, wanted, tolerance):
     np.testing.assert_array_equal(got[0], wanted[0])
-    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got[1:], wanted[1:], strict=True):
+    names = ("out", "lse", "dq", "dk", "dv", "d_learned", "d_sinks")
+    for name, x, y in zip(names[: len(got) - 1], got[1:], wanted[1:], strict=True):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * max(1, np.abs(y).max()), err_msg=name)
 
 
@@ -123,7 +150,7 @@ def test_forward_and_backward_in_float64(case, implementation):
 
 
 @ALL
-@pytest.mark.parametrize("case", ["segments and window", "offsets by row"])
+@pytest.mark.parametrize("case", ["segments and window", "offsets by row", "bias of every head"])
 def test_forward_and_backward_in_float32(case, implementation):
     with jax.enable_x64(True):
         wanted = outputs_and_gradients(*make(case), "reference")
@@ -138,6 +165,36 @@ def test_bfloat16_keeps_its_dtype_and_sums_in_float32(implementation):
     wanted_out, wanted_lse = by_hand(*(np.asarray(x, np.float64) for x in inputs), options)
     np.testing.assert_allclose(lse, wanted_lse, atol=1e-5)  # products of bfloat16 are exact in float32
     np.testing.assert_allclose(np.asarray(out, np.float64), wanted_out, atol=2**-6)
+
+
+@ALL
+@pytest.mark.parametrize("scales", ["one number", "one a head"])
+def test_float8_is_its_numbers_times_their_scales(scales, implementation):
+    """To the precision of a product whose probabilities are rounded to float8, at worst."""
+    (q, k, v), options = make("segments", np.float32)
+    rng, heads = np.random.default_rng(3), scales == "one a head"
+    factors = [np.float32(rng.uniform(0.5, 2, x.shape[2]) if heads else rng.uniform(0.5, 2)) for x in (q, k, v)]
+    q, k, v = (jnp.asarray(x, jnp.float8_e4m3fn) for x in (q, k, v))
+    options |= dict(zip(("q_scale", "k_scale", "v_scale"), factors, strict=True))
+    attend = jax.jit(partial(flash_attention, return_lse=True, implementation=implementation, **options))
+    out, lse = attend(q, k, v)
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    wide = [np.asarray(x, np.float64) * np.reshape(f, (-1, 1)) for x, f in zip((q, k, v), factors, strict=True)]
+    wanted_out, wanted_lse = by_hand(*wide, options)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(out, np.float64), wanted_out, atol=2**-4 * np.abs(wanted_out).max())
+
+
+@ALL
+def test_float8_has_no_gradient(implementation):
+    q = jnp.ones((1, 4, 1, 8), jnp.float8_e4m3fn)
+
+    def loss(scale):
+        x = (q.astype(jnp.float32) * scale).astype(jnp.float8_e4m3fn)
+        return flash_attention(x, x, x, implementation=implementation).astype(jnp.float32).sum()
+
+    with pytest.raises(NotImplementedError, match="has no gradient"):
+        jax.grad(loss)(1.0)
 
 
 @ALL
@@ -195,6 +252,11 @@ def test_a_batch_row_does_not_depend_on_the_others(implementation):
         ({"kv_segment_ids_BS": np.ones((2, 4), np.float32)}, "integers of shape"),
         ({"q": (2, 3, 2, 8), "kv_segment_ids_BS": np.ones((2, 4), np.int32)}, "only if T == S, got T=3, S=4"),
         ({"q_offset": np.zeros(3, np.int32)}, r"q_offset must be an int or integers of shape \(2,\)"),
+        ({"v": (2, 4, 1, 8)}, "the same B and D"),
+        ({"bias_BHTS": np.zeros((2, 4, 4), np.float32)}, r"\(2, 2, 4, 4\) with 1 for B or H where they share it"),
+        ({"bias_BHTS": np.zeros((2, 2, 1, 4), np.float32)}, "one float a score"),
+        ({"sinks_H": np.zeros(3, np.float32)}, r"sinks are one float a query head, \(2,\)"),
+        ({"k_scale": 2.0}, "k_scale and v_scale are for float8_e4m3fn inputs, got float32"),
         ({"implementation": "cuda"}, "no implementation 'cuda': choose one of"),
     ],
 )
@@ -202,10 +264,16 @@ def test_bad_arguments(change, message):
     change = dict(change)
     q, k = jnp.zeros(change.pop("q", (2, 4, 2, 8))), jnp.zeros(change.pop("k", (2, 4, 2, 8)))
     with pytest.raises(ValueError, match=message):
-        flash_attention(q, k, jnp.zeros((2, 4, 2, 8)), **change)
+        flash_attention(q, k, jnp.zeros(change.pop("v", (2, 4, 2, 8))), **change)
 
 
 def test_mixed_dtypes():
     x = jnp.zeros((1, 2, 1, 4))
     with pytest.raises(ValueError, match="one floating dtype"):
         flash_attention(x, x.astype(jnp.bfloat16), x)
+    low = x.astype(jnp.float8_e5m2)
+    with pytest.raises(ValueError, match="takes float8_e4m3fn, got float8_e5m2"):
+        flash_attention(low, low, low)
+    low = x.astype(jnp.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"q_scale is one number or one a head, \(1,\), got \(2,\)"):
+        flash_attention(low, low, low, q_scale=np.ones(2))

@@ -16,6 +16,9 @@ OPTIONS = {
     "window both sides": {"causal": False, "window": 12},
     "segments": {"segments": True},
     "segments, window": {"segments": True, "window": 6, "softcap": 2.0},
+    "values of another size": {"value_size": 3},
+    "bias of every row": {"bias": (1, H), "softcap": 1.2},
+    "bias of every head": {"bias": (B, 1), "causal": False, "segments": True},
 }
 IDS = np.sort(np.random.default_rng(1).integers(0, 4, (B, T)), axis=1).astype(np.int32)
 
@@ -28,11 +31,12 @@ def small_blocks(monkeypatch):
 
 
 def part(inputs, rows, keys, options, implementation):
-    """dq, dk, dv of some of the queries and some of the keys."""
-    q, k, v, d_out, lse, delta, ids = inputs
+    """dq, dk, dv (and that of the bias) of some of the queries and some of the keys."""
+    q, k, v, d_out, lse, delta, ids, bias = inputs
     segments = {} if ids is None else {"q_segment_ids_BT": ids[:, rows], "kv_segment_ids_BS": ids[:, keys]}
     return flash_attention_backward(
         *(q[:, rows], k[:, keys], v[:, keys], d_out[:, rows], lse[:, rows], delta[:, rows]),
+        bias_BHTS=None if bias is None else bias[:, :, rows, keys],
         **segments,
         **options,
         # Traced, as the ring's are: a device learns its place only when it runs.
@@ -49,32 +53,34 @@ def test_parts_add_up_to_the_gradients_of_the_whole(case, implementation):
     rng = np.random.default_rng(0)
     cuts = [slice(0, 15), slice(15, T)]
     with jax.enable_x64(True):
-        q, k, v = (jnp.asarray(rng.standard_normal((B, T, heads, D))) for heads in (H, K, K))
-        d_out, d_lse = jnp.asarray(rng.standard_normal(q.shape)), jnp.asarray(rng.standard_normal(q.shape[:3]))
+        E = options.pop("value_size", D)
+        bias = jnp.asarray(rng.standard_normal((*options.pop("bias"), T, T))) if "bias" in options else None
+        q, k, v = (jnp.asarray(rng.standard_normal((B, T, *size))) for size in ((H, D), (K, D), (K, E)))
+        d_out, d_lse = jnp.asarray(rng.standard_normal((B, T, H, E))), jnp.asarray(rng.standard_normal(q.shape[:3]))
 
-        def attend(q, k, v):
-            return flash_attention(
-                q, k, v, **options, q_segment_ids_BT=ids, return_lse=True, implementation="reference"
-            )
+        def attend(q, k, v, bias):
+            more = {"bias_BHTS": bias, "q_segment_ids_BT": ids, "return_lse": True, "implementation": "reference"}
+            return flash_attention(q, k, v, **options, **more)
 
         @jax.jit
-        def whole(q, k, v):
-            (out, lse), pullback = jax.vjp(attend, q, k, v)
+        def whole(q, k, v, bias):
+            (out, lse), pullback = jax.vjp(attend, q, k, v, bias)
             return out, lse, pullback((d_out, jnp.where(lse > -jnp.inf, d_lse, 0)))
 
         @jax.jit
-        def by_parts(q, k, v, out, lse):
+        def by_parts(q, k, v, bias, out, lse):
             delta = (out * d_out).sum(-1) - jnp.where(lse > -jnp.inf, d_lse, 0)
             grids = [
-                [part((q, k, v, d_out, lse, delta, ids), rows, keys, options, implementation) for keys in cuts]
+                [part((q, k, v, d_out, lse, delta, ids, bias), rows, keys, options, implementation) for keys in cuts]
                 for rows in cuts
             ]
             dq = jnp.concatenate([sum(column[0] for column in row) for row in grids], 1)
             dk, dv = (jnp.concatenate([sum(row[j][i] for row in grids) for j in range(len(cuts))], 1) for i in (1, 2))
-            return dq, dk, dv
+            return dq, dk, dv, None if bias is None else jnp.block([[found[3] for found in row] for row in grids])
 
-        out, lse, wanted = whole(q, k, v)
-        for x, y in zip(by_parts(q, k, v, out, lse), wanted, strict=True):
+        out, lse, wanted = whole(q, k, v, bias)
+        found = by_parts(q, k, v, bias, out, lse)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12 * np.abs(y).max())
 
 
@@ -89,7 +95,7 @@ def test_gradients_of_bfloat16_are_not_rounded(implementation):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"d_out": jnp.zeros((1, 3, 2, 4), jnp.bfloat16)}, "d_out is as q, float32"),
+        ({"d_out": jnp.zeros((1, 3, 2, 4), jnp.bfloat16)}, "d_out is as the output, float32"),
         ({"lse": jnp.zeros((1, 3, 1))}, r"lse is one float32 a query and head, \(1, 3, 2\), got float32\(1, 3, 1\)"),
         ({"delta": jnp.zeros((1, 3, 2), jnp.bfloat16)}, "delta is one float32"),
     ],

@@ -1,0 +1,158 @@
+"""What the GPU kernels of attention have in common: options, which key blocks a tile of queries sees, padding.
+
+Shapes: B batch rows, T queries, S keys, H query heads, K key/value heads, G = H // K, D and E head sizes. n: blocks.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LOG2E = math.log2(math.e)
+UNSEEN = -1e30  # a row's maximum while it has seen no key, and a masked score: finite, so that no difference is nan
+CLOSED = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass: its probabilities are 0
+SHIFT = 1 << 20  # blocks by which a position may be negative and still divide by a block's length
+NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1  # segment ids of padding, which must differ from one another
+
+
+@dataclass(frozen=True)
+class Options:
+    """The static part of a call. `offset` is None when it is an array, one int a batch row."""
+
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+    offset: int | None
+    segments: bool
+    sinks: bool
+    T: int
+    S: int
+    G: int
+
+    @property
+    def bend(self) -> float | None:
+        """What a score in the products' units is multiplied by before the tanh."""
+        return None if self.softcap is None else self.scale / self.softcap
+
+    @property
+    def base2(self) -> float:
+        """What turns a score (bent, with a softcap) into the exponent of 2."""
+        return LOG2E * (self.scale if self.softcap is None else self.softcap)
+
+
+def options_of(q: jax.Array, k: jax.Array, **given: Any) -> Options:
+    """Raises NotImplementedError for what none of these kernels does."""
+    unsupported = [name for name in ("bias_BHTS", "qk_scale_H", "v_scale_H") if given.get(name) is not None]
+    if unsupported:
+        raise NotImplementedError(f"no GPU kernel takes {', '.join(unsupported)}")
+    if not given["scale"] > 0:
+        raise NotImplementedError(f"the GPU kernels want a positive scale, got {given['scale']}")
+    offset = given["q_offset"]
+    return Options(
+        causal=given["causal"],
+        window=given["window"],
+        softcap=given["softcap"],
+        scale=float(given["scale"]),
+        offset=offset if isinstance(offset, int) else None,
+        segments=given["q_segment_ids_BT"] is not None,
+        sinks=given.get("sinks_H") is not None,
+        T=q.shape[1],
+        S=k.shape[1],
+        G=q.shape[2] // k.shape[2],
+    )
+
+
+def i32(x: int) -> jax.Array:
+    return jnp.array(x, jnp.int32)
+
+
+def floor_div(x: Any, block: int) -> Any:
+    """x // block in one division, for x above -SHIFT * block."""
+    return jax.lax.div(x + i32(SHIFT * block), i32(block)) - i32(SHIFT)
+
+
+def keys_of(o: Options, first: Any, rows: int, block: int, n: int) -> tuple[Any, Any, Any, Any]:
+    """(low, full_low, full_high, high): blocks [low, high) have keys that queries at positions [first, first + rows)
+    see, and those in [full_low, full_high) have no others."""
+    last = first + i32(rows - 1)
+    low, high, full_low, full_high = i32(0), i32(n), i32(0), i32(o.S // block)
+    if o.causal:
+        high = jnp.minimum(high, floor_div(last, block) + i32(1))
+        full_high = jnp.minimum(full_high, floor_div(first + i32(1), block))
+    elif o.window is not None:
+        high = jnp.minimum(high, floor_div(last + i32(o.window - 1), block) + i32(1))
+        full_high = jnp.minimum(full_high, floor_div(first + i32(o.window), block))
+    if o.window is not None:
+        low = jnp.maximum(low, floor_div(first - i32(o.window - 1), block))
+        full_low = jnp.maximum(full_low, floor_div(last - i32(o.window - 1) + i32(block - 1), block))
+    return _ordered(o, low, full_low, full_high, high, n)
+
+
+def queries_of(o: Options, first: Any, keys: int, block: int, n: int) -> tuple[Any, Any, Any, Any]:
+    """`keys_of` the other way: blocks of queries that see keys [first, first + keys), in queries' positions less the
+    offset. Queries beyond T count as seeing, as they pass nothing."""
+    last = first + i32(keys - 1)
+    low, high, full_low, full_high = i32(0), i32(n), i32(0), i32(n)
+    if o.causal:
+        low = jnp.maximum(low, floor_div(first, block))
+        full_low = jnp.maximum(full_low, floor_div(last + i32(block - 1), block))
+    elif o.window is not None:
+        low = jnp.maximum(low, floor_div(first - i32(o.window - 1), block))
+        full_low = jnp.maximum(full_low, floor_div(last - i32(o.window - 1) + i32(block - 1), block))
+    if o.window is not None:
+        high = jnp.minimum(high, floor_div(last + i32(o.window - 1), block) + i32(1))
+        full_high = jnp.minimum(full_high, floor_div(first + i32(o.window), block))
+    return _ordered(o, low, full_low, full_high, high, n)
+
+
+def _ordered(o: Options, low: Any, full_low: Any, full_high: Any, high: Any, n: int) -> tuple[Any, Any, Any, Any]:
+    low = jnp.minimum(low, i32(n))
+    high = jnp.maximum(low, high)
+    full_low = jnp.minimum(jnp.maximum(full_low, low), high)
+    full_high = jnp.minimum(jnp.maximum(full_high, full_low), high)
+    return (low, low, low, high) if o.segments else (low, full_low, full_high, high)
+
+
+def segment_bounds(ids_of: jax.Array, seen: jax.Array, tile: int, block: int) -> jax.Array:
+    """[B, tiles, 2]: the first and one past the last block of `seen` [B, N] that can share a segment with each tile of
+    `ids_of` [B, M]; lengths are multiples of `tile` and `block`. Padding ids are negative and share nothing."""
+    B, M = ids_of.shape
+    big = jnp.iinfo(jnp.int32).max
+
+    def extremes(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        ids = ids.reshape(B, -1, size)
+        return jnp.where(ids <= NO_KEY, big, ids).min(-1), ids.max(-1)
+
+    (low, high), (seen_low, seen_high) = extremes(ids_of, tile), extremes(seen, block)
+    meet = (seen_low[:, None, :] <= high[:, :, None]) & (low[:, :, None] <= seen_high[:, None, :])
+    n = meet.shape[2]
+    j = jnp.arange(n, dtype=jnp.int32)
+    first = jnp.where(meet, j, n).min(-1)
+    last = jnp.where(meet, j + 1, 0).max(-1)
+    return jnp.stack([jnp.minimum(first, last), last], axis=-1).astype(jnp.int32)
+
+
+def pad_ids(q_ids_BT: jax.Array, kv_ids_BS: jax.Array, T: int, S: int) -> tuple[jax.Array, jax.Array]:
+    """Ids of which equality alone means seeing: segment 0, and what is added, differs."""
+
+    def padded(ids: jax.Array, length: int, none: int) -> jax.Array:
+        ids = jnp.where(ids == 0, none, ids.astype(jnp.int32))
+        return jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])), constant_values=none)
+
+    return padded(q_ids_BT, T, NO_QUERY), padded(kv_ids_BS, S, NO_KEY)
+
+
+def pad_rows(x: jax.Array, length: int, axis: int = 1, value: float = 0.0) -> jax.Array:
+    """`x` with `value` after its end on `axis`; itself when it is long enough."""
+    if x.shape[axis] == length:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple

@@ -1,0 +1,60 @@
+"""The gradient of attention from a forward and a backward pass of one's own, the same for every candidate.
+
+d score = p (dp - sum_s p dp + d lse), and sum_s p dp is out . d_out: one number a row, `delta`, holds both. A sink is a
+score without a value: its dp is 0.
+
+Shapes: B batch rows, T queries, H query heads.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ARRAYS = ("q_segment_ids_BT", "kv_segment_ids_BS", "q_offset", "bias_BHTS", "sinks_H", "qk_scale_H", "v_scale_H")
+FORWARD_ONLY = ("sinks_H", "qk_scale_H", "v_scale_H")
+
+
+def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A candidate's `flash_attention` out of what computes (out, lse) and its `flash_attention_backward`.
+
+    `forward` takes the keywords of a candidate. An option that is None stays None, and an int `q_offset` an int.
+    """
+
+    @partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def attend(static: tuple[tuple[str, Any], ...], inputs: tuple[jax.Array, ...], arrays: dict[str, Any]) -> Any:
+        return forward(*inputs, **dict(static), **arrays)
+
+    def attend_forward(static: Any, inputs: Any, arrays: Any) -> Any:
+        out_BTHE, lse_BTH = forward(*inputs, **dict(static), **arrays)
+        return (out_BTHE, lse_BTH), (inputs, arrays, out_BTHE, lse_BTH)
+
+    def attend_backward(static: Any, residuals: Any, cotangents: Any) -> Any:
+        inputs, arrays, out_BTHE, lse_BTH = residuals
+        d_out_BTHE, d_lse_BTH = cotangents
+        delta_BTH = (out_BTHE.astype(lse_BTH.dtype) * d_out_BTHE.astype(lse_BTH.dtype)).sum(-1) - d_lse_BTH
+        sinks_H = arrays.get("sinks_H")
+        options = {name: x for name, x in (*static, *arrays.items()) if name not in FORWARD_ONLY}
+        grads = backward(*inputs, d_out_BTHE, lse_BTH, delta_BTH, **options)
+        d_inputs = tuple(grad.astype(x.dtype) for grad, x in zip(grads[:3], inputs, strict=True))
+        d_arrays = dict.fromkeys(arrays)
+        if len(grads) > 3:
+            d_arrays["bias_BHTS"] = grads[3].astype(arrays["bias_BHTS"].dtype)
+        if sinks_H is not None:
+            d_arrays["sinks_H"] = _sinks_gradient(sinks_H, lse_BTH, delta_BTH)
+        return d_inputs, d_arrays
+
+    attend.defvjp(attend_forward, attend_backward)
+
+    def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+        arrays = {name: options.pop(name) for name in ARRAYS if isinstance(options.get(name), jax.Array)}
+        return attend(tuple(sorted(options.items())), (q, k, v), arrays)
+
+    return flash_attention
+
+
+def _sinks_gradient(sinks_H: jax.Array, lse_BTH: jax.Array, delta_BTH: jax.Array) -> jax.Array:
+    p_BTH = jnp.exp(sinks_H.astype(lse_BTH.dtype) - lse_BTH)
+    return -(p_BTH * delta_BTH).sum((0, 1)).astype(sinks_H.dtype)

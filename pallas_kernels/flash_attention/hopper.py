@@ -1,0 +1,322 @@
+"""Forward attention for Hopper: Mosaic GPU with wgmma, TMA and a warpgroup that only loads.
+
+Two warpgroups each hold 64 queries of one head and take turns, so that one's products run while the other does its
+exponentials (FlashAttention-3, arXiv:2407.08608); a third keeps blocks of keys and values coming. Which blocks a tile
+sees follows from its place, so none that the mask empties is loaded, and only those on its edge are masked.
+
+Shapes: B batch rows, T queries, S keys, H query heads, K key/value heads, G = H // K, D head size, E of values,
+q rows of a tile, s keys of a block.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .gpu_blocks import (
+    LOG2E,
+    UNSEEN,
+    Options,
+    i32,
+    keys_of,
+    pad_ids,
+    pad_rows,
+    round_up,
+    segment_bounds,
+)
+
+ROWS = 64  # queries of a warpgroup: what one wgmma takes
+GROUPS = 2  # warpgroups that compute
+TILE = ROWS * GROUPS
+WGMMA = plgpu.Layout.WGMMA
+OF_ROW, OF_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
+SHARED_MEMORY = 227 * 1024 - 2048  # bytes a block may have, less barriers
+
+
+def blocks(D: int, E: int, itemsize: int = 2) -> tuple[int, int]:
+    """(keys of a block, blocks in flight) for head sizes D and E: the most keys whose scores fit the registers beside
+    the accumulator, then as many blocks as fit the shared memory."""
+    keys = 128 if E <= 128 and D <= 128 else 64
+    fixed = TILE * (D + E) * itemsize if D != E else TILE * D * itemsize
+    stage = keys * (D + E) * itemsize + keys * 4
+    return keys, min(4, (SHARED_MEMORY - fixed - TILE * 4) // stage)
+
+
+def swizzled(width: int, dtype: Any) -> tuple[Any, Any]:
+    """The layout in shared memory that wgmma reads, for rows of `width`."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(width * itemsize * 8)
+    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def check(q: jax.Array, v: jax.Array) -> None:
+    """Raises NotImplementedError for dtypes and head sizes that wgmma does not take here."""
+    D, E = q.shape[3], v.shape[3]
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the Hopper kernel takes bfloat16 and float16, got {q.dtype}")
+    if D % 16 or E % 16 or not (16 <= D <= 256 and 16 <= E <= 256):
+        raise NotImplementedError(f"the Hopper kernel takes head sizes that are multiples of 16 up to 256, got {D}, {E}")
+
+
+def forward(
+    o: Options,
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKE: jax.Array,
+    segments: tuple[jax.Array, jax.Array] | None,
+    offset_B: jax.Array | None,
+    sinks_H: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(out_BTHE, lse_BTH)."""
+    check(q_BTHD, v_BSKE)
+    (B, T, H, D), E, dtype = q_BTHD.shape, v_BSKE.shape[3], q_BTHD.dtype
+    block, stages = blocks(D, E)
+    T_pad, S_pad = round_up(T, TILE), round_up(o.S, block)
+    q_BTHD = pad_rows(q_BTHD, T_pad)
+    k_BSKD, v_BSKE = pad_rows(k_BSKD, S_pad), pad_rows(v_BSKE, S_pad)
+    inputs: dict[str, jax.Array] = {"q": q_BTHD, "k": k_BSKD, "v": v_BSKE}
+    if segments is not None:
+        inputs["q_ids"], inputs["kv_ids"] = pad_ids(*segments, T_pad, S_pad)
+        inputs["bounds"] = segment_bounds(inputs["q_ids"], inputs["kv_ids"], TILE, block)
+    if offset_B is not None:
+        inputs["offset"] = offset_B.astype(jnp.int32)
+    if sinks_H is not None:
+        inputs["sinks"] = sinks_H.astype(jnp.float32)
+    names = tuple(inputs)
+
+    def body(*refs: Any) -> None:
+        scratch = {
+            "q": plgpu.SMEM((GROUPS, ROWS, D), dtype, transforms=swizzled(D, dtype)),
+            "k": plgpu.SMEM((stages, block, D), dtype, transforms=swizzled(D, dtype)),
+            "v": plgpu.SMEM((stages, block, E), dtype, transforms=swizzled(E, dtype)),
+            "lse": plgpu.SMEM((GROUPS, ROWS), jnp.float32),
+            "q_ready": plgpu.Barrier(num_barriers=GROUPS),
+            "k_ready": plgpu.Barrier(num_barriers=stages, num_arrivals=2 if o.segments else 1),
+            "v_ready": plgpu.Barrier(num_barriers=stages),
+            "k_free": plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+            "v_free": plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+            "turn": plgpu.Barrier(num_arrivals=GROUPS),
+        }
+        if D != E:
+            scratch["out"] = plgpu.SMEM((GROUPS, ROWS, E), dtype, transforms=swizzled(E, dtype))
+        if o.segments:
+            scratch["kv_ids"] = plgpu.SMEM((stages, block), jnp.int32)
+        given = dict(zip((*names, "out", "lse"), refs, strict=True))
+        pl.run_scoped(lambda *x: _kernel(o, block, stages, given, dict(zip(scratch, x, strict=True))),
+                      *scratch.values(), collective_axes="warpgroup")
+
+    tiles = T_pad // TILE
+    out_BTHE, lse_BHT = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((B, T_pad, H, E), dtype),
+            jax.ShapeDtypeStruct((B, H, T_pad), jnp.float32),
+        ),
+        grid=(B, H, tiles),
+        grid_names=("batch", "head", "tile"),
+        num_threads=GROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*inputs.values())
+    return out_BTHE[:, :T], jnp.swapaxes(lse_BHT[:, :, :T], 1, 2)
+
+
+def _kernel(o: Options, block: int, stages: int, given: dict[str, Any], scratch: dict[str, Any]) -> None:
+    batch, head, group = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
+    # The last queries see the most keys under a causal mask: they start first.
+    tile = i32(given["q"].shape[1] // TILE - 1) - lax.axis_index("tile")
+    offset = i32(o.offset) if o.offset is not None else given["offset"][batch]
+    n = given["k"].shape[1] // block
+
+    def range_of(group: Any) -> tuple[Any, Any, Any, Any]:
+        low, full_low, full_high, high = keys_of(o, tile * i32(TILE) + group * i32(ROWS) + offset, ROWS, block, n)
+        if not o.segments:
+            return low, full_low, full_high, high
+        low = jnp.maximum(low, given["bounds"][batch, tile, 0])
+        high = jnp.maximum(low, jnp.minimum(high, given["bounds"][batch, tile, 1]))
+        return low, low, low, high
+
+    # Both warpgroups go through all the blocks that either sees, as they free them and take turns together.
+    first, last = range_of(i32(0)), range_of(i32(GROUPS - 1))
+    low, high = jnp.minimum(first[0], last[0]), jnp.maximum(first[3], last[3])
+
+    @pl.when(group < GROUPS)
+    def _compute() -> None:
+        plgpu.set_max_registers(240, action="increase")
+        place = (batch, head, tile, group, offset)
+        _compute_group(o, block, stages, given, scratch, place, (low, *range_of(group), high))
+
+    @pl.when(group == GROUPS)
+    def _load() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+        _load_blocks(o, block, stages, given, scratch, (batch, lax.div(head, i32(o.G))), (low, high))
+
+
+def _load_blocks(
+    o: Options, block: int, stages: int, given: Any, scratch: Any, of: tuple[Any, Any], span: tuple[Any, Any]
+) -> None:
+    batch, kv_head = of
+    low, high = span
+
+    @pl.loop(low, high)
+    def _(j: Any) -> None:
+        slot = lax.rem(j - low, i32(stages))
+        keys = (batch, pl.ds(j * i32(block), block))
+
+        @pl.when(j - low >= stages)
+        def _() -> None:
+            plgpu.barrier_wait(scratch["k_free"].at[slot])
+
+        plgpu.copy_gmem_to_smem(given["k"].at[*keys, kv_head], scratch["k"].at[slot], scratch["k_ready"].at[slot])
+        if o.segments:
+            plgpu.copy_gmem_to_smem(given["kv_ids"].at[keys], scratch["kv_ids"].at[slot], scratch["k_ready"].at[slot])
+
+        @pl.when(j - low >= stages)
+        def _() -> None:
+            plgpu.barrier_wait(scratch["v_free"].at[slot])
+
+        plgpu.copy_gmem_to_smem(given["v"].at[*keys, kv_head], scratch["v"].at[slot], scratch["v_ready"].at[slot])
+
+
+def _compute_group(
+    o: Options, block: int, stages: int, given: Any, scratch: Any, place: tuple[Any, ...], spans: tuple[Any, ...]
+) -> None:
+    batch, head, tile, group, offset = place
+    low, own_low, full_low, full_high, own_high, high = spans
+    q_smem = scratch["q"].at[group]
+    rows = pl.ds(tile * i32(TILE) + group * i32(ROWS), ROWS)
+    E, dtype = given["v"].shape[3], given["v"].dtype
+    turn = scratch["turn"]
+
+    def take_turn() -> None:
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
+
+    plgpu.copy_gmem_to_smem(given["q"].at[batch, rows, head], q_smem, scratch["q_ready"].at[group])
+    first_position = tile * i32(TILE) + group * i32(ROWS) + offset
+    q_ids_q = None
+    if o.segments:
+        q_ids_q = plgpu.load(given["q_ids"].at[batch, rows], (), layout=OF_ROW, optimized=False)
+    plgpu.barrier_wait(scratch["q_ready"].at[group])
+
+    def skip(j: Any, _: Any) -> None:
+        slot = lax.rem(j - low, i32(stages))
+        plgpu.barrier_wait(scratch["k_ready"].at[slot])
+        plgpu.barrier_arrive(scratch["k_free"].at[slot])
+        take_turn()
+        plgpu.barrier_wait(scratch["v_ready"].at[slot])
+        plgpu.barrier_arrive(scratch["v_free"].at[slot])
+        take_turn()
+
+    def step(j: Any, carry: Any, masked: bool) -> Any:
+        acc_qE, max_q, sum_q = carry
+        slot = lax.rem(j - low, i32(stages))
+        plgpu.barrier_wait(scratch["k_ready"].at[slot])
+
+        def scores(acc_ref: Any) -> Any:
+            plgpu.wgmma(acc_ref, q_smem, plgpu.transpose_ref(scratch["k"].at[slot], (1, 0)))
+            take_turn()
+            return acc_ref[...]
+
+        x_qs = pl.run_scoped(scores, plgpu.ACC((ROWS, block), jnp.float32))
+        kv_ids_s = None
+        if o.segments:
+            kv_ids_s = plgpu.load(scratch["kv_ids"].at[slot], (), layout=OF_COLUMN, optimized=False)
+        plgpu.barrier_arrive(scratch["k_free"].at[slot])
+        if o.bend is not None:
+            x_qs = tanh(x_qs * o.bend)
+        if masked:
+            x_qs = jnp.where(mask(o, first_position - j * i32(block), j, x_qs.shape, q_ids_q, kv_ids_s), x_qs, UNSEEN)
+        # The maximum is kept in units of log2, so that the exponent is one multiplication-and-addition.
+        new_max_q = jnp.maximum(max_q, x_qs.max(axis=1) * o.base2)
+        decay_q = jnp.exp2(max_q - new_max_q)
+        p_qs = jnp.exp2(x_qs * o.base2 - lax.broadcast_in_dim(new_max_q, x_qs.shape, [0]))
+        acc_qE = acc_qE * lax.broadcast_in_dim(decay_q, acc_qE.shape, [0])
+        sum_q = sum_q * decay_q + p_qs.sum(axis=1)
+        p16_qs = p_qs.astype(dtype)
+        acc_qE, sum_q, new_max_q, p16_qs = lax.optimization_barrier((acc_qE, sum_q, new_max_q, p16_qs))
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(scratch["v_ready"].at[slot])
+        plgpu.barrier_wait(turn)
+
+        def add_values(acc_ref: Any) -> None:
+            plgpu.wgmma(acc_ref, p16_qs, scratch["v"].at[slot])
+
+        acc_qE = pl.run_state(add_values)(plgpu.ACC.init(acc_qE))
+        plgpu.barrier_arrive(scratch["v_free"].at[slot])
+        return acc_qE, new_max_q, sum_q
+
+    carry = (
+        plgpu.layout_cast(jnp.full((ROWS, E), 0.0, jnp.float32), WGMMA),
+        plgpu.layout_cast(jnp.full((ROWS,), UNSEEN * o.base2, jnp.float32), OF_ROW),
+        plgpu.layout_cast(jnp.full((ROWS,), 0.0, jnp.float32), OF_ROW),
+    )
+    # One group is half a step behind the other: that is what keeps one's products beside the other's exponentials.
+    pl.when(group == 1)(take_turn)
+    if o.window is not None or o.segments:
+        lax.fori_loop(low, own_low, skip, None)
+    if o.window is not None and not o.segments:
+        carry = lax.fori_loop(own_low, full_low, lambda j, c: step(j, c, True), carry)
+    if not o.segments:
+        carry = lax.fori_loop(full_low, full_high, lambda j, c: step(j, c, False), carry)
+    if edges(o, block):
+        carry = lax.fori_loop(full_high, own_high, lambda j, c: step(j, c, True), carry)
+    lax.fori_loop(own_high, high, skip, None)
+    pl.when(group == 0)(take_turn)
+
+    acc_qE, max_q, sum_q = carry
+    if o.sinks:
+        sink = jnp.maximum(given["sinks"][head] * jnp.float32(LOG2E), jnp.float32(UNSEEN * o.base2))
+        sink_q = lax.broadcast_in_dim(sink, (ROWS,), ())
+        new_max_q = jnp.maximum(max_q, sink_q)
+        decay_q = jnp.exp2(max_q - new_max_q)
+        sum_q = sum_q * decay_q + jnp.exp2(sink_q - new_max_q)
+        acc_qE, max_q = acc_qE * lax.broadcast_in_dim(decay_q, acc_qE.shape, [0]), new_max_q
+    # A row that saw nothing has counted masked scores as exp(0): its maximum tells.
+    seen_q = max_q > UNSEEN * o.base2 * 0.5
+    norm_q = jnp.where(seen_q, 1.0 / jnp.where(seen_q, sum_q, 1.0), 0.0)
+    out_smem = scratch["out"].at[group] if "out" in scratch else q_smem
+    out_smem[...] = (acc_qE * lax.broadcast_in_dim(norm_q, acc_qE.shape, [0])).astype(dtype)
+    lse_q = max_q * (1 / LOG2E) + jnp.log(jnp.where(seen_q, sum_q, 1.0))
+    scratch["lse"].at[group][...] = jnp.where(seen_q, lse_q, -jnp.inf)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_smem, given["out"].at[batch, rows, head])
+    plgpu.copy_smem_to_gmem(scratch["lse"].at[group], given["lse"].at[batch, head, rows])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def edges(o: Options, block: int) -> bool:
+    """Whether a tile can have blocks that it sees in part."""
+    return o.causal or o.window is not None or o.segments or o.S % block != 0
+
+
+def tanh(x: jax.Array) -> jax.Array:
+    """By the exponential: the instruction for tanh errs by 2**-11, which a softcap of 50 turns into 2% of a weight."""
+    return 1.0 - 2.0 / (1.0 + jnp.exp2(x * (2 * LOG2E)))
+
+
+def mask(o: Options, lead: Any, j: Any, shape: tuple[int, int], q_ids: Any, kv_ids: Any, keys_first: bool = False) -> Any:
+    """What rows see of block j: `lead` is the first row's position less the block's first key. With `keys_first` the
+    tile is [keys, queries]; j * block is then the queries' and only lead counts."""
+    of_q, of_s = (1, 0) if keys_first else (0, 1)
+    row = plgpu.broadcasted_iota(jnp.int32, shape, of_q, layout=WGMMA)
+    key = plgpu.broadcasted_iota(jnp.int32, shape, of_s, layout=WGMMA)
+    sees = []
+    if o.causal:
+        sees.append(row + lead >= key)
+    if o.window is not None:
+        sees.append(row + (lead - i32(o.window)) < key)
+        if not o.causal:
+            sees.append(row + (lead + i32(o.window)) > key)
+    if not keys_first and o.S % shape[1]:
+        sees.append(key < i32(o.S) - j * i32(shape[1]))
+    if o.segments:
+        q_ids = lax.broadcast_in_dim(q_ids, shape, [of_q])
+        sees.append(q_ids == lax.broadcast_in_dim(kv_ids, shape, [of_s]))
+    result = sees[0]
+    for more in sees[1:]:
+        result = result & more
+    return result
