@@ -1,54 +1,171 @@
 """The pool of pages that all candidates of `paged_attention` read and write (Kwon et al. 2023, arXiv:2309.06180).
 
-Shapes: L layers, P pages, K key/value heads, S slots a page, D head size.
+Shapes: L layers, P pages, K key/value heads, S slots a page, D head size, V size of a value (D, or less of a latent).
+Of layout "joint": E lanes of a token, its key and its value. Of a quantised cache: Z = 2 S, the scales of the keys of
+a page and then those of its values.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from ..chips import known_platform
 
-@jax.tree_util.register_dataclass
+LANES = 128
+LAYOUTS = ("split", "joint")
+QUANTISED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number of each
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k_LPKDS", "v_LPKSV", "kv_LPKSE", "scale_LPKZ"],
+    meta_fields=["head_dim", "value_dim", "latent"],
+)
 @dataclass(frozen=True)
 class Pages:
     """Keys and values of all layers. A pytree, and the carry of the decoder's scan over layers.
 
-    The layout is private to this folder: a page is contiguous, and its keys are transposed, so that both products of
-    attention contract the last axis on the left with the last but one on the right. Of XLA:CPU's products that kind
-    is quick for few rows and rounds a row the same whatever rows stand beside it.
+    The layout is private to this folder. A page is contiguous, and either
+
+    - "split": keys transposed and values, so that both products of attention contract the last axis on the left with
+      the last but one on the right. Of XLA:CPU's products that kind is quick for few rows and rounds a row the same
+      whatever rows stand beside it. Values of a latent are kept a second time.
+    - "joint": each token's key and then its value, side by side in lanes, so that a page of all heads is one copy to a
+      TPU's memory and its tiles are as the matrix unit wants them. A latent is kept once.
+
+    A quantised cache (int8, float8_e4m3fn) has a scale for each token and head, float32. Written once with its token,
+    it never changes: scales for a page would have the page rounded anew with each token, and results depend on how a
+    prompt was cut; one for a layer (what servers have that calibrate before) costs accuracy where tokens differ.
     """
 
-    k_LPKDS: jax.Array
-    v_LPKSD: jax.Array
+    k_LPKDS: jax.Array | None
+    v_LPKSV: jax.Array | None
+    kv_LPKSE: jax.Array | None
+    scale_LPKZ: jax.Array | None
+    head_dim: int
+    value_dim: int
+    latent: bool
+
+    @property
+    def layout(self) -> str:
+        return "split" if self.kv_LPKSE is None else "joint"
+
+    @property
+    def _tokens(self) -> jax.Array:
+        found = self.v_LPKSV if self.kv_LPKSE is None else self.kv_LPKSE
+        assert found is not None
+        return found
 
     @property
     def num_layers(self) -> int:
-        return self.v_LPKSD.shape[0]
+        return self._tokens.shape[0]
 
     @property
     def num_pages(self) -> int:
-        return self.v_LPKSD.shape[1]
+        return self._tokens.shape[1]
 
     @property
     def num_kv_heads(self) -> int:
-        return self.v_LPKSD.shape[2]
+        return self._tokens.shape[2]
 
     @property
     def page_size(self) -> int:
-        return self.v_LPKSD.shape[3]
+        return self._tokens.shape[3]
 
     @property
-    def head_dim(self) -> int:
-        return self.v_LPKSD.shape[4]
+    def dtype(self) -> jnp.dtype:
+        return self._tokens.dtype
+
+    @property
+    def quantised(self) -> bool:
+        return self.scale_LPKZ is not None
+
+    @property
+    def value_lane(self) -> int:
+        """Of layout "joint": the lane where a value begins."""
+        return 0 if self.latent else value_lane(self.head_dim)
+
+    def take(self, layer: int | jax.Array, page_W: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys [..., K, D, S] and values [..., K, S, V] of pages, as they are kept."""
+        if self.kv_LPKSE is None:
+            assert self.k_LPKDS is not None and self.v_LPKSV is not None
+            return self.k_LPKDS[layer, page_W], self.v_LPKSV[layer, page_W]
+        kv = self.kv_LPKSE[layer, page_W]
+        first = self.value_lane
+        return jnp.swapaxes(kv[..., : self.head_dim], -1, -2), kv[..., first : first + self.value_dim]
+
+    def take_scales(self, layer: int | jax.Array, page_W: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Scales of the keys and of the values of pages, [..., K, S] each."""
+        assert self.scale_LPKZ is not None
+        both = self.scale_LPKZ[layer, page_W]
+        return both[..., : self.page_size], both[..., self.page_size :]
+
+    def join(self, k_TKD: jax.Array, v_TKV: jax.Array) -> jax.Array:
+        """[T, K, E]: tokens as layout "joint" has them."""
+        E = self._tokens.shape[-1]
+        if self.latent:
+            return jnp.pad(k_TKD, ((0, 0), (0, 0), (0, E - self.head_dim)))
+        gap = self.value_lane - self.head_dim
+        k_TKF = jnp.pad(k_TKD, ((0, 0), (0, 0), (0, gap)))
+        return jnp.concatenate([k_TKF, jnp.pad(v_TKV, ((0, 0), (0, 0), (0, E - self.value_lane - self.value_dim)))], -1)
 
 
 def init_pages(
-    num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype = jnp.float32
+    num_layers: int,
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    latent: int | None = None,
+    layout: str | None = None,
 ) -> Pages:
-    """An empty pool of `num_pages` pages of `page_size` tokens for each layer, in `dtype`."""
-    v_shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
-    if min(v_shape) < 1:
-        raise ValueError(f"layers, pages, heads, slots and head size must be positive, got {v_shape}")
-    k_shape = (*v_shape[:3], head_dim, page_size)
-    return Pages(jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype))
+    """An empty pool of `num_pages` pages of `page_size` tokens for each layer, in `dtype`.
+
+    Args:
+      dtype: a floating one, or int8 or float8_e4m3fn: quantised as it is written.
+      latent: the value of a token is the first so many numbers of its key (latent attention, arXiv:2405.04434).
+      layout: "split" or "joint"; None: what the platform's kernels want.
+    """
+    sizes = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
+    if min(sizes) < 1:
+        raise ValueError(f"layers, pages, heads, slots and head size must be positive, got {sizes}")
+    if latent is not None and not 1 <= latent <= head_dim:
+        raise ValueError(f"latent is how many of a key's {head_dim} numbers are its value, got {latent}")
+    if layout is None:
+        layout = "joint" if (known_platform() or jax.default_backend()) == "tpu" else "split"
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is one of {', '.join(LAYOUTS)}, got {layout!r}")
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) and dtype.name not in QUANTISED:
+        raise ValueError(f"pages are floating, or one of {', '.join(QUANTISED)}; got {dtype.name}")
+    V, rows = latent or head_dim, sizes[:4]
+    k = v = kv = scale = None
+    if layout == "split":
+        k = jnp.zeros((*rows[:3], head_dim, page_size), dtype)
+        v = jnp.zeros((*rows, V), dtype)
+    else:
+        E = head_dim if latent else value_lane(head_dim) + head_dim
+        kv = jnp.zeros((*rows, -(-E // LANES) * LANES), dtype)
+    if dtype.name in QUANTISED:
+        scale = jnp.zeros((*rows[:3], 2 * page_size), jnp.float32)
+    return Pages(k, v, kv, scale, head_dim, V, latent is not None)
+
+
+def value_lane(head_dim: int) -> int:
+    """Right after the key where both fit one tile of lanes, else in a tile of its own."""
+    return head_dim if 2 * head_dim <= LANES else -(-head_dim // LANES) * LANES
+
+
+def quantise(x_TKD: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Numbers in `dtype`, and the scale of each token and head, [T, K] in float32."""
+    most = QUANTISED[jnp.dtype(dtype).name]
+    x_TKD = x_TKD.astype(jnp.float32)
+    scale_TK = jnp.max(jnp.abs(x_TKD), -1) / most
+    whole = x_TKD / jnp.where(scale_TK > 0, scale_TK, 1)[..., None]
+    if jnp.issubdtype(dtype, jnp.integer):
+        whole = jnp.round(whole)
+    return jnp.clip(whole, -most, most).astype(dtype), scale_TK

@@ -12,8 +12,9 @@ Nor may a result depend on the chunk of the prompt that the token came in with, 
 tile of one token and in one of many. XLA:CPU's products do from some number of rows up, which depends on their columns
 (`_rows_needed`); its sums do not, so the sum over keys is a tree of additions of our own.
 
-Shapes: T token rows, R requests, S slots a page, K key/value heads, G query heads for each, D head size;
-t: the query tokens of one tile, r: their rows, row = t * G + g; W: the pages of one turn, each with its own queries.
+Shapes: T token rows, R requests, S slots a page, K key/value heads, G query heads for each, D head size,
+V size of a value; t: the query tokens of one tile, r: their rows, row = t * G + g; W: the pages of one turn, each with
+its own queries.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .batch import token_rows, write
+from .batch import SharedPrefixes, token_rows, write
 from .pages import Pages
 
 TILE = 64  # query tokens of a chunk that are taken together
@@ -33,7 +34,7 @@ MASKED = -1e30  # stands for -inf where a difference of two of them must not be 
 def paged_attention(
     q_THD: jax.Array,
     k_TKD: jax.Array,
-    v_TKD: jax.Array,
+    v_TKV: jax.Array | None,
     pages: Pages,
     *,
     layer: int | jax.Array,
@@ -45,41 +46,45 @@ def paged_attention(
     window: int | None,
     scale: float,
     softcap: float | None,
+    sinks_H: jax.Array | None,
+    prefixes: SharedPrefixes | None,
 ) -> tuple[jax.Array, Pages]:
+    del prefixes  # read for each request: on a CPU the products take longer than the reading
     T, H, D = q_THD.shape
     R, K = len(page_table_RM), k_TKD.shape[1]
     rows = token_rows(T, lengths_R, query_start_R, query_length_R)
-    pages = write(pages, layer, k_TKD, v_TKD, rows, page_table_RM)
+    pages = write(pages, layer, k_TKD, v_TKV, rows, page_table_RM)
     table_RM = jnp.clip(page_table_RM, 0, pages.num_pages - 1)
     first_R = lengths_R - query_length_R  # position of the first new token
 
     is_decode_R = (query_length_R == 1) & (query_start_R == jnp.arange(R))
-    attend = _Attend(pages, layer, window, scale, softcap)
+    sinks_KG = None if sinks_H is None else sinks_H.reshape(K, H // K)
+    attend = _Attend(pages, layer, window, scale, softcap, sinks_KG)
 
-    def tile(r: Any, nth: Any, out_TKGD: jax.Array) -> jax.Array:
+    def tile(r: Any, nth: Any, out_TKGV: jax.Array) -> jax.Array:
         """New tokens nth .. nth + TILE of request r, as far as they are its own."""
         at, nth_t = query_start_R[r] + nth, nth + jnp.arange(TILE)
-        q_tKGD, old_tKGD = (jax.lax.dynamic_slice_in_dim(x, at, TILE) for x in (q_TKGD, out_TKGD))
+        q_tKGD, old_tKGV = (jax.lax.dynamic_slice_in_dim(x, at, TILE) for x in (q_TKGD, out_TKGV))
         real_t = nth_t < query_length_R[r]
-        new_tKGD = attend.tile(q_tKGD, first_R[r] + nth_t, real_t, table_RM[r])
-        out_tKGD = jnp.where(real_t[:, None, None, None], new_tKGD, old_tKGD)
-        return jax.lax.dynamic_update_slice_in_dim(out_TKGD, out_tKGD, at, 0)
+        new_tKGV = attend.tile(q_tKGD, first_R[r] + nth_t, real_t, table_RM[r])
+        out_tKGV = jnp.where(real_t[:, None, None, None], new_tKGV, old_tKGV)
+        return jax.lax.dynamic_update_slice_in_dim(out_TKGV, out_tKGV, at, 0)
 
-    def chunk(r: Any, out_TKGD: jax.Array) -> jax.Array:
+    def chunk(r: Any, out_TKGV: jax.Array) -> jax.Array:
         tiles = jnp.where(query_start_R[r] >= decode_rows, -(-query_length_R[r] // TILE), 0)
-        return jax.lax.fori_loop(0, tiles, lambda i, out: tile(r, i * TILE, out), out_TKGD)
+        return jax.lax.fori_loop(0, tiles, lambda i, out: tile(r, i * TILE, out), out_TKGV)
 
     # A tile may reach past the last token row, where a slice would be moved back to fit.
     extra = TILE if decode_rows < T else 0
     q_TKGD = jnp.pad(q_THD.reshape(T, K, H // K, D), ((0, extra), (0, 0), (0, 0), (0, 0)))
-    out_TKGD = jnp.zeros_like(q_TKGD)
+    out_TKGV = jnp.zeros((*q_TKGD.shape[:3], pages.value_dim), q_TKGD.dtype)
     if decode_rows:
         N = min(decode_rows, R)
-        new_NKGD = attend.rows(q_TKGD[:N], first_R[:N], is_decode_R[:N], table_RM[:N])
-        out_TKGD = out_TKGD.at[:N].set(new_NKGD)
+        new_NKGV = attend.rows(q_TKGD[:N], first_R[:N], is_decode_R[:N], table_RM[:N])
+        out_TKGV = out_TKGV.at[:N].set(new_NKGV)
     if decode_rows < T:
-        out_TKGD = jax.lax.fori_loop(0, R, chunk, out_TKGD)
-    return out_TKGD[:T].reshape(T, H, D), pages
+        out_TKGV = jax.lax.fori_loop(0, R, chunk, out_TKGV)
+    return out_TKGV[:T].reshape(T, H, pages.value_dim), pages
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class _Attend:
     window: int | None
     scale: float
     softcap: float | None
+    sinks_KG: jax.Array | None
 
     def tile(self, q_tKGD: jax.Array, position_t: jax.Array, real_t: jax.Array, table_M: jax.Array) -> jax.Array:
         """Consecutive tokens of one request; anything for those that are not real."""
@@ -106,8 +112,9 @@ class _Attend:
             return _merge(carry, jax.tree.map(lambda x: x[0], part))
 
         stop = last // self.pages.page_size + 1
-        out_KrD = _result(jax.lax.fori_loop(self._low(position_t[0]), stop, turn, _nothing(q_WKrD.shape[1:], q_tKGD)))
-        return jnp.swapaxes(out_KrD[:, : t * G].reshape(K, t, G, D), 0, 1).astype(q_tKGD.dtype)
+        start = self._nothing(jnp.broadcast_to(jnp.arange(q_WKrD.shape[2]) % G, q_WKrD.shape[1:3]), q_tKGD)
+        out_KrV = _result(jax.lax.fori_loop(self._low(position_t[0]), stop, turn, start))
+        return jnp.swapaxes(out_KrV[:, : t * G].reshape(K, t, G, -1), 0, 1).astype(q_tKGD.dtype)
 
     def rows(self, q_RKGD: jax.Array, position_R: jax.Array, real_R: jax.Array, table_RM: jax.Array) -> jax.Array:
         """The one token of each request; 0 for those that are not real."""
@@ -134,8 +141,23 @@ class _Attend:
 
             return jax.lax.fori_loop(0, jnp.minimum(TURN, total - i * TURN), merge, carry)
 
-        out_RKrD = _result(jax.lax.fori_loop(0, -(-total // TURN), turn, _nothing(q_RKrD.shape, q_RKGD)))
-        return out_RKrD[:, :, :G].astype(q_RKGD.dtype)
+        start = self._nothing(jnp.broadcast_to(jnp.arange(q_RKrD.shape[2]) % G, q_RKrD.shape[:3]), q_RKGD)
+        out_RKrV = _result(jax.lax.fori_loop(0, -(-total // TURN), turn, start))
+        return out_RKrV[:, :, :G].astype(q_RKGD.dtype)
+
+    def _nothing(self, group_Kr: jax.Array, like: jax.Array) -> Any:
+        """The state of a softmax over no keys yet, but for the sinks: values, maxima and sums.
+
+        `group_Kr` [..., K, r] tells which of its key head's query heads a row is.
+        """
+        dtype = jnp.promote_types(like.dtype, jnp.float32)
+        values = jnp.zeros((*group_Kr.shape, self.pages.value_dim), dtype)
+        if self.sinks_KG is None:
+            zeros = jnp.zeros((*group_Kr.shape, 1), dtype)
+            return values, jnp.full_like(zeros, MASKED), zeros
+        head_K1 = jnp.arange(len(self.sinks_KG))[:, None]
+        top = self.sinks_KG.astype(dtype)[head_K1, group_Kr][..., None]
+        return values, top, jnp.ones_like(top)
 
     def _low(self, position: jax.Array) -> Any:
         """The first page that a query sees, given its position."""
@@ -156,32 +178,30 @@ class _Attend:
         j_W: jax.Array,
         page_W: jax.Array,
     ) -> Any:
-        """The part of page j of a request, for W of them: values [W, K, r, D], maxima and sums [W, K, r, 1]."""
+        """The part of page j of a request, for W of them: values [W, K, r, V], maxima and sums [W, K, r, 1]."""
         S = self.pages.page_size
-        kT_WKDS, v_WKSD = self.pages.k_LPKDS[self.layer, page_W], self.pages.v_LPKSD[self.layer, page_W]
+        kT_WKDS, v_WKSV = self.pages.take(self.layer, page_W)
         s_WS = j_W[:, None] * S + jnp.arange(S)
         # Slots beyond the request may hold what another one left, even nan, which a weight of 0 would not hide.
-        v_WKSD = jnp.where((s_WS <= last_W[:, None])[:, None, :, None], v_WKSD, 0)
+        v_WKSV = jnp.where((s_WS <= last_W[:, None])[:, None, :, None], v_WKSV, 0)
         distance_WrS = position_Wr[:, :, None] - s_WS[:, None]
         mask_WrS = (distance_WrS >= 0) & real_Wr[:, :, None]
         if self.window is not None:
             mask_WrS &= distance_WrS < self.window
         mask_WKrS = mask_WrS[:, None]
         scores_WKrS = _dot("wkrd,wkds->wkrs", q_WKrD, kT_WKDS.astype(q_WKrD.dtype)) * self.scale
+        v_scale_WK1S = None
+        if self.pages.quantised:
+            k_scale_WK1S, v_scale_WK1S = (x[:, :, None] for x in self.pages.take_scales(self.layer, page_W))
+            scores_WKrS = scores_WKrS * k_scale_WK1S
         if self.softcap is not None:
             scores_WKrS = self.softcap * jnp.tanh(scores_WKrS / self.softcap)
         scores_WKrS = jnp.where(mask_WKrS, scores_WKrS, MASKED)
         max_WKr1 = scores_WKrS.max(-1, keepdims=True)
         p_WKrS = jnp.where(mask_WKrS, jnp.exp(scores_WKrS - max_WKr1), 0)
-        pv_WKrD = _dot("wkrs,wksd->wkrd", p_WKrS.astype(q_WKrD.dtype), v_WKSD.astype(q_WKrD.dtype))
-        return pv_WKrD, max_WKr1, _sum(p_WKrS)
-
-
-def _nothing(shape: tuple[int, ...], like: jax.Array) -> Any:
-    """The state of a softmax over no keys yet: values, maxima and sums."""
-    dtype = jnp.promote_types(like.dtype, jnp.float32)
-    zeros = jnp.zeros((*shape[:-1], 1), dtype)
-    return jnp.zeros(shape, dtype), jnp.full_like(zeros, MASKED), zeros
+        scaled_WKrS = p_WKrS if v_scale_WK1S is None else jnp.where(mask_WKrS, p_WKrS * v_scale_WK1S, 0)
+        pv_WKrV = _dot("wkrs,wksv->wkrv", scaled_WKrS.astype(q_WKrD.dtype), v_WKSV.astype(q_WKrD.dtype))
+        return pv_WKrV, max_WKr1, _sum(p_WKrS)
 
 
 def _merge(one: Any, other: Any) -> Any:
