@@ -99,7 +99,9 @@ def _kept(workload: Workload, layout: Layout, share: Share) -> float:
     between = item * share.width / plan.tensor  # what enters a block, cut by tensor too
     # Of a mixture's experts, the rows are as many as there is room for on arrival.
     rows = expert_rows(workload, layout, share) / max(1, _routed(workload)) / share.tokens
-    inside = (each.width - item) * share.width + each.mlp * share.mlp * rows
+    # Tensor parallelism cuts what is between the products too, but not what two of them read: x of attention and MLP.
+    whole = 2 * item if layout.remat == "none" else 0
+    inside = ((each.width - item - whole) / plan.tensor + whole) * share.width + each.mlp * share.mlp * rows
     inside += each.heads * share.heads + each.kv_heads * share.kv_heads + each.single
     if layout.remat == "offload":
         between = 0.0
