@@ -6,7 +6,7 @@ R = N * K rows, one for each expert that a token takes; P devices of the mesh ax
 On a mesh the layer is an island (`shard_map`) in which each device
 - routes its own tokens and sorts them by expert,
 - sends them to the devices that hold these experts (`sharding/exchange.py`),
-- runs its experts over what arrived, sorted by expert: `layers/grouped.py`, each expert's width cut over "tensor",
+- runs its experts over what arrived, sorted by expert: `grouped_matmul`, each expert's width cut over "tensor",
 - weighs the results, sends them back, adds them, and sums over "tensor".
 
 What it costs in memory: on arrival there is room for the case in which all tokens of P devices choose experts of one,
@@ -23,6 +23,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from ..pallas_kernels.grouped_matmul import grouped_matmul
 from ..sharding.exchange import Exchange, give_back, send
 from ..sharding.rules import (
     ACTIVATION_RULES,
@@ -35,7 +36,6 @@ from ..sharding.rules import (
     mesh_axes,
     partition_spec,
 )
-from .grouped import grouped_linear
 from .linear import PRODUCT
 from .mlp import SwiGLU
 from .moe_config import MoEConfig
@@ -235,7 +235,7 @@ def _experts(
 
 def _swiglu(x_RD: jax.Array, weight_R1: jax.Array, rows_L: jax.Array, weights: list[jax.Array]) -> jax.Array:
     def product(x_RI: jax.Array, weight_LOI: jax.Array) -> jax.Array:
-        return checkpoint_name(grouped_linear(x_RI, weight_LOI, rows_L), PRODUCT)
+        return checkpoint_name(grouped_matmul(x_RI, weight_LOI, rows_L), PRODUCT)
 
     gate_LFD, up_LFD, down_LDF = weights
     hidden_RF = jax.nn.silu(product(x_RD, gate_LFD)) * product(x_RD, up_LFD)

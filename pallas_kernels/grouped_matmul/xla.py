@@ -1,6 +1,6 @@
-"""Products of rows with the weights of their group: what a mixture of experts is made of.
+"""Grouped products without Pallas.
 
-Shapes: N rows, sorted by group, G groups, I inputs, O outputs, A and C either of them, B rows of a block.
+Shapes: N rows, sorted by group, G groups, I inputs, O outputs, A and C either of them, B rows of a block, M = N + B.
 
 On accelerators a product is `ragged_dot`. Two places have none that is fast, and there a loop takes the rows of each
 group in blocks of B and reads the group's weights once a block:
@@ -9,48 +9,36 @@ group in blocks of B and reads the group's weights once a block:
   of 512 to 512: 32 groups took 1,480 ms, the loop 41 ms, one dense product of all rows 16 ms);
 - the gradient of the weights is such a dense product on TPUs too.
 
-A row's result does not depend on the rows around it, on its place or on N, bit for bit: a server needs that.
+On a CPU a row's result does not depend on the rows around it, on its place or on N, bit for bit: a server needs that.
 """
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .linear import matmul_precision
-
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 128
 
 
-@jax.custom_vjp
-def grouped_linear(x_NI: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array) -> jax.Array:
-    """`x @ weight[group].T` in the dtype of `x`, [N, O].
-
-    Args:
-        x_NI: rows, those of group 0 first. weight_GOI: one weight a group, in the same dtype.
-        sizes_G: int32, rows of each group. Rows beyond their sum belong to no group: they give zeros, take whatever
-            they hold, and pass no gradient.
-    """
+def grouped_matmul(x_NI: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array) -> jax.Array:
     return _product(x_NI, weight_GOI, sizes_G, contract=2)
 
 
-def _forward(x_NI: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array) -> tuple[jax.Array, Any]:
-    return grouped_linear(x_NI, weight_GOI, sizes_G), (x_NI, weight_GOI, sizes_G)
+def grouped_matmul_dx(dy_NO: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array) -> jax.Array:
+    return _product(dy_NO, weight_GOI, sizes_G, contract=1)
 
 
-def _backward(kept: Any, dy_NO: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    x_NI, weight_GOI, sizes_G = kept
-    dx_NI = _product(dy_NO, weight_GOI, sizes_G, contract=1)
+def grouped_matmul_dweight(x_NI: jax.Array, dy_NO: jax.Array, sizes_G: jax.Array) -> jax.Array:
     # XLA:CPU has no product of bfloat16 with a float32 sum; widening it first changes no bit of the result.
-    dweight_GOI = jax.lax.platform_dependent(
+    return jax.lax.platform_dependent(
         x_NI, dy_NO, sizes_G, cpu=partial(_weight_gradient, widen=True), default=partial(_weight_gradient, widen=False)
     )
-    return dx_NI, dweight_GOI, None
 
 
-grouped_linear.defvjp(_forward, _backward)
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """Full precision for float32 and wider (TPUs would round to bfloat16), the native one for narrower types."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else jax.lax.Precision.DEFAULT
 
 
 def _product(x_NA: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, contract: int) -> jax.Array:
@@ -70,7 +58,7 @@ def _by_ragged_dot(x_NA: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, c
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (contract,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
-    return jax.lax.ragged_dot_general(x_NA, weight_GOI, sizes_G, numbers, precision=matmul_precision(x_NA.dtype))
+    return jax.lax.ragged_dot_general(x_NA, weight_GOI, sizes_G, numbers, precision=_precision(x_NA.dtype))
 
 
 def _by_blocks(x_NA: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, contract: int) -> jax.Array:
@@ -85,7 +73,7 @@ def _by_blocks(x_NA: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, contr
             "ba,ca->bc" if contract == 2 else "ba,ac->bc",
             x_BA,
             weight_GOI[group],
-            precision=matmul_precision(x_NA.dtype),
+            precision=_precision(x_NA.dtype),
         )
         # What a group's last block writes beyond its rows is not theirs; the next group's first block comes after it.
         return jax.lax.dynamic_update_slice_in_dim(y_MC, y_BC, start, axis=0)
@@ -109,7 +97,7 @@ def _weight_gradient(x_NI: jax.Array, dy_NO: jax.Array, sizes_G: jax.Array, wide
         if widen:
             x_BI, dy_BO = x_BI.astype(wide), dy_BO.astype(wide)
         return dweight_GOI.at[group].add(
-            jnp.einsum("bo,bi->oi", dy_BO, x_BI, precision=matmul_precision(dtype), preferred_element_type=wide)
+            jnp.einsum("bo,bi->oi", dy_BO, x_BI, precision=_precision(dtype), preferred_element_type=wide)
         )
 
     return jax.lax.fori_loop(0, blocks.count, body, jnp.zeros((G, O, I), wide)).astype(dtype)

@@ -1,0 +1,144 @@
+"""The contract of grouped_matmul, for every candidate: both directions against loops over rows, in float64."""
+
+from contextlib import nullcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from twinax.pallas_kernels import grouped_matmul as package
+from twinax.pallas_kernels.grouped_matmul import OPERATION, grouped_matmul, grouped_matmul_dweight, grouped_matmul_dx
+
+ALL = pytest.mark.parametrize("implementation", OPERATION.names())
+
+# Rows of each group, rows of none, I, O.
+CASES = {
+    "even": ([4, 4, 4, 4], 0, 6, 3),
+    "uneven, more than a block": ([0, 21, 1, 300, 0], 5, 6, 3),
+    "one group": ([7], 2, 5, 9),
+    "all in the last": ([0, 0, 0, 40], 3, 4, 4),
+    "none": ([0, 0, 0], 5, 6, 3),
+    "one row": ([0, 1], 0, 1, 1),
+    "ends inside tiles": ([15, 17, 0, 33, 1, 62], 64, 130, 7),
+}
+
+
+def make(case, dtype=np.float64):
+    """x, weight, dy, sizes; rows of no group hold what would show."""
+    sizes, rest, I, O = CASES[case]
+    rng = np.random.default_rng(list(CASES).index(case))
+    N = sum(sizes) + rest
+    x_NI, weight_GOI, dy_NO = (rng.standard_normal(s) for s in ((N, I), (len(sizes), O, I), (N, O)))
+    x_NI[N - rest :], dy_NO[N - rest :] = np.nan, np.inf
+    return *(a.astype(dtype) for a in (x_NI, weight_GOI, dy_NO)), np.asarray(sizes, np.int32)
+
+
+def by_hand(x_NI, weight_GOI, dy_NO, sizes_G):
+    """y, dx and dweight, one row at a time."""
+    y, dx, dweight = np.zeros(dy_NO.shape), np.zeros(x_NI.shape), np.zeros(weight_GOI.shape)
+    for n, g in enumerate(np.repeat(np.arange(len(sizes_G)), sizes_G)):
+        y[n], dx[n] = weight_GOI[g] @ x_NI[n], dy_NO[n] @ weight_GOI[g]
+        dweight[g] += np.outer(dy_NO[n], x_NI[n])
+    return y, dx, dweight
+
+
+def run(x_NI, weight_GOI, dy_NO, sizes_G, implementation):
+    """y, dx and dweight by differentiation, the sizes known only on the device."""
+
+    @jax.jit
+    def function(x, weight, dy, sizes):
+        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation), x, weight)
+        return y, *pullback(dy)
+
+    with pltpu.force_tpu_interpret_mode() if implementation == "tpu" else nullcontext():
+        return jax.tree.map(np.asarray, function(x_NI, weight_GOI, dy_NO, sizes_G))
+
+
+@ALL
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_each_row_with_its_weight(case, implementation):
+    if implementation == "tpu":
+        arguments, tolerance = make(case, np.float32), 2e-6  # a TPU has no float64
+    else:
+        arguments, tolerance = make(case), 1e-12
+    with jax.enable_x64(implementation != "tpu"):
+        got = run(*arguments, implementation)
+    want = by_hand(*(a.astype(np.float64) for a in arguments[:3]), arguments[3])
+    for name, a, b in zip(("y", "dx", "dweight"), got, want, strict=True):
+        scale = max(1, np.abs(b).max(initial=0))
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale, err_msg=name)
+
+
+@ALL
+def test_bfloat16_is_summed_in_float32(implementation):
+    arguments = [jnp.asarray(a, jnp.bfloat16) if a.dtype != np.int32 else a for a in make("uneven, more than a block")]
+    got = run(*arguments, implementation)
+    want = by_hand(*(np.asarray(a, np.float64) for a in arguments[:3]), arguments[3])
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.bfloat16
+        # One rounding of the result, and what float32 sums lose where terms cancel.
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-5)
+
+
+def test_ragged_dot_means_the_same():
+    """What accelerators run without a kernel, computed here by XLA's dense product of all groups."""
+    from twinax.pallas_kernels.grouped_matmul import xla
+
+    rng = np.random.default_rng(1)
+    sizes_G = jnp.asarray([5, 0, 15], jnp.int32)
+    with jax.enable_x64(True):
+        x_NI, weight_GOI = (jnp.asarray(rng.standard_normal(shape)) for shape in ((20, 6), (3, 4, 6)))
+        want = grouped_matmul(x_NI, weight_GOI, sizes_G, implementation="xla")
+        np.testing.assert_allclose(xla._by_ragged_dot(x_NI, weight_GOI, sizes_G, 2), want, rtol=1e-12)
+        back = grouped_matmul_dx(want, weight_GOI, sizes_G, implementation="xla")
+        np.testing.assert_allclose(xla._by_ragged_dot(want, weight_GOI, sizes_G, 1), back, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("I", "O"), [(64, 176), (512, 100), (1408, 512)])
+def test_a_row_has_the_same_bits_in_any_company(I, O):
+    rng = np.random.default_rng(3)
+    function = jax.jit(grouped_matmul)
+    weight_GOI = rng.standard_normal((4, O, I)).astype(np.float32)
+    mine_I = rng.standard_normal(I).astype(np.float32)
+    want = None
+    for sizes, at in (
+        ([0, 0, 1, 0], 0),
+        ([0, 0, 2, 0], 1),
+        ([3, 1, 12, 0], 15),
+        ([3, 1, 12, 0], 9),
+        ([0, 0, 40, 24], 33),
+        ([50, 3, 130, 800], 60),
+        ([50, 3, 130, 800], 182),
+        ([500, 0, 500, 0], 777),
+    ):
+        x_NI = rng.standard_normal((max(16, sum(sizes)), I)).astype(np.float32) * 10
+        x_NI[at] = mine_I
+        got = np.asarray(function(x_NI, weight_GOI, np.asarray(sizes, np.int32)))[at]
+        want = got if want is None else want
+        np.testing.assert_array_equal(got, want, err_msg=str(sizes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.zeros((4, 5), np.float32)}, r"x \[N, I\] and weight \[G, O, I\], got \(4, 5\), \(2, 3, 6\)"),
+        ({"weight": np.zeros((2, 3, 6), np.float16)}, "one floating dtype, got float32 and float16"),
+        ({"sizes": np.zeros(3, np.int32)}, r"one number a group, \(2,\), got \(3,\)"),
+        ({"sizes": np.zeros(2, np.float32)}, "sizes is int32, at least one group; got float32"),
+    ],
+)
+def test_what_breaks_a_rule_is_refused(change, message):
+    arguments = {"x": np.zeros((4, 6), np.float32), "weight": np.zeros((2, 3, 6), np.float32)}
+    arguments |= {"sizes": np.zeros(2, np.int32)} | change
+    with pytest.raises(ValueError, match=message):
+        grouped_matmul(*arguments.values())
+    with pytest.raises(ValueError, match="as many rows, got"):
+        grouped_matmul_dweight(arguments["x"], np.zeros((7, 2), np.float32), np.zeros(2, np.int32))
+
+
+def test_the_three_products_have_the_same_candidates():
+    assert OPERATION.names() == package.DX.names() == package.DWEIGHT.names()
+    for name in OPERATION.names():
+        assert all(operation.load(name) for operation in (OPERATION, package.DX, package.DWEIGHT))
