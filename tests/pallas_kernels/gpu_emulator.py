@@ -1,0 +1,431 @@
+"""Runs Mosaic GPU kernels on a CPU, warpgroups interleaved at random, so that numbers, races and deadlocks show.
+
+`emulate(f, seed)(*args)` evaluates f, and each Mosaic GPU kernel in it one block after another. In a block:
+- A warpgroup runs until it waits; who goes on, and when copies and products in flight happen, is drawn from the seed.
+- Memory starts as nan. A copy to shared memory makes its target nan at once and fills it later, arriving then; a copy
+  to global memory reads its source later; so does a product, unless waited for. What is reused too early, or read
+  before it was waited for, gives nan or wrong numbers.
+- A barrier that a warpgroup waits for with two phases behind it is an error, as its parity bit then lies; so are
+  shared memory that is written and then copied without `commit_smem`, and a block where all wait.
+
+Layouts, swizzles and the shapes of instructions are not checked here: the compiler does that.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CONTROL = {"jit", "pjit", "closed_call", "core_call", "custom_vmap_call", "custom_jvp_call", "custom_vjp_call"}
+
+
+def emulate(f: Callable[..., Any], seed: int = 0) -> Callable[..., Any]:
+    """f with its Mosaic GPU kernels emulated. What is not a kernel runs as ever."""
+
+    def run(*args: Any) -> Any:
+        closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+        outs = _outer(closed.jaxpr, closed.consts, jax.tree.leaves(args), np.random.default_rng(seed))
+        return jax.tree.unflatten(jax.tree.structure(shapes), outs)
+
+    return run
+
+
+def _inner(eqn: Any) -> tuple[Any, list[Any]]:
+    closed = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "call") if name in eqn.params)
+    return (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, [])
+
+
+def _outer(jaxpr: Any, consts: list[Any], args: list[Any], rng: np.random.Generator) -> list[Any]:
+    env = _Environment(jaxpr, consts, args)
+    for eqn in jaxpr.eqns:
+        values = env.read(eqn.invars)
+        if eqn.primitive.name in CONTROL:
+            outs = _outer(*_inner(eqn), values, rng)
+        elif eqn.primitive.name == "mpmd_map":
+            outs = _kernel(eqn, values, rng)
+        else:
+            outs = _bind(eqn, values)
+        env.write(eqn.outvars, outs)
+    return env.read(jaxpr.outvars)
+
+
+def _bind(eqn: Any, values: list[Any]) -> list[Any]:
+    outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return outs if eqn.primitive.multiple_results else [outs]
+
+
+class _Environment:
+    def __init__(self, jaxpr: Any, consts: list[Any], args: list[Any]) -> None:
+        self.values: dict[Any, Any] = {}
+        self.write(jaxpr.constvars, consts)
+        self.write(jaxpr.invars, args)
+
+    def read(self, variables: Any) -> list[Any]:
+        return [v.val if isinstance(v, jax.extend.core.Literal) else self.values[v] for v in variables]
+
+    def write(self, variables: Any, values: Any) -> None:
+        self.values.update(zip(variables, values, strict=True))
+
+
+@dataclass
+class _Ref:
+    """An array in some memory, in its logical order: tiles and swizzles are left out."""
+
+    array: np.ndarray
+    written_by: set[int] = field(default_factory=set)  # warpgroups whose stores no commit_smem has followed
+
+
+@dataclass
+class _Barrier:
+    arrivals: int
+    count: int = 0
+    phases: int = 0
+    seen: dict[int, int] = field(default_factory=dict)  # phases that each warpgroup has waited for
+
+    def arrive(self) -> None:
+        self.count += 1
+        if self.count == self.arrivals:
+            self.count, self.phases = 0, self.phases + 1
+
+
+@dataclass
+class _Block:
+    """What the warpgroups of one block share."""
+
+    place: dict[str, int]
+    rng: np.random.Generator
+    shared: dict[Any, list[Any]] = field(default_factory=dict)
+    in_flight: list["_Flight"] = field(default_factory=list)
+
+
+@dataclass
+class _Flight:
+    """A copy or product that has been issued and happens later."""
+
+    act: Callable[[], None]
+    owner: int
+    kind: str
+    group: int = 0
+
+
+def _kernel(eqn: Any, inputs: list[Any], rng: np.random.Generator) -> list[Any]:
+    (jaxpr,), (mesh,) = eqn.params["jaxprs"], eqn.params["meshes"]
+    assert not mesh.cluster, "clusters are not emulated"
+    outs = [_uninitialized(aval.shape, aval.dtype) for aval in eqn.params["out_avals"]]
+    refs = [_Ref(np.asarray(x)) for x in inputs] + [_Ref(x) for x in outs]
+    for place in rng.permutation(list(np.ndindex(*mesh.grid))):
+        block = _Block(dict(zip(mesh.grid_names, map(int, place), strict=True)), rng)
+        _run_block(block, [_Warpgroup(block, mesh.thread_name, i) for i in range(mesh.num_threads or 1)], jaxpr, refs)
+    return [jnp.asarray(x) for x in outs]
+
+
+def _run_block(block: _Block, groups: list["_Warpgroup"], jaxpr: Any, refs: list[_Ref]) -> None:
+    runs = {group.index: group.run(getattr(jaxpr, "jaxpr", jaxpr), refs) for group in groups}
+    waiting: dict[int, Callable[[], bool]] = {}
+    while runs or block.in_flight:
+        ready = [i for i in runs if i not in waiting or waiting[i]()]
+        choices = [("run", i) for i in ready] + [("land", i) for i in range(len(block.in_flight))]
+        if not choices:
+            raise AssertionError(f"deadlock: all of {sorted(runs)} wait at {block.place}")
+        what, i = choices[block.rng.integers(len(choices))]
+        if what == "land":
+            _land(block, block.in_flight[i])
+            continue
+        waiting.pop(i, None)
+        try:
+            waiting[i] = next(runs[i])
+        except StopIteration:
+            del runs[i]
+
+
+def _land(block: _Block, flight: _Flight) -> None:
+    """Products of one warpgroup happen in order, and so does what it copies; kinds pass each other."""
+    for earlier in list(block.in_flight):
+        if earlier.owner == flight.owner and earlier.kind == flight.kind:
+            block.in_flight.remove(earlier)
+            earlier.act()
+        if earlier is flight:
+            return
+
+
+def _uninitialized(shape: Any, dtype: Any) -> np.ndarray:
+    dtype = np.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return np.full(shape, np.nan, dtype)
+    return np.full(shape, jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else True, dtype)
+
+
+def _view(ref: Any, transforms: Any) -> np.ndarray:
+    """The part of a reference's array that `transforms` name; writes to it reach the reference."""
+    array = ref.array
+    for transform in transforms:
+        match type(transform).__name__:
+            case "NDIndexer":
+                index = []
+                for i, size in zip(transform.indices, array.shape, strict=True):
+                    if hasattr(i, "size") and hasattr(i, "start"):
+                        start = int(i.start)
+                        assert 0 <= start and start + i.size * i.stride <= size, f"{start}+{i.size} outside {size}"
+                        index.append(slice(start, start + i.size * i.stride, i.stride))
+                    else:
+                        assert 0 <= int(i) < size, f"{int(i)} outside {size}"
+                        index.append(slice(int(i), int(i) + 1))
+                kept = [not hasattr(i, "start") or not hasattr(i, "size") for i in transform.indices]
+                array = array[tuple(index)]
+                array = array.reshape([n for n, scalar in zip(array.shape, kept, strict=True) if not scalar], copy=False)
+            case "TransposeTransform":
+                array = array.transpose(transform.permutation)
+            case "UnswizzleRef" | "UntilingTransform":
+                pass
+            case other:
+                raise NotImplementedError(other)
+    return array
+
+
+def _unflatten(trees: list[Any], leaves: list[Any]) -> list[Any]:
+    it = iter(leaves)
+    return [() if t is None else jax.tree.unflatten(t, list(itertools.islice(it, t.num_leaves))) for t in trees]
+
+
+class _Warpgroup:
+    """One warpgroup. Its `run` is a generator of conditions: it wants to go on when the last one holds."""
+
+    def __init__(self, block: _Block, axis: str | None, index: int) -> None:
+        self.block, self.axis, self.index = block, axis, index
+        self.scopes: dict[Any, int] = {}
+        self.group = 0
+
+    def run(self, jaxpr: Any, args: list[Any], consts: Any = ()) -> Iterator[Callable[[], bool]]:
+        env = _Environment(jaxpr, list(consts), args)
+        for eqn in jaxpr.eqns:
+            values = env.read(eqn.invars)
+            rule = getattr(self, "_" + eqn.primitive.name.removesuffix("_p"), None)
+            if eqn.primitive.name in CONTROL:
+                inner, own = _inner(eqn)
+                outs = yield from self.run(inner, values, own)
+            elif rule is not None:
+                outs = yield from rule(eqn, values)
+            else:
+                outs = _bind(eqn, [jnp.asarray(v) for v in values])
+            env.write(eqn.outvars, outs)
+        return env.read(jaxpr.outvars)
+
+    # Control
+
+    def _cond(self, eqn: Any, values: list[Any]) -> Any:
+        branches = eqn.params["branches"]
+        branch = branches[min(max(int(values[0]), 0), len(branches) - 1)]
+        return (yield from self.run(branch.jaxpr, values[1:], branch.consts))
+
+    def _while(self, eqn: Any, values: list[Any]) -> Any:
+        of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+        consts, carry = values[: of_cond + of_body], values[of_cond + of_body :]
+        while True:
+            (more,) = yield from self.run(cond.jaxpr, [*consts[:of_cond], *carry], cond.consts)
+            if not more:
+                return carry
+            carry = yield from self.run(body.jaxpr, [*consts[of_cond:], *carry], body.consts)
+
+    def _scan(self, eqn: Any, values: list[Any]) -> Any:
+        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        assert len(values) == consts + carries, "scanned arrays are not emulated"
+        body, carry = eqn.params["jaxpr"], values[consts:]
+        for _ in range(eqn.params["length"]):
+            carry = yield from self.run(body.jaxpr, [*values[:consts], *carry], body.consts)
+        return carry
+
+    def _run_scoped(self, eqn: Any, values: list[Any]) -> Any:
+        jaxpr = eqn.params["jaxpr"]
+        transforms = eqn.params.get("ref_transforms") or ((),) * len(jaxpr.invars)
+        if not eqn.params["collective_axes"]:
+            refs = [_allocate(v.aval, t) for v, t in zip(jaxpr.invars, transforms, strict=True)]
+        else:
+            key = (id(eqn), self.scopes.setdefault(id(eqn), 0))
+            self.scopes[id(eqn)] += 1
+            if key not in self.block.shared:
+                self.block.shared[key] = [_allocate(v.aval, t) for v, t in zip(jaxpr.invars, transforms, strict=True)]
+            refs = self.block.shared[key]
+        return (yield from self.run(jaxpr, refs, values))
+
+    def _run_state(self, eqn: Any, values: list[Any]) -> Any:
+        refs = [v if isinstance(v, _Ref | list) else _Ref(np.array(v)) for v in values]
+        yield from self.run(eqn.params["jaxpr"], refs)
+        yield from self._wait_for("product", 0)
+        return [v if v is ref else jnp.asarray(ref.array) for v, ref in zip(values, refs, strict=True)]
+
+    def _axis_index(self, eqn: Any, values: list[Any]) -> Any:
+        name = eqn.params["axis_name"]
+        return [np.int32(self.index if name == self.axis else self.block.place[name])]
+        yield
+
+    # Memory
+
+    def _get(self, eqn: Any, values: list[Any]) -> Any:
+        (transforms,) = _unflatten([eqn.params["tree"]], values[1:])
+        return [jnp.asarray(_view(values[0], transforms).reshape(eqn.outvars[0].aval.shape).copy())]
+        yield
+
+    _load = _get
+
+    def _swap(self, eqn: Any, values: list[Any]) -> Any:
+        (transforms,) = _unflatten([eqn.params["tree"]], values[2:])
+        view = _view(values[0], transforms)
+        old = jnp.asarray(view.reshape(eqn.outvars[0].aval.shape).copy())
+        view[...] = np.asarray(values[1]).reshape(view.shape)
+        values[0].written_by.add(self.index)
+        return [old]
+        yield
+
+    def _layout_cast(self, eqn: Any, values: list[Any]) -> Any:
+        return values[:1]
+        yield
+
+    def _nothing(self, eqn: Any, values: list[Any]) -> Any:
+        return []
+        yield
+
+    _set_max_registers = _nothing
+
+    def _commit_smem(self, eqn: Any, values: list[Any]) -> Any:
+        for refs in self.block.shared.values():
+            for ref in refs:
+                if isinstance(ref, _Ref):
+                    ref.written_by.discard(self.index)
+        return []
+        yield
+
+    # Copies
+
+    def _copy_gmem_to_smem(self, eqn: Any, values: list[Any]) -> Any:
+        names = ("src_transforms_treedef", "dst_transforms_treedef", "barrier_transforms_treedef")
+        of_source, of_target, of_barrier = _unflatten([eqn.params[name] for name in names], values[3:])
+        source, target, barrier = _view(values[0], of_source), _view(values[1], of_target), _pick(values[2], of_barrier)
+        assert source.shape == target.shape, (source.shape, target.shape)
+        assert not values[1].written_by, "shared memory was written and is overwritten by a copy without commit_smem"
+        target[...] = _uninitialized(target.shape, target.dtype)
+
+        def land() -> None:
+            target[...] = source
+            barrier.arrive()
+
+        self.block.in_flight.append(_Flight(land, self.index, f"load {len(self.block.in_flight)} {id(target)}"))
+        return []
+        yield
+
+    def _copy_smem_to_gmem(self, eqn: Any, values: list[Any]) -> Any:
+        names = ("src_transforms_treedef", "dst_transforms_treedef")
+        leaves = values[2:-1] if eqn.params["has_user_predicate"] else values[2:]
+        of_source, of_target = _unflatten([eqn.params[name] for name in names], leaves)
+        assert not values[0].written_by, "shared memory was written and is copied without commit_smem"
+        assert eqn.params["reduction_op"] is None
+        source, target = _view(values[0], of_source), _view(values[1], of_target)
+        assert source.shape == target.shape, (source.shape, target.shape)
+        if eqn.params["has_user_predicate"] and not values[-1]:
+            return []
+
+        def land() -> None:
+            target[...] = source
+
+        self.group += eqn.params["commit_group"]
+        self.block.in_flight.append(_Flight(land, self.index, "store", self.group))
+        return []
+        yield
+
+    def _commit_group(self, eqn: Any, values: list[Any]) -> Any:
+        self.group += 1
+        return []
+        yield
+
+    def _wait_smem_to_gmem(self, eqn: Any, values: list[Any]) -> Any:
+        yield from self._wait_for("store", int(values[0]) if values else eqn.params["n"])
+        return []
+
+    def _wait_for(self, kind: str, n: int) -> Iterator[Callable[[], bool]]:
+        """Until at most n of this warpgroup's groups of `kind` are in flight."""
+
+        def pending() -> int:
+            flights = (f for f in self.block.in_flight if f.owner == self.index and f.kind == kind)
+            return len({f.group for f in flights})
+
+        if pending() > n:
+            yield lambda: pending() <= n
+
+    # Barriers
+
+    def _barrier_arrive(self, eqn: Any, values: list[Any]) -> Any:
+        (transforms,) = _unflatten([eqn.params["transforms_treedef"]], values[1:])
+        _pick(values[0], transforms).arrive()
+        return []
+        yield
+
+    def _barrier_wait(self, eqn: Any, values: list[Any]) -> Any:
+        (transforms,) = _unflatten([eqn.params["transforms_treedef"]], values[1:])
+        barrier = _pick(values[0], transforms)
+        seen = barrier.seen.get(self.index, 0)
+        assert barrier.phases <= seen + 1, "a barrier went on by two phases before it was waited for"
+        yield lambda: barrier.phases > seen
+        assert barrier.phases == seen + 1, "a barrier went on by two phases before it was waited for"
+        barrier.seen[self.index] = seen + 1
+        return []
+
+    # Products
+
+    def _wgmma_ref(self, eqn: Any, values: list[Any]) -> Any:
+        trees = [eqn.params[name + "_transforms_tree"] for name in ("acc", "a", "b")]
+        transforms = _unflatten(trees, values[3:])
+        acc = _view(values[0], transforms[0])
+        a, b = (_view(x, t) if isinstance(x, _Ref) else np.asarray(x) for x, t in zip(values[1:3], transforms[1:]))
+        assert not any(x.written_by for x in values[1:3] if isinstance(x, _Ref)), "a product of what was not committed"
+
+        def land() -> None:
+            acc[...] += np.asarray(_product(a, b, acc.dtype))
+
+        self.group += 1
+        self.block.in_flight.append(_Flight(land, self.index, "product", self.group))
+        return []
+        yield
+
+    def _wgmma_wait(self, eqn: Any, values: list[Any]) -> Any:
+        yield from self._wait_for("product", int(values[0]) if values else eqn.params["n"])
+        return []
+
+    def _wgmma_accumulator_deref(self, eqn: Any, values: list[Any]) -> Any:
+        if eqn.params["wait_n"] is not None:
+            yield from self._wait_for("product", eqn.params["wait_n"])
+        return [jnp.asarray(values[0].array.copy())]
+
+    def _wgmma_accumulator_store(self, eqn: Any, values: list[Any]) -> Any:
+        yield from self._wait_for("product", 0)
+        values[0].array[...] = np.asarray(values[1])
+        return []
+
+
+def _product(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
+    wide = np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.int64
+    return (a.astype(wide) @ b.astype(wide)).astype(dtype)
+
+
+def _pick(barriers: list[_Barrier], transforms: Any) -> _Barrier:
+    if not transforms:
+        (barrier,) = barriers
+        return barrier
+    return barriers[int(transforms[0].indices[0])]
+
+
+def _allocate(aval: Any, transforms: Any) -> Any:
+    inner, shape = aval.inner_aval, aval.inner_aval.shape
+    if hasattr(inner.dtype, "num_arrivals"):
+        return [_Barrier(inner.dtype.num_arrivals) for _ in range(math.prod(shape))]
+    for transform in transforms:
+        if type(transform).__name__ == "UntilingTransform":
+            tiled = len(transform.tiling)
+            outer, tiles = shape[: -2 * tiled], shape[-2 * tiled : -tiled]
+            shape = (*outer, *(n * t for n, t in zip(tiles, transform.tiling, strict=True)))
+    registers = str(aval.memory_space) == "regs"
+    return _Ref(np.zeros(shape, inner.dtype) if registers else _uninitialized(shape, inner.dtype))
