@@ -1,0 +1,206 @@
+"""What the TPU kernels of paged attention share: copies of pages to and from the chip, and a step of the softmax.
+
+A block is `n` pages of one request, counted from its own first token: always as many tokens, whatever else is in the
+batch. One block's copies are under way while another is computed. Every kernel takes a block in the same way and merges
+blocks in their order, so that a token's bits do not depend on the kernel, on the split or on company.
+
+Shapes: K key/value heads (of one core), n pages a block, S slots a page, B = n * S, E lanes of a token in the cache,
+Z = 2 S scales of a page, C lanes of a key that are multiplied, V lanes of a value, N rows.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known while tracing."""
+
+    K: int
+    S: int
+    n: int
+    M: int  # pages a request
+    C: int
+    v_lane: int
+    V: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    quantised: bool
+    dtype: Any  # of the products' inputs
+    kept: Any  # of the cache
+
+    @property
+    def B(self) -> int:
+        return self.n * self.S
+
+    @property
+    def write_rows(self) -> int:
+        """Slots of a tile: what a copy to the cache must be whole multiples of."""
+        return 32 // jnp.dtype(self.kept).itemsize
+
+    def first_page(self, position: Any) -> Any:
+        """The first page that a query at `position` sees."""
+        return 0 if self.window is None else jnp.maximum(position - self.window + 1, 0) // self.S
+
+
+def when(condition: Any):
+    """`pl.when`, but what is known while tracing leaves no branch."""
+    if isinstance(condition, bool):
+        return (lambda body: body()) if condition else (lambda body: None)
+    return pl.when(condition)
+
+
+def both(a: Any, b: Any) -> Any:
+    """a and b, of which either may be known while tracing."""
+    if isinstance(a, bool):
+        return b if a else False
+    if isinstance(b, bool):
+        return a if b else False
+    return a & b
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The pages in the large memory, and the buffers on the chip that blocks of them come to."""
+
+    sizes: Sizes
+    layer: Any
+    heads: Any  # slice of the heads that are this core's
+    table_ref: Any
+    kv_hbm: Any
+    scale_hbm: Any
+    kv_buf: Any  # [buffers, n, K, S, E]
+    scale_buf: Any  # [buffers, n, K, Z]
+    sems: Any  # [buffers]
+
+    def _copies(self, slot: Any, nth: Any, page: Any) -> list[Any]:
+        sem = self.sems.at[slot]
+        copies = [pltpu.make_async_copy(self.kv_hbm.at[self.layer, page, self.heads], self.kv_buf.at[slot, nth], sem)]
+        if self.sizes.quantised:
+            copies.append(
+                pltpu.make_async_copy(
+                    self.scale_hbm.at[self.layer, page, self.heads], self.scale_buf.at[slot, nth], sem
+                )
+            )
+        return copies
+
+    def start(self, r: Any, j: Any, low: Any, stop: Any, slot: Any) -> None:
+        """Begins to copy block j of request r: of its pages those in [low, stop)."""
+        for nth in range(self.sizes.n):
+            at = j * self.sizes.n + nth
+
+            @when(both(at >= low, at < stop))
+            def _(nth: int = nth, at: Any = at) -> None:
+                for copy in self._copies(slot, nth, self.table_ref[r * self.sizes.M + at]):
+                    copy.start()
+
+    def wait(self, j: Any, low: Any, stop: Any, slot: Any) -> None:
+        for nth in range(self.sizes.n):
+            at = j * self.sizes.n + nth
+
+            @when(both(at >= low, at < stop))
+            def _(nth: int = nth) -> None:
+                for copy in self._copies(slot, nth, 0):
+                    copy.wait()
+
+    def tidy(self, j: Any, low: Any, length: Any, slot: Any) -> None:
+        """Zeros for what block j does not have: pages that were not copied, and slots from position `length` on.
+
+        They may hold anything, even nan, which a weight of 0 would not hide.
+        """
+        S = self.sizes.S
+        for nth in range(self.sizes.n):
+            at = j * self.sizes.n + nth
+            whole = both(at >= low, (at + 1) * S <= length)
+
+            @when(not whole if isinstance(whole, bool) else jnp.logical_not(whole))
+            def _(nth: int = nth, at: Any = at) -> None:
+                page = self.kv_buf[slot, nth]
+                # 32 bits: masks of packed numbers are not for every chip.
+                slot_KSE = jax.lax.broadcasted_iota(jnp.int32, page.shape, 1)
+                keep = (slot_KSE < length - at * S) & (at >= low)
+                wide = page.astype(jnp.float32)
+                self.kv_buf[slot, nth] = jnp.where(keep, wide, 0).astype(page.dtype)
+                if self.sizes.quantised:
+                    scales = self.scale_buf[slot, nth]
+                    lane = jax.lax.broadcasted_iota(jnp.int32, scales.shape, 1)
+                    keep = (jnp.where(lane >= S, lane - S, lane) < length - at * S) & (at >= low)
+                    self.scale_buf[slot, nth] = jnp.where(keep, scales, 0)
+
+    def key(self, slot: Any, head: Any) -> jax.Array:
+        """[B, C]"""
+        sizes = self.sizes
+        k = self.kv_buf[slot, :, head, :, pl.ds(0, sizes.C)]
+        return _cast(k.reshape(sizes.B, sizes.C), sizes.dtype)
+
+    def value(self, slot: Any, head: Any) -> jax.Array:
+        """[B, V]"""
+        sizes = self.sizes
+        v = self.kv_buf[slot, :, head, :, pl.ds(sizes.v_lane, sizes.V)]
+        return _cast(v.reshape(sizes.B, sizes.V), sizes.dtype)
+
+    def scales(self, slot: Any, head: Any, which: int) -> jax.Array:
+        """[1, B]: of the keys (0) or the values (1)."""
+        S = self.sizes.S
+        pages = [self.scale_buf[slot, nth, pl.ds(head, 1), pl.ds(which * S, S)] for nth in range(self.sizes.n)]
+        return jnp.concatenate(pages, 1)
+
+    def scores(self, q_NC: jax.Array, slot: Any, head: Any) -> jax.Array:
+        """[N, B], in powers of 2."""
+        sizes = self.sizes
+        s_NB = product(q_NC, self.key(slot, head), (1, 1))
+        if sizes.quantised:
+            s_NB = s_NB * self.scales(slot, head, 0)
+        if sizes.softcap is None:
+            return s_NB * (sizes.scale * LOG2_E)
+        return jnp.tanh(s_NB * (sizes.scale / sizes.softcap)) * (sizes.softcap * LOG2_E)
+
+    def mix(self, p_NB: jax.Array, slot: Any, head: Any) -> jax.Array:
+        """[N, V]: the values by their weights."""
+        if self.sizes.quantised:
+            p_NB = p_NB * self.scales(slot, head, 1)
+        return product(p_NB.astype(self.sizes.dtype), self.value(slot, head), (1, 0))
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    if x.dtype == dtype:
+        return x
+    if x.dtype.itemsize == 1 and jnp.dtype(dtype) == jnp.bfloat16:
+        return x.astype(jnp.float32).astype(dtype)
+    return x.astype(dtype)
+
+
+def product(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Accumulates in float32, and of float32 inputs rounds nothing before."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    dims = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def wide(x_N128: jax.Array, lanes: int) -> jax.Array:
+    """[N, lanes] of an array whose lanes are all alike."""
+    return jnp.concatenate([x_N128] * -(-lanes // x_N128.shape[1]), 1)[:, :lanes]
+
+
+def softmax_step(
+    s_NB: jax.Array, mask_NB: jax.Array | None, top_N128: jax.Array, sum_N128: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Weights [N, B], the new maxima and sums, and the factor for what was summed before; lanes of these are alike."""
+    if mask_NB is not None:
+        s_NB = jnp.where(mask_NB, s_NB, MASKED)
+    new_top_N128 = jnp.maximum(top_N128, jnp.max(s_NB, 1, keepdims=True))
+    p_NB = jnp.exp2(s_NB - wide(new_top_N128, s_NB.shape[1]))
+    if mask_NB is not None:
+        p_NB = jnp.where(mask_NB, p_NB, 0)
+    keep_N128 = jnp.exp2(top_N128 - new_top_N128)
+    return p_NB, new_top_N128, sum_N128 * keep_N128 + jnp.sum(p_NB, 1, keepdims=True), keep_N128

@@ -1,0 +1,319 @@
+"""Chunks of prompts on a TPU: writes their tokens into the pages and attends to each request's pages, tile by tile.
+
+A tile is a number of consecutive token rows, whoever owns them: the requests that have some of them are taken in turn,
+and each sees the rows that are not its own as masked. So rows need no alignment, and a step of the grid reads and
+writes whole tiles.
+
+The same kernel reads prefixes that requests share (Juravsky et al. 2024, arXiv:2402.05099): its rows are then the one
+query of each request, in the order of their groups, a group's pages are read once for all of its rows in a tile, and
+the softmax's state goes on to `decode`.
+
+Shapes: as in tpu_block; T token rows, t of a tile, H query heads, G of a key head.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .tpu_block import LOG2_E, MASKED, Cache, Sizes, softmax_step, when, wide
+
+LANES = 128
+BUFFERS = 2
+ALIGN = 8  # rows of 32-bit numbers that a copy begins at multiples of
+
+
+class Rows(NamedTuple):
+    """Who owns which token rows. Of R requests: first row, rows, and tokens in the cache with the new ones."""
+
+    start_R: jax.Array
+    count_R: jax.Array
+    length_R: jax.Array
+    owner_T: jax.Array  # -1: nobody
+    position_T: jax.Array
+
+
+def chunk(
+    sizes: Sizes,
+    q_THC: jax.Array,
+    new_TKE: jax.Array | None,
+    sinks_H: jax.Array | None,
+    kv_LPKSE: jax.Array,
+    scale_LPKZ: jax.Array | None,
+    rows: Rows,
+    *,
+    layer: Any,
+    table: jax.Array,
+    tile: int,
+    cores: int,
+    vmem_bytes: int,
+    static: bool = False,
+) -> tuple[Any, jax.Array]:
+    """[T, H, V] and the updated cache; without `new_TKE` the state [T, H, 128 | 128 | V] and the cache as it is.
+
+    Args:
+        tile: token rows of a tile; T is a multiple.
+        static: one request owns all rows, and has no others (for the static profiler, which cannot follow data).
+    """
+    T, H, C = q_THC.shape
+    K, S, E, V = sizes.K, sizes.S, kv_LPKSE.shape[-1], sizes.V
+    tiles, per_core = T // tile, H // cores
+    start_R = jnp.where(rows.count_R > 0, rows.start_R, T)
+    order_R = jnp.argsort(start_R, stable=True)
+    starts, ends = start_R[order_R], (start_R + rows.count_R)[order_R]
+    edges = jnp.arange(tiles) * tile
+    first = jnp.searchsorted(ends, edges, side="right")
+    stop = jnp.searchsorted(starts, jnp.minimum(edges + tile, T), side="left")
+    scalars = [
+        jnp.asarray(x, jnp.int32).reshape(-1)
+        for x in (layer, order_R, first, stop, start_R, rows.count_R, rows.length_R, table)
+    ]
+    across = lambda lanes: pl.BlockSpec((tile, per_core * lanes), lambda c, i, *_: (i, c))  # noqa: E731
+    info = pl.BlockSpec((tile, LANES), lambda c, i, *_: (i, 0))
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    inputs: list[Any] = [q_THC.reshape(T, H * C)]
+    inputs += [jnp.broadcast_to(x.astype(jnp.int32)[:, None], (T, LANES)) for x in (rows.owner_T, rows.position_T)]
+    specs = [across(C), info, info]
+    if sinks_H is not None:
+        inputs.append(jnp.broadcast_to(sinks_H[:, None].astype(jnp.float32), (H, LANES)))
+        specs.append(pl.BlockSpec((per_core, LANES), lambda c, i, *_: (c, 0)))
+    window = -(-(S + ALIGN) // ALIGN) * ALIGN
+    most = (tile + S - 2) // S + 1  # pages that the rows of a tile may lie in
+    writes = new_TKE is not None
+    if writes:
+        # A page's rows begin anywhere: before the first row, and as far as a window after the last.
+        padded = jnp.pad(new_TKE.astype(jnp.float32), ((S, window), (0, 0), (0, 0)))
+        inputs.append(jnp.swapaxes(padded, 0, 1))
+        specs.append(hbm)
+    inputs.append(kv_LPKSE)
+    specs.append(hbm)
+    cache_at = len(scalars) + len(inputs) - 1
+    if scale_LPKZ is not None:
+        inputs.append(scale_LPKZ)
+        specs.append(hbm)
+    if writes:
+        out_shape = [
+            jax.ShapeDtypeStruct((T, H * V), q_THC.dtype),
+            jax.ShapeDtypeStruct(kv_LPKSE.shape, kv_LPKSE.dtype),
+        ]
+        out_specs = [across(V), hbm]
+    else:
+        out_shape = [jax.ShapeDtypeStruct((T, H * lanes), jnp.float32) for lanes in (LANES, LANES, V)]
+        out_specs = [across(LANES), across(LANES), across(V)]
+    per_head = per_core // K * tile
+    scratch = [pltpu.VMEM((BUFFERS, sizes.n, K, S, E), kv_LPKSE.dtype)]
+    if sizes.quantised:
+        scratch.append(pltpu.VMEM((BUFFERS, sizes.n, K, 2 * S), jnp.float32))
+    scratch += [pltpu.SemaphoreType.DMA((BUFFERS,)), pltpu.VMEM((K, per_head, C), q_THC.dtype)]
+    scratch += [pltpu.VMEM((K, per_head, lanes), jnp.float32) for lanes in (LANES, LANES, V)]
+    if writes:
+        scratch += [
+            pltpu.VMEM((most, K, S, E), kv_LPKSE.dtype),
+            pltpu.VMEM((most, K, window, E), jnp.float32),
+            pltpu.SemaphoreType.DMA((most,)),
+        ]
+    out = pl.pallas_call(
+        functools.partial(_kernel, sizes, sinks_H is not None, writes, static),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(cores, tiles),
+            in_specs=specs,
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
+        out_shape=out_shape,
+        input_output_aliases={cache_at: 1} if writes else {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
+        ),
+        name="paged_chunk" if writes else "paged_prefix",
+    )(*scalars, *inputs)
+    if writes:
+        return out[0].reshape(T, H, V), out[1]
+    return tuple(x.reshape(T, H, -1) for x in out), kv_LPKSE
+
+
+def _kernel(sizes: Sizes, has_sinks: bool, writes: bool, static: bool, *refs: Any) -> None:
+    refs = iter(refs)
+    layer_ref, order_ref, first_ref, stop_ref, start_ref, count_ref, length_ref, table_ref = (
+        next(refs) for _ in range(8)
+    )
+    q_ref, owner_ref, position_ref = next(refs), next(refs), next(refs)
+    sinks_ref = next(refs) if has_sinks else None
+    new_hbm = next(refs) if writes else None
+    kv_hbm = next(refs)
+    scale_hbm = next(refs) if sizes.quantised else None
+    out_refs = [next(refs)] if writes else [next(refs) for _ in range(3)]
+    if writes:
+        kv_hbm = next(refs)
+    kv_buf = next(refs)
+    scale_buf = next(refs) if sizes.quantised else None
+    sems, q_KNC, top_KN, sum_KN, acc_KN = (next(refs) for _ in range(5))
+    page_buf, new_buf, write_sems = refs if writes else (None, None, None)
+
+    K, B, n, S, C, V = sizes.K, sizes.B, sizes.n, sizes.S, sizes.C, sizes.V
+    t = q_ref.shape[0]
+    G = q_KNC.shape[1] // t
+    i = pl.program_id(1)
+    heads = pl.ds(pl.program_id(0) * K, K)
+    cache = Cache(sizes, layer_ref[0], heads, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
+
+    for h in range(K * G):
+        k, at = h // G, pl.ds(h % G * t, t)
+        q_KNC[k, at] = q_ref[:, h * C : (h + 1) * C]
+        if sinks_ref is None:
+            top_KN[k, at] = jnp.full((t, LANES), MASKED, jnp.float32)
+            sum_KN[k, at] = jnp.zeros((t, LANES), jnp.float32)
+        else:
+            top_KN[k, at] = jnp.broadcast_to(sinks_ref[h : h + 1] * LOG2_E, (t, LANES))
+            sum_KN[k, at] = jnp.ones((t, LANES), jnp.float32)
+        acc_KN[k, at] = jnp.zeros((t, V), jnp.float32)
+
+    def attend(r: Any, j: Any, slot: Any, masked: bool) -> None:
+        bounds = None
+        if masked:
+            position = position_ref[...]
+            last = jnp.where(owner_ref[...] == r, position, -1)
+            bounds = [jnp.concatenate([last] * G, 0), jnp.concatenate([position] * G, 0)]
+
+        def head(k: Any, _: Any) -> None:
+            s = cache.scores(q_KNC[k], slot, k)
+            mask = None
+            if bounds is not None:
+                at = j * B + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+                mask = at <= wide(bounds[0], B)
+                if sizes.window is not None:
+                    mask &= at > wide(bounds[1], B) - sizes.window
+            p, top_KN[k], sum_KN[k], keep = softmax_step(s, mask, top_KN[k], sum_KN[k])
+            acc_KN[k] = acc_KN[k] * wide(keep, V) + cache.mix(p, slot, k)
+
+        jax.lax.fori_loop(0, K, head, None)
+
+    def one(a: Any, _: Any) -> None:
+        """The rows of this tile that a request owns: positions from `begin` up to `end`."""
+        r = order_ref[a]
+        length, start = length_ref[r], start_ref[r]
+        row, stop_row = jnp.maximum(start, i * t), jnp.minimum(start + count_ref[r], i * t + t)
+        if static:
+            row, stop_row = i * t, i * t + t
+            begin, end = row, stop_row
+        elif writes:
+            begin = length - count_ref[r] + row - start
+            end = begin + stop_row - row
+        else:
+            begin, end = length, length
+        if writes:
+            _write(cache, r, row, begin, end, new_hbm, page_buf, new_buf, write_sems)
+        # Rows of a prefix have positions of their own, so with a window all of its pages are read.
+        low_page = sizes.first_page(begin) if writes else 0
+        stop_page = (end + S - 1) // S
+        low, stop = low_page // n, (stop_page + n - 1) // n
+        alone = (stop_row - row) == t
+
+        def block(j: Any, slot: Any) -> Any:
+            @when(j + 1 < stop)
+            def _() -> None:
+                cache.start(r, j + 1, low_page, stop_page, 1 - slot)
+
+            cache.wait(j, low_page, stop_page, slot)
+            untidy = (j + 1) * B > end
+            if sizes.window is not None:
+                untidy |= j == low
+            when(untidy)(lambda: cache.tidy(j, low_page, end, slot))
+            plain = alone & ((j + 1) * B <= begin + 1)
+            if sizes.window is not None:
+                plain = False if not writes else plain & (j * B > end - 1 - sizes.window)
+            when(plain)(lambda: attend(r, j, slot, False))
+            when(not plain if isinstance(plain, bool) else jnp.logical_not(plain))(lambda: attend(r, j, slot, True))
+            return 1 - slot
+
+        @when(low < stop)
+        def _() -> None:
+            cache.start(r, low, low_page, stop_page, 0)
+            jax.lax.fori_loop(low, stop, block, 0)
+
+    if static:
+        one(0, None)
+    else:
+        jax.lax.fori_loop(first_ref[i], stop_ref[i], one, None)
+
+    for h in range(K * G):
+        k, at = h // G, pl.ds(h % G * t, t)
+        if writes:
+            total = sum_KN[k, at]
+            total = jnp.where(total > 0, total, 1)
+            out_refs[0][:, h * V : (h + 1) * V] = (acc_KN[k, at] / wide(total, V)).astype(out_refs[0].dtype)
+        else:
+            out_refs[0][:, h * LANES : (h + 1) * LANES] = top_KN[k, at]
+            out_refs[1][:, h * LANES : (h + 1) * LANES] = sum_KN[k, at]
+            out_refs[2][:, h * V : (h + 1) * V] = acc_KN[k, at]
+
+
+def _write(
+    cache: Cache, r: Any, row: Any, begin: Any, end: Any, new_hbm: Any, page_buf: Any, new_buf: Any, sems: Any
+) -> None:
+    """The tokens at token rows from `row` on, into the slots of positions from `begin` up to `end` of request r.
+
+    A page is read, changed and written whole: its tiles hold several tokens.
+    """
+    sizes, S = cache.sizes, cache.sizes.S
+    most, K, window, E = new_buf.shape
+
+    def page_at(nth: int) -> tuple[Any, Any, Any]:
+        """The page, and the row of the window that its first slot is in; whether there is such a page."""
+        entry = begin // S + nth
+        there = entry * S < end
+        # (A row of `new` is S more than a token row.)
+        row_of_page = row + entry * S - begin + S
+        return entry, row_of_page, there
+
+    def old_page(nth: int, entry: Any) -> tuple[Any, Any]:
+        return cache.kv_hbm.at[cache.layer, cache.table_ref[r * sizes.M + entry], cache.heads], page_buf.at[nth]
+
+    def read(nth: int, entry: Any, row_of_page: Any) -> tuple[Any, Any]:
+        aligned = pl.ds(pl.multiple_of(row_of_page // ALIGN * ALIGN, ALIGN), window)
+        return (
+            pltpu.make_async_copy(*old_page(nth, entry), sems.at[nth]),
+            pltpu.make_async_copy(new_hbm.at[cache.heads, aligned], new_buf.at[nth], sems.at[nth]),
+        )
+
+    def back(nth: int, entry: Any) -> Any:
+        page, buffer = old_page(nth, entry)
+        return pltpu.make_async_copy(buffer, page, sems.at[nth])
+
+    for nth in range(most):
+        entry, row_of_page, there = page_at(nth)
+
+        @when(there)
+        def _(nth: int = nth, entry: Any = entry, row_of_page: Any = row_of_page) -> None:
+            for copy in read(nth, entry, row_of_page):
+                copy.start()
+
+    for nth in range(most):
+        entry, row_of_page, there = page_at(nth)
+
+        @when(there)
+        def _(nth: int = nth, entry: Any = entry, row_of_page: Any = row_of_page) -> None:
+            for copy in read(nth, entry, row_of_page):
+                copy.wait()
+            shift = jax.lax.rem(window - jax.lax.rem(row_of_page, ALIGN), window)
+            position = entry * S + jax.lax.broadcasted_iota(jnp.int32, (S, E), 0)
+            is_new = (position >= begin) & (position < end)
+
+            def head(k: Any, _: Any) -> None:
+                moved = pltpu.roll(new_buf[nth, k], shift, 0)[:S]
+                kept = page_buf[nth, k].astype(jnp.float32)
+                page_buf[nth, k] = jnp.where(is_new, moved, kept).astype(page_buf.dtype)
+
+            jax.lax.fori_loop(0, K, head, None)
+            back(nth, entry).start()
+
+    for nth in range(most):
+        entry, _, there = page_at(nth)
+
+        @when(there)
+        def _(nth: int = nth, entry: Any = entry) -> None:
+            back(nth, entry).wait()

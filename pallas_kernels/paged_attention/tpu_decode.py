@@ -1,0 +1,260 @@
+"""One new token of each of many requests on a TPU: writes it into its page and attends to the request's pages.
+
+Requests are taken in turn, each block by block; while one block is computed the next one's pages are copied, be it of
+this request or of the next. The new token is put into the last block's buffer, and its tile of slots copied back.
+
+On a chip whose two cores are one device each core takes half of the heads, which is an equal share whatever the
+requests are. (Equal shares of the pages, as in Lean Attention, arXiv:2405.10480, would have to keep every block's part
+of a request that is cut to merge them in order, or the result would depend on where the cut falls.)
+
+Shapes: as in tpu_block; N request rows of a program, r rows of a key head: its query heads, padded to 8.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .tpu_block import LOG2_E, MASKED, Cache, Sizes, softmax_step, wide
+
+LANES = 128
+BUFFERS = 2
+
+
+def decode(
+    sizes: Sizes,
+    q_NrC: jax.Array,
+    new_NKE: jax.Array,
+    new_scale_NKZ: jax.Array | None,
+    sinks_r: jax.Array | None,
+    state: tuple[jax.Array, jax.Array, jax.Array] | None,
+    kv_LPKSE: jax.Array,
+    scale_LPKZ: jax.Array | None,
+    *,
+    layer: Any,
+    table: jax.Array,
+    lengths_N: jax.Array,
+    begin_N: jax.Array,
+    block_rows: int,
+    cores: int,
+    vmem_bytes: int,
+    static_length: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """[N, K * r, V] and the updated cache.
+
+    Args:
+        lengths_N: tokens of each request with the new one; 0: not a decode, result 0.
+        begin_N: the block to begin with, where `state` holds maxima, sums and values of the ones before.
+        block_rows: requests of one step of the grid; N is a multiple.
+        static_length: all requests have this length (for the static profiler, which cannot follow data).
+    """
+    N, rows, _ = q_NrC.shape
+    steps, per_core = N // block_rows, rows // cores
+    active_N = (lengths_N > 0).reshape(steps, block_rows)
+    # Of each step's requests the active ones first.
+    order = jnp.argsort(~active_N, 1, stable=True) + jnp.arange(steps)[:, None] * block_rows
+    scalars = [
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        order.reshape(N).astype(jnp.int32),
+        active_N.sum(1).astype(jnp.int32),
+        lengths_N.astype(jnp.int32),
+        begin_N.astype(jnp.int32),
+        table.reshape(-1).astype(jnp.int32),
+    ]
+
+    def rows_of(*lanes: int) -> pl.BlockSpec:
+        return pl.BlockSpec((block_rows, per_core, *lanes), lambda c, b, *_: (b, c, 0))
+
+    K, E, V = sizes.K, kv_LPKSE.shape[-1], sizes.V
+    heads_of = lambda lanes: pl.BlockSpec((block_rows, 1, K, lanes), lambda c, b, *_: (b, c, 0, 0))  # noqa: E731
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    inputs: list[Any] = [q_NrC, new_NKE.reshape(N, cores, K, E)]
+    specs = [rows_of(sizes.C), heads_of(E)]
+    if new_scale_NKZ is not None:
+        inputs.append(new_scale_NKZ.reshape(N, cores, K, -1))
+        specs.append(heads_of(new_scale_NKZ.shape[-1]))
+    if sinks_r is not None:
+        inputs.append(jnp.broadcast_to(sinks_r[:, None].astype(jnp.float32), (rows, LANES)))
+        specs.append(pl.BlockSpec((per_core, LANES), lambda c, b, *_: (c, 0)))
+    if state is not None:
+        inputs += state
+        specs += [rows_of(LANES), rows_of(LANES), rows_of(V)]
+    first_cache = len(scalars) + len(inputs)
+    caches = [kv_LPKSE] if scale_LPKZ is None else [kv_LPKSE, scale_LPKZ]
+    has = dict(scales=scale_LPKZ is not None, sinks=sinks_r is not None, state=state is not None)
+    scratch = [
+        pltpu.VMEM((BUFFERS, sizes.n, K, sizes.S, E), kv_LPKSE.dtype),
+        pltpu.VMEM((BUFFERS, sizes.n, K, 2 * sizes.S), jnp.float32) if sizes.quantised else None,
+        pltpu.SemaphoreType.DMA((BUFFERS,)),
+        pltpu.VMEM((K, sizes.write_rows, E), kv_LPKSE.dtype),
+        pltpu.VMEM((K, 2 * sizes.S), jnp.float32) if sizes.quantised else None,
+        pltpu.SemaphoreType.DMA(()),
+        pltpu.VMEM((per_core, LANES), jnp.float32),
+        pltpu.VMEM((per_core, LANES), jnp.float32),
+        pltpu.VMEM((per_core, V), jnp.float32),
+    ]
+    out, *caches = pl.pallas_call(
+        functools.partial(_kernel, sizes, block_rows, has, static_length),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(cores, steps),
+            in_specs=[*specs, *[hbm] * len(caches)],
+            out_specs=[rows_of(V), *[hbm] * len(caches)],
+            scratch_shapes=[x for x in scratch if x is not None],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((N, rows, V), q_NrC.dtype),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches),
+        ],
+        input_output_aliases={first_cache + i: 1 + i for i in range(len(caches))},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
+        ),
+        name="paged_decode",
+    )(*scalars, *inputs, *caches)
+    return out, caches[0], caches[1] if len(caches) > 1 else None
+
+
+def _kernel(sizes: Sizes, block_rows: int, has: dict[str, bool], static_length: int | None, *refs: Any) -> None:
+    refs = iter(refs)
+    take = lambda name: next(refs) if has[name] else None  # noqa: E731
+    layer_ref, order_ref, count_ref, length_ref, begin_ref, table_ref = (next(refs) for _ in range(6))
+    q_ref, new_ref, new_scale_ref, sinks_ref = next(refs), next(refs), take("scales"), take("sinks")
+    top_in, sum_in, acc_in = take("state"), take("state"), take("state")
+    next(refs), take("scales")  # the cache as an input, which its output is
+    out_ref, kv_hbm, scale_hbm = next(refs), next(refs), take("scales")
+    kv_buf, scale_buf, sems = next(refs), take("scales"), next(refs)
+    write_buf, scale_write_buf, write_sem = next(refs), take("scales"), next(refs)
+    top_ref, sum_ref, acc_ref = refs
+
+    K, B, n = sizes.K, sizes.B, sizes.n
+    per_head = q_ref.shape[1] // K
+    b = pl.program_id(1)
+    heads = pl.ds(pl.program_id(0) * K, K)
+    layer = layer_ref[0]
+    cache = Cache(sizes, layer, heads, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
+    count = count_ref[b] if static_length is None else block_rows
+    known = static_length is not None
+
+    def request(a: Any) -> Any:
+        return b * block_rows + a if known else order_ref[b * block_rows + jnp.minimum(a, block_rows - 1)]
+
+    def length_of(r: Any) -> Any:
+        return static_length if known else length_ref[r]
+
+    def low_of(r: Any) -> Any:
+        """First page, and first block."""
+        page = sizes.first_page(length_of(r) - 1)
+        block = page // n
+        return page, block if known and not has["state"] else jnp.maximum(block, begin_ref[r])
+
+    def stop_of(r: Any) -> Any:
+        return -(-length_of(r) // sizes.S) if known else (length_of(r) + sizes.S - 1) // sizes.S
+
+    def one(a: Any, slot: Any) -> Any:
+        r = request(a)
+        row, length, stop = r - b * block_rows, length_of(r), stop_of(r)
+        low_page, low = low_of(r)
+        last = (stop - 1) // n
+        if has["state"]:
+            top_ref[...], sum_ref[...], acc_ref[...] = top_in[row], sum_in[row], acc_in[row]
+        else:
+            top_ref[...] = jnp.full_like(top_ref, MASKED) if sinks_ref is None else sinks_ref[...] * LOG2_E
+            sum_ref[...] = jnp.zeros_like(sum_ref) if sinks_ref is None else jnp.ones_like(sum_ref)
+            acc_ref[...] = jnp.zeros_like(acc_ref)
+
+        def attend(j: Any, slot: Any, masked: bool) -> None:
+            s = [cache.scores(q_ref[row, pl.ds(h * per_head, per_head)], slot, h) for h in range(K)]
+            s = jnp.concatenate(s, 0) if K > 1 else s[0]
+            mask = None
+            if masked:
+                at = j * B + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+                mask = at < length
+                if sizes.window is not None:
+                    mask &= at >= length - sizes.window
+            p, top, total, keep = softmax_step(s, mask, top_ref[...], sum_ref[...])
+            top_ref[...], sum_ref[...] = top, total
+            mixed = [cache.mix(p[h * per_head : (h + 1) * per_head], slot, h) for h in range(K)]
+            mixed = jnp.concatenate(mixed, 0) if K > 1 else mixed[0]
+            acc_ref[...] = acc_ref[...] * wide(keep, sizes.V) + mixed
+
+        def block(j: Any, slot: Any) -> Any:
+            """A block before the last: its pages are full."""
+            cache.start(r, j + 1, low_page, stop, 1 - slot)
+            cache.wait(j, low_page, stop, slot)
+            if sizes.window is not None:
+                pl.when(j == low)(lambda: cache.tidy(j, low_page, length, slot))
+            attend(j, slot, sizes.window is not None)
+            return 1 - slot
+
+        slot = jax.lax.fori_loop(low, last, block, slot)
+        after = request(a + 1)
+        after_page, after_low = low_of(after)
+        after_stop = stop_of(after)
+
+        @pl.when(a + 1 < count)
+        def _() -> None:
+            cache.start(after, after_low, after_page, after_stop, 1 - slot)
+
+        cache.wait(last, low_page, stop, slot)
+        new = (new_ref[row, 0], None if new_scale_ref is None else new_scale_ref[row, 0])
+        writes = _insert(cache, r, length - 1, slot, *new, write_buf, scale_write_buf, write_sem)
+        cache.tidy(last, low_page, length, slot)
+        attend(last, slot, True)
+        out_ref[row] = (acc_ref[...] / wide(sum_ref[...], sizes.V)).astype(out_ref.dtype)
+        for write in writes:
+            write.wait()
+        return 1 - slot
+
+    out_ref[...] = jnp.zeros_like(out_ref)
+
+    @pl.when(count > 0)
+    def _() -> None:
+        first = request(0)
+        page, low = low_of(first)
+        cache.start(first, low, page, stop_of(first), 0)
+        jax.lax.fori_loop(0, count, one, 0)
+
+
+def _insert(
+    cache: Cache,
+    r: Any,
+    position: Any,
+    slot: Any,
+    new_KE: jax.Array,
+    new_scale_KZ: jax.Array | None,
+    write_buf: Any,
+    scale_write_buf: Any,
+    sem: Any,
+) -> list[Any]:
+    """Puts the new token into the buffer of its request's last block, and begins to copy its tile of slots back.
+
+    (From a buffer of its own: what lies behind the token in that tile stays as it is, for others to tidy up.)
+    """
+    sizes, S, rows = cache.sizes, cache.sizes.S, cache.sizes.write_rows
+    entry, at = position // S, position % S
+    nth, page = entry % sizes.n, cache.table_ref[r * sizes.M + entry]
+    first = at // rows * rows
+    tile = pl.ds(first if isinstance(first, int) else pl.multiple_of(first, rows), rows)
+    for h in range(sizes.K):
+        old = cache.kv_buf[slot, nth, h, tile, :]
+        is_new = jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) == at % rows
+        new = jnp.where(is_new, new_KE[h : h + 1], old.astype(jnp.float32)).astype(old.dtype)
+        cache.kv_buf[slot, nth, h, tile, :] = new
+        write_buf[h] = new
+    writes = [
+        pltpu.make_async_copy(write_buf, cache.kv_hbm.at[cache.layer, page, cache.heads, tile], sem),
+    ]
+    if new_scale_KZ is not None:
+        old = cache.scale_buf[slot, nth]
+        lane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
+        new = jnp.where((lane == at) | (lane == S + at), new_scale_KZ, old)
+        cache.scale_buf[slot, nth] = new
+        scale_write_buf[...] = new
+        writes.append(pltpu.make_async_copy(scale_write_buf, cache.scale_hbm.at[cache.layer, page, cache.heads], sem))
+    for write in writes:
+        write.start()
+    return writes
