@@ -1,0 +1,147 @@
+"""Block sizes of the grouped products on TPUs, in closed form from the chip and the shapes.
+
+Shapes as in `tpu.py`. What a choice costs is estimated: products or memory, whichever is longer, and what every step
+takes. Memory: rows are read once for each part of C, weights once for each group if A is not cut, else once a visit.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from ..chips import target_chip
+
+MIB = 1 << 20
+STEP_SECONDS = 0.4e-6  # what a step of the grid takes besides its products
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One core: what it multiplies in bfloat16, how fast it reads, what it holds, and the side of its unit."""
+
+    flops: float
+    bytes_per_second: float
+    vmem: int
+    unit: int
+    cores: int = 1
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 819e9, 96 * MIB, 128),
+    "v5p": Chip(230e12, 1382e9, 48 * MIB, 128, cores=2),
+    "v6e": Chip(918e12, 1640e9, 96 * MIB, 256),
+    "7x": Chip(1153e12, 3690e9, 48 * MIB, 256),
+}
+
+
+@dataclass(frozen=True)
+class ProductBlocks:
+    """Rows, columns and terms of a block; a piece of one of `s` rows by `chunk` columns is computed at a time."""
+
+    n: int
+    c: int
+    a: int
+    s: tuple[int, ...]
+    chunk: int
+
+
+@dataclass(frozen=True)
+class GradientBlocks:
+    """Rows, outputs and inputs of a block; a piece of one of `s` rows by `chunk` inputs is multiplied at a time."""
+
+    n: int
+    o: int
+    i: int
+    s: tuple[int, ...]
+    chunk: int
+
+
+def chip() -> Chip:
+    return CHIPS.get(target_chip() or "v5e", CHIPS["v5p"])
+
+
+def vmem_bytes() -> int:
+    return chip().vmem
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def _cuts(size: int, choices: tuple[int, ...], exact: bool) -> list[int]:
+    """The parts in which `size` may be cut: the whole, or multiples of 128."""
+    cuts = [part for part in choices if part < size and (size % part == 0 or not exact)]
+    if exact and size % 128 == 0:
+        cuts += [size // n for n in range(2, 9) if size % n == 0 and size // n % 128 == 0]
+    return sorted({size, *cuts})
+
+
+def pieces(N: int) -> tuple[int, ...]:
+    """Sizes of pieces for N rows in all: the more rows, the better weights that a unit has loaded are used."""
+    largest = next((size for size in (512, 256, 128, 64, 32) if size <= N), 16)
+    return tuple(size for size in (512, 256, 128) if size <= largest) or (largest,)
+
+
+def _chunk(size: int, most: int) -> int:
+    """The largest part of at most `most` that divides the whole and is made of full lanes."""
+    if size <= most or size % 128:
+        return size
+    return max(part for part in range(128, most + 1, 128) if size % part == 0)
+
+
+def product_blocks(N: int, A: int, C: int, G: int, dtype: jnp.dtype, contract: int) -> ProductBlocks:
+    """For rows [N, A] times weights to [N, C]."""
+    on, size = chip(), jnp.dtype(dtype).itemsize
+    s = pieces(N)
+    best = None
+    rows = sorted({min(_up(N, s[0]), n) for n in (512, 1024)})
+    for n, a, c in itertools.product(
+        rows, _cuts(A, (), True), _cuts(C, (256, 512, 768, 1024, 1536, 2048, 4096), False)
+    ):
+        held = 2 * size * (n * a + a * c + n * c) + 4 * n * c * (a < A) + 4 * s[0] * c
+        if held > on.vmem * 0.8:
+            continue
+        columns, parts = -(-C // c), -(-A // a)
+        visits = -(-N // n) + G
+        weights = columns * c * A * (G if parts == 1 else visits) * size
+        moved = columns * N * A * size + weights + N * C * size
+        # A group's last piece is computed whole, and columns beyond the last too.
+        flops = 2 * (N + G * s[-1] / 2) * A * columns * c * (3 if size == 4 else 1)
+        seconds = max(flops / on.flops, moved / on.bytes_per_second) + STEP_SECONDS * columns * visits * parts
+        # Weights are fetched one step ahead, so a step had better be as long.
+        seconds += columns * G * max(0, a * c * size / on.bytes_per_second - 2 * n * a * c / on.flops)
+        if columns % on.cores:
+            seconds *= 1 + 1 / columns
+        if best is None or seconds < best[0] * 0.999:
+            best = seconds, n, a, c
+    if best is None:
+        raise NotImplementedError(f"no blocks of {A} terms by {C} columns fit the chip's {on.vmem} bytes")
+    _, n, a, c = best
+    return ProductBlocks(n, c, a, s, _chunk(c, 512 if a <= 2048 else 256))
+
+
+def gradient_blocks(N: int, I: int, O: int, G: int, dtype: jnp.dtype) -> GradientBlocks:
+    """For [G, O, I] from rows [N, I] and [N, O]."""
+    on, size = chip(), jnp.dtype(dtype).itemsize
+    s = pieces(N)
+    best = None
+    rows = sorted({min(_up(N, s[0]), n) for n in (512, 1024)})
+    parts = (256, 512, 768, 1024, 1536, 2048, 4096)
+    for n, o, i in itertools.product(rows, _cuts(O, parts, False), _cuts(I, parts, False)):
+        held = 2 * size * (n * o + n * i + o * i) + 4 * o * i + 2 * n * o
+        if held > on.vmem * 0.8:
+            continue
+        blocks_o, blocks_i = -(-O // o), -(-I // i)
+        visits = -(-N // n) + G
+        moved = size * (blocks_o * N * I + blocks_i * N * O + G * O * I)
+        flops = 2 * (N + G * s[-1]) * blocks_o * o * blocks_i * i * (3 if size == 4 else 1)
+        seconds = max(flops / on.flops, moved / on.bytes_per_second)
+        seconds += STEP_SECONDS * blocks_o * blocks_i * visits
+        if blocks_o * blocks_i % on.cores:
+            seconds *= 1 + 1 / (blocks_o * blocks_i)
+        if best is None or seconds < best[0] * 0.999:
+            best = seconds, n, o, i
+    if best is None:
+        raise NotImplementedError(f"no blocks of {O} by {I} fit the chip's {on.vmem} bytes")
+    _, n, o, i = best
+    return GradientBlocks(n, o, i, s, _chunk(i, 512))
