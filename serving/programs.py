@@ -81,11 +81,12 @@ class Programs:
         if self.group:
             one = {name.removeprefix(BLOCKS): self._parameter(name, a.shape[1:]) for name, a in stacks.items()}
             layers = [one] * self.group
-        pages = jax.eval_shape(
-            lambda: init_pages(
-                config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, self.dtype
+        with use(mesh):  # the layout of the pages is the platform's
+            pages = jax.eval_shape(
+                lambda: init_pages(
+                    config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, self.dtype
+                )
             )
-        )
         state = jax.eval_shape(lambda: sampling.SlotState.empty(slots, config.vocab_size))
         self.like = Like(
             {name: self._parameter(name, like.shape) for name, like in outside.items()},

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ..models.config import DecoderConfig
 from ..models.decoder import BLOCKS, split_layers, weight_dtype
 from ..pallas_kernels.paged_attention import init_pages
+from ..sharding.rules import use
 from . import sampling
 from .batch import Bucket, HostBatch
 from .programs import Programs
@@ -98,13 +99,14 @@ class Runner:
         like = self._made.like
         places = jax.tree.map(lambda x: x.sharding, (like.pages, like.state))
         heads = (config.num_kv_heads, config.head_dim)
-        self._pages, self._state = jax.jit(
-            lambda: (
-                init_pages(config.num_layers, num_pages, page_size, *heads, self.dtype),
-                sampling.SlotState.empty(slots, config.vocab_size),
-            ),
-            out_shardings=None if mesh is None else places,
-        )()
+        with use(mesh):  # the layout of the pages is the platform's
+            self._pages, self._state = jax.jit(
+                lambda: (
+                    init_pages(config.num_layers, num_pages, page_size, *heads, self.dtype),
+                    sampling.SlotState.empty(slots, config.vocab_size),
+                ),
+                out_shardings=None if mesh is None else places,
+            )()
         self._programs: dict[tuple[str, Bucket | int | None], Any] = {}
         rows = [1] if slots == 1 else ladder(FEWEST_ROWS, max(slots, FEWEST_ROWS), 4)
         chunks = ladder(SMALLEST_CHUNK, max(chunk_tokens, SMALLEST_CHUNK), 4)

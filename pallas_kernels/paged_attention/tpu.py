@@ -23,7 +23,7 @@ MIB = 2**20
 BLOCK_BYTES = 2 * MIB  # of a block: long enough a copy to hide what a step costs, short enough for short contexts
 BLOCK_TOKENS = (256, 1024)
 TABLE_BYTES = 512 * 1024  # of page tables that fit beside all else in the memory of scalars
-VMEM = {"v4": 16 * MIB, "v5e": 100 * MIB, "v5p": 80 * MIB, "v6e": 100 * MIB, "7x": 50 * MIB}
+VMEM = {"v4": 16 * MIB, "v5e": 100 * MIB, "v5p": 60 * MIB, "v6e": 100 * MIB, "7x": 50 * MIB}
 CORES = {"v4": 2, "v5p": 2}  # that are one device
 ROWS = 64  # decoding requests of a step of the grid at most
 

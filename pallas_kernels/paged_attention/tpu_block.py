@@ -76,12 +76,16 @@ class Cache:
     sizes: Sizes
     layer: Any
     heads: Any  # slice of the heads that are this core's
-    table_ref: Any
+    table_ref: Any  # None: request r has the pages from r * M on
     kv_hbm: Any
     scale_hbm: Any
     kv_buf: Any  # [buffers, n, K, S, E]
     scale_buf: Any  # [buffers, n, K, Z]
     sems: Any  # [buffers]
+
+    def page(self, r: Any, entry: Any) -> Any:
+        at = r * self.sizes.M + entry
+        return at if self.table_ref is None else self.table_ref[at]
 
     def _copies(self, slot: Any, nth: Any, page: Any) -> list[Any]:
         sem = self.sems.at[slot]
@@ -101,7 +105,7 @@ class Cache:
 
             @when(both(at >= low, at < stop))
             def _(nth: int = nth, at: Any = at) -> None:
-                for copy in self._copies(slot, nth, self.table_ref[r * self.sizes.M + at]):
+                for copy in self._copies(slot, nth, self.page(r, at)):
                     copy.start()
 
     def wait(self, j: Any, low: Any, stop: Any, slot: Any) -> None:

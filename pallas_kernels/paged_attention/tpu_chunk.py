@@ -56,7 +56,8 @@ def chunk(
 
     Args:
         tile: token rows of a tile; T is a multiple.
-        static: one request owns all rows, and has no others (for the static profiler, which cannot follow data).
+        static: one request owns all rows, from its first token on, in pages in order of layer 0; scalar arguments are
+            not read (for the static profiler, which cannot follow data).
     """
     T, H, C = q_THC.shape
     K, S, E, V = sizes.K, sizes.S, kv_LPKSE.shape[-1], sizes.V
@@ -71,9 +72,11 @@ def chunk(
         jnp.asarray(x, jnp.int32).reshape(-1)
         for x in (layer, order_R, first, stop, start_R, rows.count_R, rows.length_R, table)
     ]
+    if static:
+        scalars = []
     across = lambda lanes: pl.BlockSpec((tile, per_core * lanes), lambda c, i, *_: (i, c))  # noqa: E731
     info = pl.BlockSpec((tile, LANES), lambda c, i, *_: (i, 0))
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     inputs: list[Any] = [q_THC.reshape(T, H * C)]
     inputs += [jnp.broadcast_to(x.astype(jnp.int32)[:, None], (T, LANES)) for x in (rows.owner_T, rows.position_T)]
     specs = [across(C), info, info]
@@ -127,7 +130,7 @@ def chunk(
         out_shape=out_shape,
         input_output_aliases={cache_at: 1} if writes else {},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
+            dimension_semantics=("parallel" if cores > 1 else "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_bytes, disable_bounds_checks=True
         ),
         name="paged_chunk" if writes else "paged_prefix",
     )(*scalars, *inputs)
@@ -139,7 +142,7 @@ def chunk(
 def _kernel(sizes: Sizes, has_sinks: bool, writes: bool, static: bool, *refs: Any) -> None:
     refs = iter(refs)
     layer_ref, order_ref, first_ref, stop_ref, start_ref, count_ref, length_ref, table_ref = (
-        next(refs) for _ in range(8)
+        None if static else next(refs) for _ in range(8)
     )
     q_ref, owner_ref, position_ref = next(refs), next(refs), next(refs)
     sinks_ref = next(refs) if has_sinks else None
@@ -159,7 +162,7 @@ def _kernel(sizes: Sizes, has_sinks: bool, writes: bool, static: bool, *refs: An
     G = q_KNC.shape[1] // t
     i = pl.program_id(1)
     heads = pl.ds(pl.program_id(0) * K, K)
-    cache = Cache(sizes, layer_ref[0], heads, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
+    cache = Cache(sizes, 0 if static else layer_ref[0], heads, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
 
     for h in range(K * G):
         k, at = h // G, pl.ds(h % G * t, t)
@@ -194,17 +197,16 @@ def _kernel(sizes: Sizes, has_sinks: bool, writes: bool, static: bool, *refs: An
 
     def one(a: Any, _: Any) -> None:
         """The rows of this tile that a request owns: positions from `begin` up to `end`."""
-        r = order_ref[a]
-        length, start = length_ref[r], start_ref[r]
-        row, stop_row = jnp.maximum(start, i * t), jnp.minimum(start + count_ref[r], i * t + t)
         if static:
-            row, stop_row = i * t, i * t + t
+            r, row, stop_row = 0, i * t, i * t + t
             begin, end = row, stop_row
-        elif writes:
-            begin = length - count_ref[r] + row - start
-            end = begin + stop_row - row
         else:
-            begin, end = length, length
+            r = order_ref[a]
+            row, stop_row = jnp.maximum(start_ref[r], i * t), jnp.minimum(start_ref[r] + count_ref[r], i * t + t)
+            begin = end = length_ref[r]
+            if writes:
+                begin = end - count_ref[r] + row - start_ref[r]
+                end = begin + stop_row - row
         if writes:
             _write(cache, r, row, begin, end, new_hbm, page_buf, new_buf, write_sems)
         # Rows of a prefix have positions of their own, so with a window all of its pages are read.
@@ -259,7 +261,7 @@ def _write(
 
     A page is read, changed and written whole: its tiles hold several tokens.
     """
-    sizes, S = cache.sizes, cache.sizes.S
+    S = cache.sizes.S
     most, K, window, E = new_buf.shape
 
     def page_at(nth: int) -> tuple[Any, Any, Any]:
@@ -271,7 +273,7 @@ def _write(
         return entry, row_of_page, there
 
     def old_page(nth: int, entry: Any) -> tuple[Any, Any]:
-        return cache.kv_hbm.at[cache.layer, cache.table_ref[r * sizes.M + entry], cache.heads], page_buf.at[nth]
+        return cache.kv_hbm.at[cache.layer, cache.page(r, entry), cache.heads], page_buf.at[nth]
 
     def read(nth: int, entry: Any, row_of_page: Any) -> tuple[Any, Any]:
         aligned = pl.ds(pl.multiple_of(row_of_page // ALIGN * ALIGN, ALIGN), window)

@@ -49,7 +49,8 @@ def decode(
         lengths_N: tokens of each request with the new one; 0: not a decode, result 0.
         begin_N: the block to begin with, where `state` holds maxima, sums and values of the ones before.
         block_rows: requests of one step of the grid; N is a multiple.
-        static_length: all requests have this length (for the static profiler, which cannot follow data).
+        static_length: all requests have this length, and pages in order of layer 0; scalar arguments are not read (for
+            the static profiler, which cannot follow data).
     """
     N, rows, _ = q_NrC.shape
     steps, per_core = N // block_rows, rows // cores
@@ -64,13 +65,15 @@ def decode(
         begin_N.astype(jnp.int32),
         table.reshape(-1).astype(jnp.int32),
     ]
+    if static_length is not None:
+        scalars = []
 
     def rows_of(*lanes: int) -> pl.BlockSpec:
         return pl.BlockSpec((block_rows, per_core, *lanes), lambda c, b, *_: (b, c, 0))
 
     K, E, V = sizes.K, kv_LPKSE.shape[-1], sizes.V
     heads_of = lambda lanes: pl.BlockSpec((block_rows, 1, K, lanes), lambda c, b, *_: (b, c, 0, 0))  # noqa: E731
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     inputs: list[Any] = [q_NrC, new_NKE.reshape(N, cores, K, E)]
     specs = [rows_of(sizes.C), heads_of(E)]
     if new_scale_NKZ is not None:
@@ -111,7 +114,7 @@ def decode(
         ],
         input_output_aliases={first_cache + i: 1 + i for i in range(len(caches))},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
+            dimension_semantics=("parallel" if cores > 1 else "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_bytes, disable_bounds_checks=True
         ),
         name="paged_decode",
     )(*scalars, *inputs, *caches)
@@ -121,7 +124,10 @@ def decode(
 def _kernel(sizes: Sizes, block_rows: int, has: dict[str, bool], static_length: int | None, *refs: Any) -> None:
     refs = iter(refs)
     take = lambda name: next(refs) if has[name] else None  # noqa: E731
-    layer_ref, order_ref, count_ref, length_ref, begin_ref, table_ref = (next(refs) for _ in range(6))
+    known = static_length is not None
+    layer_ref, order_ref, count_ref, length_ref, begin_ref, table_ref = (
+        None if known else next(refs) for _ in range(6)
+    )
     q_ref, new_ref, new_scale_ref, sinks_ref = next(refs), next(refs), take("scales"), take("sinks")
     top_in, sum_in, acc_in = take("state"), take("state"), take("state")
     next(refs), take("scales")  # the cache as an input, which its output is
@@ -134,10 +140,8 @@ def _kernel(sizes: Sizes, block_rows: int, has: dict[str, bool], static_length: 
     per_head = q_ref.shape[1] // K
     b = pl.program_id(1)
     heads = pl.ds(pl.program_id(0) * K, K)
-    layer = layer_ref[0]
-    cache = Cache(sizes, layer, heads, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
+    cache = Cache(sizes, 0 if known else layer_ref[0], heads, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
     count = count_ref[b] if static_length is None else block_rows
-    known = static_length is not None
 
     def request(a: Any) -> Any:
         return b * block_rows + a if known else order_ref[b * block_rows + jnp.minimum(a, block_rows - 1)]
@@ -236,7 +240,7 @@ def _insert(
     """
     sizes, S, rows = cache.sizes, cache.sizes.S, cache.sizes.write_rows
     entry, at = position // S, position % S
-    nth, page = entry % sizes.n, cache.table_ref[r * sizes.M + entry]
+    nth, page = entry % sizes.n, cache.page(r, entry)
     first = at // rows * rows
     tile = pl.ds(first if isinstance(first, int) else pl.multiple_of(first, rows), rows)
     for h in range(sizes.K):

@@ -1,0 +1,224 @@
+"""The TPU kernels of paged_attention, in interpret mode on a CPU, with race detection, against the reference."""
+
+import contextlib
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+from twinax.pallas_kernels.paged_attention import SharedPrefixes, init_pages, paged_attention, tpu
+
+MODES = ("eager", "on_wait")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that few tokens are several blocks, and few rows several tiles."""
+    monkeypatch.setattr(tpu, "BLOCK_TOKENS", (32, 32))
+    monkeypatch.setattr(tpu, "tile_rows", lambda T, *_: min(16, -(-T // 16) * 16))
+
+
+@contextlib.contextmanager
+def interpreted(mode):
+    """What is not there yet is nan."""
+    params = pltpu.InterpretParams(dma_execution_mode=mode, detect_races=True, uninitialized_memory="nan")
+    with pltpu.force_tpu_interpret_mode(params):
+        yield
+    assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests as (tokens in the cache before, new tokens); a single new one is a decode if rows allow."""
+
+    requests: tuple[tuple[int, int], ...]
+    decode_rows: int
+    spare: int = 0
+    H: int = 2
+    K: int = 1
+    D: int = 16
+    S: int = 16
+    dtype: Any = jnp.float32
+    kept: Any = None
+    latent: int | None = None
+    sinks: bool = False
+    prefixes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def make(case):
+    """Arguments, and pages that hold something everywhere."""
+    rng = np.random.default_rng(0)
+    R, at = len(case.requests), case.decode_rows
+    before, new = np.asarray(case.requests, np.int32).T
+    start = np.zeros(R, np.int32)
+    for r in range(R):
+        decode = new[r] == 1 and r < case.decode_rows
+        start[r], at = (r, at) if decode else (at, at + new[r])
+    M = -(-int((before + new).max()) // case.S) + 1
+    table = rng.permutation(R * M + 1)[: R * M].reshape(R, M).astype(np.int32)
+    table[np.arange(M) >= -(-(before + new) // case.S)[:, None]] = -1
+    arrays = {
+        "page_table_RM": table,
+        "lengths_R": before + new,
+        "query_start_R": start,
+        "query_length_R": new,
+        "layer": jnp.int32(1),
+    }
+    if case.sinks:
+        arrays["sinks_H"] = jnp.linspace(-1, 2, case.H)
+    if case.prefixes is not None:
+        leader, pages = map(np.asarray, case.prefixes)
+        for r in range(R):
+            table[r, : pages[r]] = table[leader[r], : pages[r]]
+        arrays["prefixes"] = SharedPrefixes(leader, pages)
+    kept = case.kept or case.dtype
+    pages = init_pages(2, R * M + 1, case.S, case.K, case.D, kept, latent=case.latent, layout="joint")
+    size = 40 if kept == jnp.int8 else 1
+    kv = jnp.asarray(size * rng.standard_normal(pages.kv_LPKSE.shape), kept)
+    leaves = [kv] + [jnp.asarray(rng.uniform(0.005, 0.02, x.shape), x.dtype) for x in jax.tree.leaves(pages)[1:]]
+    shapes = [(at + case.spare, heads, case.D) for heads in (case.H, case.K, case.K)]
+    qkv = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    for x in qkv:
+        x[at:] = np.nan
+    q, k, v = (jnp.asarray(x, case.dtype) for x in qkv)
+    return (q, k, None if case.latent else v), jax.tree.unflatten(jax.tree.structure(pages), leaves), arrays
+
+
+@partial(jax.jit, static_argnames=("decode_rows", "implementation", "options"))
+def step(qkv, pages, arrays, decode_rows, implementation, options):
+    return paged_attention(
+        *qkv, pages, decode_rows=decode_rows, implementation=implementation, **arrays, **dict(options)
+    )
+
+
+def run(case, implementation, qkv, pages, arrays):
+    return step(qkv, pages, arrays, case.decode_rows, implementation, tuple(case.options.items()))
+
+
+QUICK = {
+    "decodes": (Case(((6, 1), (0, 0), (69, 1), (31, 1)), 4, sinks=True), "eager"),
+    "a prompt in tiles, window": (Case(((37, 39),), 0, spare=3, options={"window": 20}), "on_wait"),
+    "latent int8 mix": (
+        Case(((40, 1), (0, 5)), 2, D=48, S=32, K=1, H=3, kept=jnp.int8, latent=32, dtype=jnp.bfloat16),
+        "on_wait",
+    ),
+}
+A_MIX = ((40, 1), (0, 6), (9, 17), (0, 0), (64, 1))
+SLOW = {
+    "decodes, window": (
+        Case(((70, 1), (3, 1), (95, 1), (0, 1)), 4, K=2, H=4, sinks=True, options={"window": 33}),
+        "on_wait",
+    ),
+    "one token": (Case(((0, 1),), 1, dtype=jnp.bfloat16), "eager"),
+    "nobody": (Case(((0, 0), (0, 0)), 2, spare=2), "on_wait"),
+    "a mix": (Case(A_MIX, 5, K=2, H=6, spare=4, sinks=True, options={"softcap": 2.0}), "eager"),
+    "a mix, on_wait": (Case(A_MIX, 5, K=2, H=6, D=64, spare=4, sinks=True), "on_wait"),
+    "heads of 80": (Case(((33, 1), (8, 20)), 2, D=80, dtype=jnp.bfloat16), "on_wait"),
+    "fp8": (Case(((33, 1), (40, 9)), 2, S=32, K=2, kept=jnp.float8_e4m3fn), "eager"),
+    "float32 over bfloat16": (Case(((33, 1), (40, 9)), 2, kept=jnp.bfloat16), "on_wait"),
+    "prefixes": (
+        Case(((70, 1), (66, 1), (40, 1), (81, 1)), 4, K=1, H=2, sinks=True, prefixes=((0, 0, 2, 0), (4, 4, 0, 4))),
+        "eager",
+    ),
+    "prefixes, window, a mix": (
+        Case(((70, 1), (66, 1), (40, 5), (81, 1)), 4, prefixes=((0, 1, 2, 1), (0, 4, 0, 4)), options={"window": 40}),
+        "on_wait",
+    ),
+}
+
+
+def check(case, mode):
+    arguments = make(case)
+    with interpreted(mode):
+        out, pages = jax.block_until_ready(run(case, "tpu", *arguments))
+    with jax.enable_x64(True):
+        wide = [None if x is None else np.asarray(x, np.float64) for x in arguments[0]]
+        wanted, _ = run(case, "reference", wide, *arguments[1:])
+    _, wanted_pages = run(case, "reference", *arguments)
+    # float32: its rounding, of sums of some dozens; bfloat16: that of the weights and of the result.
+    close = 2e-6 if case.dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=close, rtol=close)
+    jax.tree.map(np.testing.assert_array_equal, pages, wanted_pages)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_against_the_reference(name):
+    check(*QUICK[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_more_against_the_reference(name):
+    check(*SLOW[name])
+
+
+def feed(q, k, v, counts, *, row, neighbours, seed, shared=False):
+    """One request's tokens through the cache in steps of `counts`, in request row `row` of three; its results.
+
+    `shared`: a neighbour's first pages are this request's, and its decodes are in one group with it.
+    """
+    rng = np.random.default_rng(seed)
+    S, M, R, chunk = 16, 6, 3, 64
+    table = rng.permutation(R * M).reshape(R, M).astype(np.int32)
+    pages = jax.tree.map(lambda x: x * np.nan, init_pages(1, R * M, S, 1, 16, q.dtype, layout="joint"))
+    lengths, done, outs = np.zeros(R, np.int32), 0, []
+    for count in counts:
+        T = R + (chunk if count > 1 else 0)
+        batch = [np.full((T, *x.shape[1:]), np.nan, x.dtype) for x in (q, k, v)]
+        starts, news = np.zeros(R, np.int32), np.zeros(R, np.int32)
+        for r in neighbours:
+            starts[r], news[r] = r, 1
+            for x in batch:
+                x[r] = rng.standard_normal(x.shape[1:])
+        starts[row], news[row] = (R + seed if count > 1 else row), count
+        mine = slice(starts[row], starts[row] + count)
+        for x, y in zip(batch, (q, k, v), strict=True):
+            x[mine] = y[done : done + count]
+        arrays = {"page_table_RM": table, "query_start_R": starts, "query_length_R": news, "layer": jnp.int32(0)}
+        done += count
+        if shared and count == 1:
+            (other,) = neighbours
+            table[other, :4], lengths[other] = table[row, :4], max(lengths[other], 64)
+            leader, alike = np.arange(R, dtype=np.int32), np.zeros(R, np.int32)
+            leader[other], alike[[row, other]] = row, 4
+            arrays["prefixes"] = SharedPrefixes(leader, alike)
+        lengths += news
+        out, pages = step(batch, pages, {**arrays, "lengths_R": lengths.copy()}, R, "tpu", ())
+        outs.append(np.asarray(out)[mine])
+    return np.concatenate(outs)
+
+
+@pytest.mark.slow
+def test_a_request_gives_the_same_bits_in_any_company():
+    """In chunks, decode by decode, beside a neighbour, and in one group with it."""
+    rng = np.random.default_rng(7)
+    q, k, v = (rng.standard_normal((68, heads, 16)).astype(np.float32) for heads in (2, 1, 1))
+    with interpreted("on_wait"):
+        wanted = feed(q, k, v, [40, 28], row=0, neighbours=(), seed=0)
+        decodes = feed(q, k, v, [60, 6, 1, 1], row=2, neighbours=(1,), seed=3)
+        shared = feed(q, k, v, [40, 26, 1, 1], row=0, neighbours=(1,), seed=1, shared=True)
+    assert np.isfinite(wanted).all()
+    np.testing.assert_array_equal(decodes, wanted)
+    np.testing.assert_array_equal(shared, wanted)
+
+
+def test_what_the_kernels_refuse():
+    def refused(message, layout="joint", S=16, **kinds):
+        pages = init_pages(1, 2, S, 1, 16, **kinds, layout=layout)
+        x = jnp.zeros((2, 1, 16), jnp.float32)
+        one = jnp.ones(1, jnp.int32)
+        arrays = {"layer": 0, "lengths_R": one, "query_start_R": 0 * one, "query_length_R": one, "decode_rows": 1}
+        with pytest.raises(NotImplementedError, match=message):
+            paged_attention(x, x, x, pages, page_table_RM=jnp.zeros((1, 2), jnp.int32), implementation="tpu", **arrays)
+
+    refused('layout "split"', layout="split")
+    refused("a multiple of 8 is needed", S=4)
+    refused("a multiple of 32 is needed", dtype=jnp.int8)
+    refused("pages of float16", dtype=jnp.float16)
