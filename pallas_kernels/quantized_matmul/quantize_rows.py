@@ -25,8 +25,9 @@ def quantize_rows(
     x_MGB = jnp.pad(x_MI.astype(jnp.float32), [(0, 0), (0, G * size - I)]).reshape(M, G, size)
     if scale is None:
         reach_MG = jnp.max(jnp.abs(x_MGB), axis=2)
-        # Not below the smallest normal number: a CPU may take those below for zero, and 1 / scale must be finite.
-        scales_MG = jnp.maximum(reach_MG / LARGEST[name], jnp.finfo(jnp.float32).tiny)
+        # Times the reciprocal, as XLA makes of a division by a constant or not. Not below the smallest normal number:
+        # smaller ones may be taken for zero, and 1 / scale must be finite.
+        scales_MG = jnp.maximum(reach_MG * jnp.float32(1 / LARGEST[name]), jnp.finfo(jnp.float32).tiny)
     else:
         scales_MG = jnp.broadcast_to(scale.astype(jnp.float32), (M, G))
     values = x_MGB / scales_MG[..., None]
