@@ -15,10 +15,10 @@ from twinax.planner.gpu_target import TARGETS
 
 @dataclasses.dataclass(frozen=True)
 class Dump:
-    """Cycles of each operation of a program, and of all together the rest (the most registers); see `static.Static`."""
+    """Cycles and bundles of each operation, and of all together the rest (the most registers); see `static.Static`."""
 
     cycles: dict[str, float]
-    bundles: int | None
+    bundles: dict[str, int]
     spills: int | None
     registers: int | None = None
     warnings: tuple[str, ...] = ()
@@ -46,8 +46,7 @@ def read_tpu(folder: Path, chip: str) -> Dump:
     }
     _empty(folder / "static")
     _empty(folder / "llo")
-    there = bool(bundles)
-    return Dump(cycles, sum(bundles.values()) if there else None, sum(spills.values()) if there else None)
+    return Dump(cycles, bundles, sum(spills.values()) if bundles else None)
 
 
 def _named(folder: Path, pattern: str) -> Iterator[tuple[str, Path]]:
@@ -77,7 +76,7 @@ def read_ptxas(said: str) -> Dump:
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     warnings = tuple(dict.fromkeys(re.findall(r"\((C75\d\d)\) Potential Performance Loss", said)))
     spills = sum(int(count) for pair in spilled for count in pair) if spilled else None
-    return Dump({}, None, spills, max(registers, default=None), warnings)
+    return Dump({}, {}, spills, max(registers, default=None), warnings)
 
 
 def _empty(folder: Path) -> None:

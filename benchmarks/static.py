@@ -10,14 +10,14 @@ as shapes that `target.array(shape, dtype)` made, and what it has to compute and
 
 TPU (needs libtpu): the microseconds are the static profiler's cycles over the clock, but never less than the program's
 bytes over the bandwidth, as contention for memory is not modelled. The profiler follows the scalar program, so that
-loops and conditions on program ids count as they run; what hangs on data (scalar prefetch) is guessed, and such a
-kernel wants a variant without it. On v5p, a device is two cores: a grid dimension marked "parallel" is divided over
-both, any other grid runs on one of them; all limits are of the device.
+loops and conditions on program ids count as they run; values from memory (scalar prefetch) it takes for 0, and a kernel
+that hangs on them wants a variant without. A `while` of XLA's own (`lax.map`) counts once. On v5p, a device is two
+cores: a grid dimension marked "parallel" is divided over both, any other grid runs on one; limits are of the device.
 
 NVIDIA (needs JAX's CUDA plug-in and ptxas): registers, spills and ptxas's warnings; there is no clock.
 
-Several requests for one chip share a child. A kernel on which the profiler aborts ends its child; it is compiled again
-without the profile, and the others go on in a new one.
+Several requests for one chip share a child. Where the profiler aborts (it often does for TPU7x, once it has written
+what is wanted), the child ends, the others go on in a new one, and such kernels are compiled again without it.
 """
 
 import argparse
@@ -36,6 +36,8 @@ from twinax.planner.chips import Chip, find_chip
 from twinax.planner.devices import check_compiler, settings
 from twinax.planner.errors import PlannerError
 from twinax.planner.topology import Topology
+
+from .dumps import read_tpu
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMEOUT = 300.0  # seconds, for one kernel
@@ -96,6 +98,7 @@ class Static:
         bundles: instructions of a TPU's program. spills: its uses of spilled vector registers; on a GPU, bytes.
         registers: of a GPU's thread.
         warnings: ptxas's "Potential Performance Loss" (C7510 to C7512: wgmma serialised).
+        unprofiled: operations whose cycles are not known, and not counted.
         temp_bytes: HBM that the program needs beside arguments and results.
         failed: why there is nothing, or None.
     """
@@ -108,6 +111,7 @@ class Static:
     spills: int | None = None
     registers: int | None = None
     warnings: tuple[str, ...] = ()
+    unprofiled: tuple[str, ...] = ()
     temp_bytes: int | None = None
     compile_seconds: float | None = None
     flops: float = 0.0
@@ -119,7 +123,7 @@ class Static:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Static":
-        return cls(**{**values, "warnings": tuple(values["warnings"])})
+        return cls(**{**values, **{name: tuple(values[name]) for name in ("warnings", "unprofiled")}})
 
 
 def limit_seconds(chip: Chip, flops: float, hbm_bytes: float, dtype: str = "bfloat16") -> float:
@@ -138,37 +142,45 @@ def compile_all(
     Raises CompilerMissing (`planner.errors`), saying what to install.
     """
     results: dict[int, Static] = {}
+
+    def keep(index: int, found: Static) -> None:
+        results[index] = found
+        if progress:
+            progress(index, found)
+
     for topology in dict.fromkeys(request.topology for request in requests):
         check_compiler(topology)
-        todo = [i for i, request in enumerate(requests) if request.topology == topology]
-        profiled = True
+        todo = {i: request for i, request in enumerate(requests) if request.topology == topology}
+        aborted: dict[int, dict[str, float]] = {}
         while todo:
-            # After the profiler has aborted on a kernel, that one goes alone and without it.
-            now = todo if profiled else todo[:1]
-            profiled_now, profiled = profiled, True
-            for index, found in _child(topology, [(i, requests[i]) for i in now], profiled_now, timeout):
-                if found is None and profiled_now:
-                    profiled = False
-                    break
-                found = found or Static(failed="the compiler's process ended without a result")
-                results[index] = found
-                todo.remove(index)
-                if progress:
-                    progress(index, found)
+            for index, found in _child(topology, todo, timeout, salvaged=None):
+                del todo[index]
+                if isinstance(found, Static):
+                    keep(index, found)
+                else:
+                    aborted[index] = found
+        # The profiler has often said all before it aborts; the rest is read from a compilation without it.
+        while aborted:
+            again = {i: requests[i] for i in aborted}
+            for index, found in _child(topology, again, timeout, salvaged=aborted.copy()):
+                assert isinstance(found, Static)
+                keep(index, found)
+                del aborted[index]
     return [results[i] for i in range(len(requests))]
 
 
 def _child(
-    topology: Topology, requests: list[tuple[int, Request]], profiled: bool, timeout: float
-) -> Iterator[tuple[int, Static | None]]:
-    """Results as they come; None, the last, of a kernel with which the child died, if it was profiled."""
+    topology: Topology, requests: dict[int, Request], timeout: float, salvaged: dict[int, dict[str, float]] | None
+) -> Iterator[tuple[int, Static | dict[str, float]]]:
+    """Results as they come; the last may be the cycles of a kernel on which the profiler died.
+
+    Profiles, unless the cycles are given: those `salvaged` from earlier.
+    """
+    profiled = salvaged is None
     with tempfile.TemporaryDirectory() as folder:
         dump, errors = Path(folder), Path(folder) / "errors"
-        question = {
-            "topology": str(topology),
-            "dump": str(dump),
-            "requests": [dataclasses.asdict(request) for _, request in requests],
-        }
+        asked = [{**dataclasses.asdict(x), "cycles": None if profiled else salvaged[i]} for i, x in requests.items()]
+        question = {"topology": str(topology), "dump": str(dump), "requests": asked}
         with errors.open("w") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.static_child"],
@@ -184,7 +196,7 @@ def _child(
         try:
             process.stdin.write(json.dumps(question))
             process.stdin.close()
-            for index, _ in requests:
+            for index in tuple(requests):
                 timer = threading.Timer(timeout, lambda: (late.set(), process.kill()))
                 timer.start()
                 line = _answer(process.stdout)
@@ -193,13 +205,13 @@ def _child(
                     yield index, Static.from_json(json.loads(line))
                     continue
                 process.wait()
+                last = errors.read_text()
                 if late.is_set():
                     yield index, Static(failed=f"not compiled after {timeout:.0f} s")
-                elif profiled and topology.chip.platform == "tpu":
-                    yield index, None
+                elif profiled and "DumpStaticLloProfile" in last:
+                    yield index, read_tpu(dump, topology.chip.name).cycles
                 else:
-                    last = errors.read_text()[-1500:].strip() or f"exit status {process.returncode}"
-                    yield index, Static(failed=f"the compiler's process died: {last}")
+                    yield index, Static(failed=f"the compiler's process died: {last[-1500:] or process.returncode}")
                 return
         finally:
             process.kill()

@@ -4,6 +4,7 @@ It reads what to do as JSON from its standard input and prints one line `RESULT 
 """
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -89,6 +90,8 @@ def compile_one(target: Target, request: dict[str, Any], dump: Path) -> Static:
     seconds = time.perf_counter() - began
     read = read_cuda if target.chip.platform == "cuda" else read_tpu
     found = read(dump, target.chip.name)
+    if request["cycles"] is not None:  # from an earlier compilation, on which the profiler died
+        found = dataclasses.replace(found, cycles=request["cycles"])
     memory = compiled.memory_analysis()
     return summary(target.chip, program, found, seconds, None if memory is None else memory.temp_size_in_bytes)
 
@@ -104,7 +107,8 @@ def summary(chip: Any, program: Program, found: Dump, seconds: float, temp_bytes
         of_limit=None if not time_taken else least / time_taken,
         cycles=cycles,
         by_op=found.cycles,
-        bundles=found.bundles,
+        bundles=sum(found.bundles.values()) or None,
+        unprofiled=tuple(name for name in found.bundles if name not in found.cycles) if found.cycles else (),
         spills=found.spills,
         registers=found.registers,
         warnings=found.warnings,
