@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from ..chips import target_chip
 
 MIB = 1 << 20
+PARTS = (256, 512, 768, 1024, 1536, 2048, 4096)
+# Terms times columns of one product: its program is unrolled.
+PIECE, WHOLE = 1 << 20, 2 << 20
 STEP_SECONDS = 0.4e-6  # what a step of the grid takes besides its products
 
 
@@ -36,24 +39,29 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class ProductBlocks:
-    """Rows, columns and terms of a block; a piece of one of `s` rows by `chunk` columns is computed at a time."""
+    """Rows, columns and terms of a block; a piece of one of `s` rows by `chunk` columns is computed at a time.
+
+    Of a tile that has one group, `wide` columns at a time: larger products are faster, and take longer to compile.
+    """
 
     n: int
     c: int
     a: int
     s: tuple[int, ...]
     chunk: int
+    wide: int
 
 
 @dataclass(frozen=True)
 class GradientBlocks:
-    """Rows, outputs and inputs of a block; a piece of one of `s` rows by `chunk` inputs is multiplied at a time."""
+    """Rows, outputs and inputs of a block; a piece of one of `s` rows by `chunk` inputs is multiplied at a time, or by `wide`."""
 
     n: int
     o: int
     i: int
     s: tuple[int, ...]
     chunk: int
+    wide: int
 
 
 def chip() -> Chip:
@@ -117,7 +125,7 @@ def product_blocks(N: int, A: int, C: int, G: int, dtype: jnp.dtype, contract: i
     if best is None:
         raise NotImplementedError(f"no blocks of {A} terms by {C} columns fit the chip's {on.vmem} bytes")
     _, n, a, c = best
-    return ProductBlocks(n, c, a, s, _chunk(c, 512 if a <= 2048 else 256))
+    return ProductBlocks(n, c, a, s, _chunk(c, max(256, PIECE // a)), _chunk(c, max(256, WHOLE // a)))
 
 
 def gradient_blocks(N: int, I: int, O: int, G: int, dtype: jnp.dtype) -> GradientBlocks:
@@ -126,8 +134,7 @@ def gradient_blocks(N: int, I: int, O: int, G: int, dtype: jnp.dtype) -> Gradien
     s = pieces(N)
     best = None
     rows = sorted({min(_up(N, s[0]), n) for n in (512, 1024)})
-    parts = (256, 512, 768, 1024, 1536, 2048, 4096)
-    for n, o, i in itertools.product(rows, _cuts(O, parts, False), _cuts(I, parts, False)):
+    for n, o, i in itertools.product(rows, _cuts(O, PARTS, False), _cuts(I, PARTS, False)):
         held = 2 * size * (n * o + n * i + o * i) + 4 * o * i + 2 * n * o
         if held > on.vmem * 0.8:
             continue
@@ -144,4 +151,4 @@ def gradient_blocks(N: int, I: int, O: int, G: int, dtype: jnp.dtype) -> Gradien
     if best is None:
         raise NotImplementedError(f"no blocks of {O} by {I} fit the chip's {on.vmem} bytes")
     _, n, o, i = best
-    return GradientBlocks(n, o, i, s, _chunk(i, 512))
+    return GradientBlocks(n, o, i, s, _chunk(i, max(256, PIECE // o)), _chunk(i, max(256, WHOLE // o)))

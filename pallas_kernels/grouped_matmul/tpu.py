@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .blocks import GradientBlocks, ProductBlocks, gradient_blocks, product_blocks, vmem_bytes
-from .visits import GROUP, HIGH, LOW, TILE, Known, quotient, visits
+from .visits import FIRST, GROUP, HIGH, LAST, LOW, TILE, Known, quotient, visits
 
 ALIGNMENT = 16  # rows at whose multiples a piece may begin: a register of bfloat16
 
@@ -115,17 +115,19 @@ def product(
         visit, part = pl.program_id(1), pl.program_id(2)
         low, high, is_rest = table[LOW, visit], table[HIGH, visit], table[GROUP, visit] == G
 
-        def some(first: Any, size: int, column: Any) -> jax.Array:
+        def some(first: Any, size: int, own: Any) -> jax.Array:
             x_sa = x_nA[pl.ds(first, size), :]
-            own = pl.ds(column, b.chunk)
             return _dot(x_sa, weight_1[0, own, :] if contract == 2 else weight_1[0, :, own], (1, contract - 1))
 
         def columns(first: Any, low: Any, high: Any, size: int, *, body: Callable[..., None]) -> None:
-            def each(column: Any) -> None:
-                place = pl.ds(first, size), pl.ds(column, b.chunk)
-                body(place, _is_own(low, high, first, (size, b.chunk)), lambda: some(first, size, column))
+            chunk = b.wide if body is whole else b.chunk
 
-            _parts(b.c, b.chunk, each)
+            def each(column: Any) -> None:
+                own = pl.ds(column, chunk)
+                is_own = _is_own(low, high, first, (size, chunk))
+                body((pl.ds(first, size), own), is_own, lambda: some(first, size, own))
+
+            _parts(b.c, chunk, each)
 
         def whole(place: Any, is_own: jax.Array, product: Callable[[], jax.Array]) -> None:
             y_nc[place] = product().astype(y_nc.dtype)
@@ -167,7 +169,7 @@ def product(
         found = visits(sizes_G, N, b.n, rest=True)
         # The rows of no group read no weights: those that are there stay.
         last = jnp.max(jnp.where(sizes_G > 0, jnp.arange(G, dtype=jnp.int32), 0))
-        count, scalars = found.count, (found.table_4V, last[None])
+        count, scalars = found.count, (found.table_6V, last[None])
 
     def at(visit: Any, refs: tuple[Any, ...]) -> tuple[Any, Any]:
         table, final = refs if known is None else (known, (last,))
@@ -215,28 +217,26 @@ def gradient(
     known = Known(sizes_G, N, b.n, rest=False) if isinstance(sizes_G, tuple) else None
     if known is None:
         found = visits(sizes_G, N, b.n, rest=False)
-        count, scalars = found.count, (found.table_4V, jnp.reshape(found.count, (1,)))
+        count, scalars = found.count, (found.table_6V,)
     else:
         count, scalars = known.count, ()
 
     def kernel(*refs: Any) -> None:
-        table, final, (x_ni, dy_no, dweight_1oi, sum_oi) = (
-            (refs[0], refs[1][0], refs[2:]) if known is None else (known, known.count, refs)
-        )
+        table, (x_ni, dy_no, dweight_1oi, sum_oi) = (refs[0], refs[1:]) if known is None else (known, refs)
         visit = pl.program_id(2)
-        group, low, high = table[GROUP, visit], table[LOW, visit], table[HIGH, visit]
-        is_first = (visit == 0) | (group != table[GROUP, jnp.maximum(visit - 1, 0)])
-        is_last = (visit == final - 1) | (group != table[GROUP, jnp.minimum(visit + 1, final - 1)])
+        low, high = table[LOW, visit], table[HIGH, visit]
 
-        @pl.when(is_first)
+        @pl.when(table[FIRST, visit] == 1)
         def _() -> None:
             sum_oi[...] = jnp.zeros_like(sum_oi)
 
         def add(first: Any, low: Any, high: Any, size: int, masked: bool = True) -> None:
             place = pl.ds(first, size)
 
+            chunk = b.chunk if masked else b.wide
+
             def part(column: Any) -> None:
-                own = pl.ds(column, b.chunk)
+                own = pl.ds(column, chunk)
                 dy_so, x_si = dy_no[place, :], x_ni[place, own]
                 if masked:
                     dy_so, x_si = (
@@ -245,13 +245,13 @@ def gradient(
                     )
                 sum_oi[:, own] += _dot(dy_so, x_si, (0, 0))
 
-            _parts(b.i, b.chunk, part)
+            _parts(b.i, chunk, part)
 
         is_whole = (low == 0) & (high == b.n)
         pl.when(is_whole)(lambda: _parts(b.n, b.s[0], lambda first: add(first, 0, b.n, b.s[0], masked=False)))
         pl.when(~is_whole & (low < high))(lambda: _pieces(low, high, b.n, b.s, add))
 
-        @pl.when(is_last)
+        @pl.when(table[LAST, visit] == 1)
         def _() -> None:
             dweight_1oi[0] = sum_oi[...].astype(dweight_1oi.dtype)
 

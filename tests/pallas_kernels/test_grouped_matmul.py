@@ -1,6 +1,7 @@
 """The contract of grouped_matmul, for every candidate: both directions against loops over rows, in float64."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,52 @@ def test_bfloat16_is_summed_in_float32(implementation):
         assert a.dtype == jnp.bfloat16
         # One rounding of the result, and what float32 sums lose where terms cancel.
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_tpu_kernels_with_several_blocks_of_every_kind(static):
+    """Terms, columns and rows are cut, the last blocks reach beyond the arrays, and pieces back over each other."""
+    from twinax.pallas_kernels.grouped_matmul import blocks, tpu
+
+    sizes, I, O = [70, 0, 3, 129, 64, 1, 0], 384, 200
+    rng = np.random.default_rng(0)
+    N = sum(sizes) + 50
+    x_NI, weight_GOI, dy_NO = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((N, I), (len(sizes), O, I), (N, O))
+    )
+    x_NI[N - 50 :], dy_NO[N - 50 :] = np.inf, np.nan
+    sizes_G = np.asarray(sizes, np.int32)
+    want = by_hand(*(a.astype(np.float64) for a in (x_NI, weight_GOI, dy_NO)), sizes_G)
+    forward = blocks.ProductBlocks(n=128, c=128, a=128, s=(64, 32), chunk=128, wide=128)
+    back = blocks.ProductBlocks(n=128, c=256, a=200, s=(64, 32), chunk=128, wide=256)
+    weight_blocks = blocks.GradientBlocks(n=128, o=128, i=256, s=(64, 32), chunk=128, wide=256)
+
+    def products(x, weight, dy, given):
+        y = tpu.product(x, weight, given, contract=2, blocks=forward)
+        dx = tpu.product(dy, weight, given, contract=1, blocks=back)
+        return y, dx, tpu.gradient(x, dy, given, blocks=weight_blocks)
+
+    # What runs while a kernel is interpreted may wait for it forever: one program, and nothing beside it.
+    with pltpu.force_tpu_interpret_mode():
+        if static:
+            got = jax.jit(lambda *arrays: products(*arrays, tuple(sizes)))(x_NI, weight_GOI, dy_NO)
+        else:
+            got = jax.jit(products)(x_NI, weight_GOI, dy_NO, sizes_G)
+        got = jax.tree.map(np.asarray, got)
+    for name, a, b in zip(("y", "dx", "dweight"), got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6 * np.abs(b).max(), err_msg=name)
+
+
+def test_visits_by_arithmetic_are_those_of_the_table():
+    from twinax.pallas_kernels.grouped_matmul.visits import Known, visits
+
+    for sizes, N, tile in (([3, 5] * 6, 48, 8), ([16] * 4, 64, 16), ([0, 9, 0, 1, 20], 40, 4), ([0, 0], 5, 8)):
+        for rest in (False, True):
+            found = jax.jit(partial(visits, N=N, tile=tile, rest=rest))(jnp.asarray(sizes, jnp.int32))
+            known = Known(sizes, N, tile, rest=rest)
+            assert known.count == int(found.count)
+            table = jax.jit(jax.vmap(lambda v, known=known: jnp.stack([known[row, v] + 0 * v for row in range(6)])))
+            np.testing.assert_array_equal(table(jnp.arange(known.count)).T, found.table_6V[:, : known.count])
 
 
 def test_ragged_dot_means_the_same():
