@@ -1,0 +1,245 @@
+"""Our kernels beside the libraries', shape by shape: `--target v6e` compiles them for a chip that is not there.
+
+For TPUs (v5e, v5p, v6e, 7x; needs libtpu and no TPU) a row says how many microseconds a kernel takes by the compiler's
+static profile, which share of the chip's limit that is (the larger of FLOPs over peak and bytes over bandwidth; causal
+attention counts half), how long its program is in bundles, what it spills, and how long it took to compile. Libraries
+come from the same compiler in the same run: of each the best of a few block sizes, and the ratio is to the best of all;
+above 1 we are faster. For NVIDIA (h100, h200, b200; needs JAX's CUDA plug-in and ptxas) there is no clock: registers,
+spills and ptxas's warnings.
+
+On a machine with an NVIDIA GPU and without --target, kernels are timed instead, against cuDNN, cuBLAS and JAX's own
+Pallas kernels, and the rows go to benchmarks/results/kernels.CHIP.DATE.jsonl too.
+
+  python -m benchmarks.kernels --target v6e --op flash_attention
+  python -m benchmarks.kernels --target 7x --op grouped_matmul --match "8 experts" --json rows.jsonl
+
+What was compiled is kept in .cache/kernels and found again while neither the code nor the compiler changes, so a run
+that was stopped goes on; --again compiles everything. What an entry of the table hangs on is in benchmarks/static.py,
+which shapes there are in benchmarks/kernel_cases/.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from twinax.planner.chips import find_chip
+from twinax.planner.errors import PlannerError
+
+from . import kernel_cases, report
+from .kernel_cases import Case, Kernel
+from .static import REPOSITORY, Request, Static, compile_all
+
+KEPT = REPOSITORY / ".cache" / "kernels"
+OURS = "twinax"
+COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A case and what was found: ours, and the best variant of each library that could be compiled."""
+
+    case: Case
+    ours: Static
+    peers: dict[str, Static]
+
+    @property
+    def best(self) -> str | None:
+        """The fastest library."""
+        timed = {name: found.microseconds for name, found in self.peers.items() if found.microseconds}
+        return min(timed, key=lambda name: timed[name]) if timed else None
+
+    def rows(self) -> list[report.Row]:
+        """Of the table that all benchmarks write; without a kernel of ours, nothing."""
+        name, ours, found = f"{self.case.operation}: {self.case.name}", self.ours, []
+        if ours.microseconds:
+            best = self.best
+            peer = self.peers[best].microseconds if best else None
+            goal = self.case.goal if best else None
+            found.append(report.Row("kernels", name, ours.microseconds, peer, best or "", "us", goal, False))
+            wanted = self.case.of_limit
+            found.append(report.Row("kernels", name, ours.of_limit or 0.0, None, "", "of the limit", wanted))
+        if ours.spills is not None:
+            found.append(report.Row("kernels", name, ours.spills, None, "", "spills", 0, False))
+        if ours.registers is not None:
+            found.append(report.Row("kernels", name, len(ours.warnings), None, "", "warnings of ptxas", 0, False))
+        return found
+
+
+class KeptResults:
+    """Results in a file, a line each, under a name that changes with the code that they hang on."""
+
+    def __init__(self, file: Path, fresh: bool = False):
+        self.file, self.found = file, {}
+        if file.exists() and not fresh:
+            for line in file.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                    self.found[entry["name"]] = Static.from_json(entry["result"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line of which a stopped run wrote a part, or of an older form
+
+    def get(self, name: str) -> Static | None:
+        return self.found.get(name)
+
+    def add(self, name: str, result: Static) -> None:
+        self.found[name] = result
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as out:
+            out.write(json.dumps({"name": name, "result": result.to_json()}) + "\n")
+
+
+def fingerprint(request: Request, operation: str | None) -> str:
+    """Names a request together with the compilers and the sources that it hangs on; `operation` of a kernel of ours."""
+    installed = {}
+    for name in COMPILERS:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    digest = hashlib.sha256(json.dumps([dataclasses.asdict(request), installed], sort_keys=True).encode())
+    for file in _sources(request, operation):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _sources(request: Request, operation: str | None) -> Iterable[Path]:
+    benchmarks, kernels = REPOSITORY / "benchmarks", REPOSITORY / "pallas_kernels"
+    yield from (benchmarks / name for name in ("static.py", "static_child.py", "dumps.py"))
+    module = request.builder.partition(":")[0]
+    if module.startswith("benchmarks."):
+        yield REPOSITORY / (module.replace(".", "/") + ".py")
+    if operation is not None:
+        yield from sorted(kernels.glob("*.py"))
+        folders = {operation, "flash_attention"} if operation == "ring_attention" else {operation}
+        for folder in sorted(folders):
+            yield from sorted([*(kernels / folder).glob("*.py"), *(kernels / folder).glob("tuned/*.json")])
+
+
+def measure(cases: Sequence[Case], target: str, kept: KeptResults, console: Console) -> list[Measured]:
+    """Compiles what is not kept. Raises CompilerMissing."""
+    todo: dict[tuple[int, str, int], tuple[Request, str]] = {}
+    for number, case in enumerate(cases):
+        for name, place, kernel in _kernels(case):
+            request = Request(target, case.builder(kernel), kernel.arguments)
+            todo[number, name, place] = (request, fingerprint(request, case.operation if name == OURS else None))
+    missing = {name: request for request, name in todo.values() if kept.get(name) is None}
+    words = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*words, console=console, transient=True) as bar:
+        task = bar.add_task(f"compiling for {target}", total=len(missing))
+        names, requests = list(missing), list(missing.values())
+
+        def there(index: int, found: Static) -> None:
+            if not (found.failed or "").startswith("not compiled after"):  # another day, the machine is not as busy
+                kept.add(names[index], found)
+            else:
+                kept.found[names[index]] = found
+            bar.advance(task)
+
+        compile_all(requests, progress=there)
+    measured = []
+    for number, case in enumerate(cases):
+        variants: dict[str, list[Static]] = {}
+        for name, place, _ in _kernels(case):
+            found = kept.get(todo[number, name, place][1])
+            assert found is not None
+            variants.setdefault(name, []).append(found)
+        best = {name: fastest(results) for name, results in variants.items()}
+        measured.append(Measured(case, best.pop(OURS), best))
+    return measured
+
+
+def fastest(results: Sequence[Static]) -> Static:
+    """The best variant: by time, or where there is none by spills; one that failed only if all did."""
+    return min(results, key=lambda x: (x.failed is not None, x.microseconds or 0.0, x.spills or 0))
+
+
+def _kernels(case: Case) -> Iterable[tuple[str, int, Kernel]]:
+    yield OURS, 0, case.ours
+    for name, variants in case.peers.items():
+        yield from ((name, place, kernel) for place, kernel in enumerate(variants))
+
+
+def show(measured: Sequence[Measured], title: str, console: Console) -> None:
+    table = Table(title=title)
+    for column in ("case", "kernel", "us", "of limit", "bundles", "spills", "registers", "compiling", "ratio", "met"):
+        table.add_column(column, justify="left" if column in ("case", "kernel") else "right", overflow="fold")
+    for one in measured:
+        rows = one.rows()
+        met = {None: "-", True: "yes", False: "NO"}
+        goals = [row.met for row in rows if row.met is not None and row.unit in ("us", "of the limit")]
+        all_met = None if not goals else all(goals)
+        for name, found in {OURS: one.ours, **one.peers}.items():
+            first = name == OURS
+            if found.failed:
+                reason = found.failed.splitlines()[0][:60]
+                table.add_row(one.case.name if first else "", name, f"[dim]{reason}[/]", *[""] * 7)
+                continue
+            ratio = rows[0].ratio if first and rows and rows[0].unit == "us" else None
+            table.add_row(
+                one.case.name if first else "",
+                name,
+                "-" if found.microseconds is None else f"{found.microseconds:,.1f}",
+                "-" if found.of_limit is None else f"{found.of_limit:.1%}",
+                "-" if found.bundles is None else f"{found.bundles:,}",
+                "-" if found.spills is None else f"{found.spills:,}",
+                "-" if found.registers is None else " ".join([str(found.registers), *found.warnings]),
+                "-" if found.compile_seconds is None else f"{found.compile_seconds:.1f} s",
+                "" if ratio is None else f"{ratio:.2f}",
+                met[all_met] if first else "",
+            )
+    console.print(table)
+
+
+def to_json(measured: Sequence[Measured], **more: Any) -> str:
+    """A line for each row; beside what all benchmarks write, what the compiler said of our kernel and the best peer."""
+    lines = []
+    for one in measured:
+        said = {OURS: one.ours.to_json()} | ({one.best: one.peers[one.best].to_json()} if one.best else {})
+        lines += [json.dumps({**row.to_json(), **more, "kernels": said}) for row in one.rows()]
+    return "".join(line + "\n" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", help="v5e, v5p, v6e, 7x, h100, h200 or b200; without it, the GPU that is here")
+    parser.add_argument("--op", action="append", help=f"only this; may be repeated: {', '.join(kernel_cases.names())}")
+    parser.add_argument("--match", help="only cases whose name holds this")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file, one JSON object a line")
+    parser.add_argument("--again", action="store_true", help="compile what was kept too")
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    operations = options.op or kernel_cases.names()
+    if options.target is None:
+        from .kernels_timed import timed
+
+        try:
+            timed(operations, options.match, options.json, console)
+        except RuntimeError as error:
+            parser.error(str(error))
+        return
+    try:
+        chip = find_chip(options.target)
+        found = [case for operation in operations for case in kernel_cases.cases(operation, chip.name)]
+        cases = [case for case in found if options.match is None or options.match in case.name]
+        kept = KeptResults(KEPT / f"{chip.name}.jsonl", fresh=options.again)
+        measured = measure(cases, options.target, kept, console)
+    except (PlannerError, ValueError) as error:
+        parser.error(str(error))
+    show(measured, f"{options.target}, static", console)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(to_json(measured, target=options.target))
+
+
+if __name__ == "__main__":
+    main()
