@@ -21,7 +21,7 @@ from .tpu_decode import decode
 
 MIB = 2**20
 BLOCK_BYTES = 2 * MIB  # of a block: long enough a copy to hide what a step costs, short enough for short contexts
-BLOCK_TOKENS = (256, 1024)
+BLOCK_TOKENS = (256, 512)
 TABLE_BYTES = 512 * 1024  # of page tables that fit beside all else in the memory of scalars
 VMEM = {"v4": 16 * MIB, "v5e": 100 * MIB, "v5p": 60 * MIB, "v6e": 100 * MIB, "7x": 50 * MIB}
 CORES = {"v4": 2, "v5p": 2}  # that are one device
@@ -153,7 +153,7 @@ def pages_of_block(page_size: int, token_bytes: int, M: int) -> int:
 
 def tile_rows(T: int, heads: int, sizes: Sizes) -> int:
     """Token rows of a tile of a chunk: as many as fit, so that pages are read for more queries at once."""
-    row = heads * (4 * sizes.V + 4 * sizes.C + 1024) + 12 * sizes.B * (heads // sizes.K)
+    row = heads * (4 * sizes.V + 6 * sizes.C + 4 * sizes.V + 1024) + 12 * sizes.B
     most = next((t for t in (256, 128, 64, 32) if t * row <= 20 * MIB), 16)
     return min(most, -(-T // 16) * 16)
 

@@ -191,6 +191,11 @@ def product(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
+def row_sum(p_NB: jax.Array) -> jax.Array:
+    """[N, 1]"""
+    return jnp.sum(p_NB, 1, keepdims=True)
+
+
 def wide(x_N128: jax.Array, lanes: int) -> jax.Array:
     """[N, lanes] of an array whose lanes are all alike."""
     return jnp.concatenate([x_N128] * -(-lanes // x_N128.shape[1]), 1)[:, :lanes]
@@ -207,4 +212,4 @@ def softmax_step(
     if mask_NB is not None:
         p_NB = jnp.where(mask_NB, p_NB, 0)
     keep_N128 = jnp.exp2(top_N128 - new_top_N128)
-    return p_NB, new_top_N128, sum_N128 * keep_N128 + jnp.sum(p_NB, 1, keepdims=True), keep_N128
+    return p_NB, new_top_N128, sum_N128 * keep_N128 + row_sum(p_NB), keep_N128

@@ -8,7 +8,7 @@ The same kernel reads prefixes that requests share (Juravsky et al. 2024, arXiv:
 query of each request, in the order of their groups, a group's pages are read once for all of its rows in a tile, and
 the softmax's state goes on to `decode`.
 
-Shapes: as in tpu_block; T token rows, t of a tile, H query heads, G of a key head.
+Shapes: as in tpu_block; T token rows, t of a tile, H query heads (of one core).
 """
 
 import functools
@@ -106,12 +106,11 @@ def chunk(
     else:
         out_shape = [jax.ShapeDtypeStruct((T, H * lanes), jnp.float32) for lanes in (LANES, LANES, V)]
         out_specs = [across(LANES), across(LANES), across(V)]
-    per_head = per_core // K * tile
     scratch = [pltpu.VMEM((BUFFERS, sizes.n, K, S, E), kv_LPKSE.dtype)]
     if sizes.quantised:
         scratch.append(pltpu.VMEM((BUFFERS, sizes.n, K, 2 * S), jnp.float32))
-    scratch += [pltpu.SemaphoreType.DMA((BUFFERS,)), pltpu.VMEM((K, per_head, C), q_THC.dtype)]
-    scratch += [pltpu.VMEM((K, per_head, lanes), jnp.float32) for lanes in (LANES, LANES, V)]
+    scratch += [pltpu.SemaphoreType.DMA((BUFFERS,)), pltpu.VMEM((per_core, tile, C), q_THC.dtype)]
+    scratch += [pltpu.VMEM((per_core, tile, lanes), jnp.float32) for lanes in (LANES, LANES, V)]
     if writes:
         scratch += [
             pltpu.VMEM((most, K, S, E), kv_LPKSE.dtype),
@@ -130,7 +129,9 @@ def chunk(
         out_shape=out_shape,
         input_output_aliases={cache_at: 1} if writes else {},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel" if cores > 1 else "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_bytes, disable_bounds_checks=True
+            dimension_semantics=("parallel" if cores > 1 else "arbitrary", "arbitrary"),
+            vmem_limit_bytes=vmem_bytes,
+            disable_bounds_checks=True,
         ),
         name="paged_chunk" if writes else "paged_prefix",
     )(*scalars, *inputs)
@@ -154,46 +155,41 @@ def _kernel(sizes: Sizes, has_sinks: bool, writes: bool, static: bool, *refs: An
         kv_hbm = next(refs)
     kv_buf = next(refs)
     scale_buf = next(refs) if sizes.quantised else None
-    sems, q_KNC, top_KN, sum_KN, acc_KN = (next(refs) for _ in range(5))
+    sems, q_HtC, top_Ht, sum_Ht, acc_HtV = (next(refs) for _ in range(5))
     page_buf, new_buf, write_sems = refs if writes else (None, None, None)
 
     K, B, n, S, C, V = sizes.K, sizes.B, sizes.n, sizes.S, sizes.C, sizes.V
     t = q_ref.shape[0]
-    G = q_KNC.shape[1] // t
+    H = len(q_HtC)
     i = pl.program_id(1)
     heads = pl.ds(pl.program_id(0) * K, K)
     cache = Cache(sizes, 0 if static else layer_ref[0], heads, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
 
-    for h in range(K * G):
-        k, at = h // G, pl.ds(h % G * t, t)
-        q_KNC[k, at] = q_ref[:, h * C : (h + 1) * C]
+    for h in range(H):
+        q_HtC[h] = q_ref[:, h * C : (h + 1) * C]
         if sinks_ref is None:
-            top_KN[k, at] = jnp.full((t, LANES), MASKED, jnp.float32)
-            sum_KN[k, at] = jnp.zeros((t, LANES), jnp.float32)
+            top_Ht[h] = jnp.full((t, LANES), MASKED, jnp.float32)
+            sum_Ht[h] = jnp.zeros((t, LANES), jnp.float32)
         else:
-            top_KN[k, at] = jnp.broadcast_to(sinks_ref[h : h + 1] * LOG2_E, (t, LANES))
-            sum_KN[k, at] = jnp.ones((t, LANES), jnp.float32)
-        acc_KN[k, at] = jnp.zeros((t, V), jnp.float32)
+            top_Ht[h] = jnp.broadcast_to(sinks_ref[h : h + 1] * LOG2_E, (t, LANES))
+            sum_Ht[h] = jnp.ones((t, LANES), jnp.float32)
+        acc_HtV[h] = jnp.zeros((t, V), jnp.float32)
 
     def attend(r: Any, j: Any, slot: Any, masked: bool) -> None:
-        bounds = None
-        if masked:
-            position = position_ref[...]
-            last = jnp.where(owner_ref[...] == r, position, -1)
-            bounds = [jnp.concatenate([last] * G, 0), jnp.concatenate([position] * G, 0)]
-
-        def head(k: Any, _: Any) -> None:
-            s = cache.scores(q_KNC[k], slot, k)
+        def head(h: Any, _: Any) -> None:
+            k = h * K // H
+            s = cache.scores(q_HtC[h], slot, k)
             mask = None
-            if bounds is not None:
+            if masked:
+                position = position_ref[...]
                 at = j * B + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-                mask = at <= wide(bounds[0], B)
+                mask = at <= wide(jnp.where(owner_ref[...] == r, position, -1), B)
                 if sizes.window is not None:
-                    mask &= at > wide(bounds[1], B) - sizes.window
-            p, top_KN[k], sum_KN[k], keep = softmax_step(s, mask, top_KN[k], sum_KN[k])
-            acc_KN[k] = acc_KN[k] * wide(keep, V) + cache.mix(p, slot, k)
+                    mask &= at > wide(position, B) - sizes.window
+            p, top_Ht[h], sum_Ht[h], keep = softmax_step(s, mask, top_Ht[h], sum_Ht[h])
+            acc_HtV[h] = acc_HtV[h] * wide(keep, V) + cache.mix(p, slot, k)
 
-        jax.lax.fori_loop(0, K, head, None)
+        jax.lax.fori_loop(0, H, head, None)
 
     def one(a: Any, _: Any) -> None:
         """The rows of this tile that a request owns: positions from `begin` up to `end`."""
@@ -242,16 +238,14 @@ def _kernel(sizes: Sizes, has_sinks: bool, writes: bool, static: bool, *refs: An
     else:
         jax.lax.fori_loop(first_ref[i], stop_ref[i], one, None)
 
-    for h in range(K * G):
-        k, at = h // G, pl.ds(h % G * t, t)
+    for h in range(H):
         if writes:
-            total = sum_KN[k, at]
-            total = jnp.where(total > 0, total, 1)
-            out_refs[0][:, h * V : (h + 1) * V] = (acc_KN[k, at] / wide(total, V)).astype(out_refs[0].dtype)
+            total = jnp.where(sum_Ht[h] > 0, sum_Ht[h], 1)
+            out_refs[0][:, h * V : (h + 1) * V] = (acc_HtV[h] / wide(total, V)).astype(out_refs[0].dtype)
         else:
-            out_refs[0][:, h * LANES : (h + 1) * LANES] = top_KN[k, at]
-            out_refs[1][:, h * LANES : (h + 1) * LANES] = sum_KN[k, at]
-            out_refs[2][:, h * V : (h + 1) * V] = acc_KN[k, at]
+            out_refs[0][:, h * LANES : (h + 1) * LANES] = top_Ht[h]
+            out_refs[1][:, h * LANES : (h + 1) * LANES] = sum_Ht[h]
+            out_refs[2][:, h * V : (h + 1) * V] = acc_HtV[h]
 
 
 def _write(

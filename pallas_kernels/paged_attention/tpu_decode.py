@@ -1,6 +1,6 @@
 """One new token of each of many requests on a TPU: writes it into its page and attends to the request's pages.
 
-Requests are taken in turn, each block by block; while one block is computed the next one's pages are copied, be it of
+Requests are taken in turn, each block by block; while one block is computed the next ones' pages are copied, be they of
 this request or of the next. The new token is put into the last block's buffer, and its tile of slots copied back.
 
 On a chip whose two cores are one device each core takes half of the heads, which is an equal share whatever the
@@ -21,7 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from .tpu_block import LOG2_E, MASKED, Cache, Sizes, softmax_step, wide
 
 LANES = 128
-BUFFERS = 2
+IN_FLIGHT = 6 * 2**20  # bytes of blocks that are on the chip or on the way to it
+BUFFERS = (2, 6)
 
 
 def decode(
@@ -88,10 +89,11 @@ def decode(
     first_cache = len(scalars) + len(inputs)
     caches = [kv_LPKSE] if scale_LPKZ is None else [kv_LPKSE, scale_LPKZ]
     has = dict(scales=scale_LPKZ is not None, sinks=sinks_r is not None, state=state is not None)
+    buffers = min(max(IN_FLIGHT // (sizes.B * K * E * kv_LPKSE.dtype.itemsize), BUFFERS[0]), BUFFERS[1])
     scratch = [
-        pltpu.VMEM((BUFFERS, sizes.n, K, sizes.S, E), kv_LPKSE.dtype),
-        pltpu.VMEM((BUFFERS, sizes.n, K, 2 * sizes.S), jnp.float32) if sizes.quantised else None,
-        pltpu.SemaphoreType.DMA((BUFFERS,)),
+        pltpu.VMEM((buffers, sizes.n, K, sizes.S, E), kv_LPKSE.dtype),
+        pltpu.VMEM((buffers, sizes.n, K, 2 * sizes.S), jnp.float32) if sizes.quantised else None,
+        pltpu.SemaphoreType.DMA((buffers,)),
         pltpu.VMEM((K, sizes.write_rows, E), kv_LPKSE.dtype),
         pltpu.VMEM((K, 2 * sizes.S), jnp.float32) if sizes.quantised else None,
         pltpu.SemaphoreType.DMA(()),
@@ -114,7 +116,9 @@ def decode(
         ],
         input_output_aliases={first_cache + i: 1 + i for i in range(len(caches))},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel" if cores > 1 else "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_bytes, disable_bounds_checks=True
+            dimension_semantics=("parallel" if cores > 1 else "arbitrary", "arbitrary"),
+            vmem_limit_bytes=vmem_bytes,
+            disable_bounds_checks=True,
         ),
         name="paged_decode",
     )(*scalars, *inputs, *caches)
@@ -158,7 +162,26 @@ def _kernel(sizes: Sizes, block_rows: int, has: dict[str, bool], static_length: 
     def stop_of(r: Any) -> Any:
         return -(-length_of(r) // sizes.S) if known else (length_of(r) + sizes.S - 1) // sizes.S
 
-    def one(a: Any, slot: Any) -> Any:
+    buffers = len(kv_buf)
+
+    def following(slot: Any) -> Any:
+        return jnp.where(slot + 1 == buffers, 0, slot + 1)
+
+    def fetch(ahead: Any) -> Any:
+        """Begins to copy the next block that nothing copies yet, if there is one: (slot, nth request, block)."""
+        slot, a, j = ahead
+        r = request(a)
+        (page, _), stop = low_of(r), stop_of(r)
+
+        @pl.when(a < count)
+        def _() -> None:
+            cache.start(r, j, page, stop, slot)
+
+        ends = (j + 1) * n >= stop
+        _, low = low_of(request(a + 1))
+        return following(slot), jnp.where(ends, a + 1, a), jnp.where(ends, low, j + 1)
+
+    def one(a: Any, carry: Any) -> Any:
         r = request(a)
         row, length, stop = r - b * block_rows, length_of(r), stop_of(r)
         low_page, low = low_of(r)
@@ -185,25 +208,19 @@ def _kernel(sizes: Sizes, block_rows: int, has: dict[str, bool], static_length: 
             mixed = jnp.concatenate(mixed, 0) if K > 1 else mixed[0]
             acc_ref[...] = acc_ref[...] * wide(keep, sizes.V) + mixed
 
-        def block(j: Any, slot: Any) -> Any:
+        def block(j: Any, carry: Any) -> Any:
             """A block before the last: its pages are full."""
-            cache.start(r, j + 1, low_page, stop, 1 - slot)
+            slot, ahead = carry
             cache.wait(j, low_page, stop, slot)
+            ahead = fetch(ahead)
             if sizes.window is not None:
                 pl.when(j == low)(lambda: cache.tidy(j, low_page, length, slot))
             attend(j, slot, sizes.window is not None)
-            return 1 - slot
+            return following(slot), ahead
 
-        slot = jax.lax.fori_loop(low, last, block, slot)
-        after = request(a + 1)
-        after_page, after_low = low_of(after)
-        after_stop = stop_of(after)
-
-        @pl.when(a + 1 < count)
-        def _() -> None:
-            cache.start(after, after_low, after_page, after_stop, 1 - slot)
-
+        slot, ahead = jax.lax.fori_loop(low, last, block, carry)
         cache.wait(last, low_page, stop, slot)
+        ahead = fetch(ahead)
         new = (new_ref[row, 0], None if new_scale_ref is None else new_scale_ref[row, 0])
         writes = _insert(cache, r, length - 1, slot, *new, write_buf, scale_write_buf, write_sem)
         cache.tidy(last, low_page, length, slot)
@@ -211,16 +228,17 @@ def _kernel(sizes: Sizes, block_rows: int, has: dict[str, bool], static_length: 
         out_ref[row] = (acc_ref[...] / wide(sum_ref[...], sizes.V)).astype(out_ref.dtype)
         for write in writes:
             write.wait()
-        return 1 - slot
+        return following(slot), ahead
 
     out_ref[...] = jnp.zeros_like(out_ref)
 
     @pl.when(count > 0)
     def _() -> None:
-        first = request(0)
-        page, low = low_of(first)
-        cache.start(first, low, page, stop_of(first), 0)
-        jax.lax.fori_loop(0, count, one, 0)
+        _, low = low_of(request(0))
+        ahead = (0, 0, low)
+        for _ in range(buffers - 1):
+            ahead = fetch(ahead)
+        jax.lax.fori_loop(0, count, one, (0, ahead))
 
 
 def _insert(
