@@ -58,7 +58,7 @@ def check(q: jax.Array, v: jax.Array) -> None:
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the Hopper kernel takes bfloat16 and float16, got {q.dtype}")
     if D % 16 or E % 16 or not (16 <= D <= 256 and 16 <= E <= 256):
-        raise NotImplementedError(f"the Hopper kernel takes head sizes that are multiples of 16 up to 256, got {D}, {E}")
+        raise NotImplementedError(f"the Hopper kernel takes head sizes of 16, 32, ... 256, got {D} and {E}")
 
 
 def forward(
@@ -108,6 +108,7 @@ def forward(
         pl.run_scoped(lambda *x: _kernel(o, block, stages, given, dict(zip(scratch, x, strict=True))),
                       *scratch.values(), collective_axes="warpgroup")
 
+    body.__name__ = "flash_attention"  # what profilers show
     tiles = T_pad // TILE
     out_BTHE, lse_BHT = plgpu.kernel(
         body,
@@ -229,7 +230,8 @@ def _compute_group(
         if o.bend is not None:
             x_qs = tanh(x_qs * o.bend)
         if masked:
-            x_qs = jnp.where(mask(o, first_position - j * i32(block), j, x_qs.shape, q_ids_q, kv_ids_s), x_qs, UNSEEN)
+            lead, left = first_position - j * i32(block), i32(o.S) - j * i32(block)
+            x_qs = jnp.where(mask(o, lead, left, x_qs.shape, (q_ids_q, kv_ids_s), None), x_qs, UNSEEN)
         # The maximum is kept in units of log2, so that the exponent is one multiplication-and-addition.
         new_max_q = jnp.maximum(max_q, x_qs.max(axis=1) * o.base2)
         decay_q = jnp.exp2(max_q - new_max_q)
@@ -298,24 +300,36 @@ def tanh(x: jax.Array) -> jax.Array:
     return 1.0 - 2.0 / (1.0 + jnp.exp2(x * (2 * LOG2E)))
 
 
-def mask(o: Options, lead: Any, j: Any, shape: tuple[int, int], q_ids: Any, kv_ids: Any, keys_first: bool = False) -> Any:
-    """What rows see of block j: `lead` is the first row's position less the block's first key. With `keys_first` the
-    tile is [keys, queries]; j * block is then the queries' and only lead counts."""
-    of_q, of_s = (1, 0) if keys_first else (0, 1)
-    row = plgpu.broadcasted_iota(jnp.int32, shape, of_q, layout=WGMMA)
-    key = plgpu.broadcasted_iota(jnp.int32, shape, of_s, layout=WGMMA)
+def mask(
+    o: Options, lead: Any, left: Any, shape: tuple[int, int], ids: Any, columns: Any, keys_first: bool = False
+) -> Any:
+    """What the rows of a tile see of its keys; with `keys_first` the tile is [keys, queries].
+
+    Args:
+      lead: the first query's position less the first key's. left: how many keys there are from the first one on.
+      ids: (of rows, of columns), segment ids. columns: 0, 1, ... as OF_COLUMN, or None to compute them: then they and
+        what follows from them are kept in registers, one for each of a thread's columns.
+    """
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
+    if columns is None:
+        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+    else:
+        column = lax.broadcast_in_dim(columns, shape, [1])
+    # key - query, but for `lead`, is column - row, or with the keys first row - column.
     sees = []
     if o.causal:
-        sees.append(row + lead >= key)
+        sees.append(row <= column + lead if keys_first else column <= row + lead)
     if o.window is not None:
-        sees.append(row + (lead - i32(o.window)) < key)
+        near = lead - i32(o.window)
+        sees.append(row > column + near if keys_first else column > row + near)
         if not o.causal:
-            sees.append(row + (lead + i32(o.window)) > key)
-    if not keys_first and o.S % shape[1]:
-        sees.append(key < i32(o.S) - j * i32(shape[1]))
+            far = lead + i32(o.window)
+            sees.append(row < column + far if keys_first else column < row + far)
+    if left is not None and o.S % shape[1]:
+        sees.append(column < left)
     if o.segments:
-        q_ids = lax.broadcast_in_dim(q_ids, shape, [of_q])
-        sees.append(q_ids == lax.broadcast_in_dim(kv_ids, shape, [of_s]))
+        of_row, of_column = (lax.broadcast_in_dim(x, shape, [axis]) for axis, x in enumerate(ids))
+        sees.append(of_row == of_column)
     result = sees[0]
     for more in sees[1:]:
         result = result & more

@@ -54,6 +54,66 @@ def _outer(jaxpr: Any, consts: list[Any], args: list[Any], rng: np.random.Genera
     return env.read(jaxpr.outvars)
 
 
+def _broadcast(x: Any, shape: Any, broadcast_dimensions: Any, **_: Any) -> np.ndarray:
+    wide = np.ones(len(shape), int)
+    wide[list(broadcast_dimensions)] = np.shape(x)
+    return np.broadcast_to(np.reshape(x, wide), shape)
+
+
+def _iota(dtype: Any, shape: Any, dimension: int, **_: Any) -> np.ndarray:
+    return np.indices(shape, np.dtype(dtype))[dimension]
+
+
+def _divide(x: Any, y: Any) -> Any:
+    if jnp.issubdtype(np.asarray(x).dtype, jnp.integer):
+        return (np.abs(x) // np.abs(y) * np.sign(x) * np.sign(y)).astype(np.asarray(x).dtype)
+    return np.divide(x, y)
+
+
+# What a kernel consists of, without the compilations that each shape costs where JAX runs it.
+IN_NUMPY: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": lambda x, y, **_: np.multiply(x, y),
+    "div": _divide,
+    "rem": np.fmod,
+    "max": np.maximum,
+    "min": np.minimum,
+    "neg": np.negative,
+    "exp2": lambda x, **_: np.exp2(x),
+    "log": lambda x, **_: np.log(x),
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "not": np.invert,
+    "select_n": lambda which, no, yes: np.where(which, yes, no),
+    "convert_element_type": lambda x, new_dtype, **_: np.asarray(x).astype(new_dtype),
+    "broadcast_in_dim": _broadcast,
+    "iota": _iota,
+    "reduce_max": lambda x, axes, **_: np.max(x, axis=axes),
+    "reduce_sum": lambda x, axes, **_: np.sum(x, axis=axes),
+    "integer_pow": lambda x, y: x**y,
+    "optimization_barrier": lambda *xs: xs,
+    "squeeze": lambda x, dimensions: np.squeeze(x, dimensions),
+    "reshape": lambda x, new_sizes, **_: np.reshape(x, new_sizes),
+}
+
+
+def _evaluate(eqn: Any, values: list[Any]) -> list[Any]:
+    rule = IN_NUMPY.get(eqn.primitive.name)
+    if rule is None:
+        return _bind(eqn, [jnp.asarray(v) for v in values])
+    with np.errstate(all="ignore"):
+        outs = rule(*values, **eqn.params)
+    outs = outs if eqn.primitive.multiple_results else [outs]
+    return [np.asarray(out, v.aval.dtype) for out, v in zip(outs, eqn.outvars, strict=True)]
+
+
 def _bind(eqn: Any, values: list[Any]) -> list[Any]:
     outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return outs if eqn.primitive.multiple_results else [outs]
@@ -211,7 +271,7 @@ class _Warpgroup:
             elif rule is not None:
                 outs = yield from rule(eqn, values)
             else:
-                outs = _bind(eqn, [jnp.asarray(v) for v in values])
+                outs = _evaluate(eqn, values)
             env.write(eqn.outvars, outs)
         return env.read(jaxpr.outvars)
 
@@ -257,7 +317,7 @@ class _Warpgroup:
         refs = [v if isinstance(v, _Ref | list) else _Ref(np.array(v)) for v in values]
         yield from self.run(eqn.params["jaxpr"], refs)
         yield from self._wait_for("product", 0)
-        return [v if v is ref else jnp.asarray(ref.array) for v, ref in zip(values, refs, strict=True)]
+        return [v if v is ref else ref.array for v, ref in zip(values, refs, strict=True)]
 
     def _axis_index(self, eqn: Any, values: list[Any]) -> Any:
         name = eqn.params["axis_name"]
@@ -268,7 +328,7 @@ class _Warpgroup:
 
     def _get(self, eqn: Any, values: list[Any]) -> Any:
         (transforms,) = _unflatten([eqn.params["tree"]], values[1:])
-        return [jnp.asarray(_view(values[0], transforms).reshape(eqn.outvars[0].aval.shape).copy())]
+        return [_view(values[0], transforms).reshape(eqn.outvars[0].aval.shape).copy()]
         yield
 
     _load = _get
@@ -276,7 +336,7 @@ class _Warpgroup:
     def _swap(self, eqn: Any, values: list[Any]) -> Any:
         (transforms,) = _unflatten([eqn.params["tree"]], values[2:])
         view = _view(values[0], transforms)
-        old = jnp.asarray(view.reshape(eqn.outvars[0].aval.shape).copy())
+        old = view.reshape(eqn.outvars[0].aval.shape).copy()
         view[...] = np.asarray(values[1]).reshape(view.shape)
         values[0].written_by.add(self.index)
         return [old]
@@ -398,12 +458,12 @@ class _Warpgroup:
     def _wgmma_accumulator_deref(self, eqn: Any, values: list[Any]) -> Any:
         if eqn.params["wait_n"] is not None:
             yield from self._wait_for("product", eqn.params["wait_n"])
-        return [jnp.asarray(values[0].array.copy())]
+        return [values[0].array.copy()]
 
     def _wgmma_accumulator_store(self, eqn: Any, values: list[Any]) -> Any:
         yield from self._wait_for("product", 0)
         values[0].array[...] = np.asarray(values[1])
-        return []
+        return values[1:2]
 
 
 def _product(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:

@@ -1,0 +1,96 @@
+"""flash_attention's GPU kernels: their numbers on an emulated GPU, and what the compiler makes of them.
+
+Where there is a GPU, the same cases run on it. Compiling needs JAX's CUDA plug-in and ptxas, but no GPU.
+"""
+
+import importlib.util
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twinax.pallas_kernels.flash_attention import OPERATION, _check_options, gpu, hopper, hopper_backward
+from twinax.pallas_kernels.flash_attention.gradient import differentiable
+
+from tests.pallas_kernels.gpu_emulator import emulate
+
+GPU = jax.default_backend() == "gpu"
+NOTHING = {"qk_scale_H": None, "v_scale_H": None, "sinks_H": None}
+# B, T, S, H, K, D, E, options. Tiles are 128 queries, of two halves, and blocks of 64 or 128 keys.
+QUICK = {
+    "one token": (1, 1, 1, 1, 1, 16, 16, {}),
+    "causal, grouped, a rest": (1, 140, 140, 2, 1, 32, 32, {}),
+    "segments, sinks, softcap": (2, 150, 150, 1, 1, 16, 16, {"segments": True, "sinks": True, "softcap": 2.0}),
+    "a window, offsets by row": (2, 130, 300, 1, 1, 16, 16, {"q_offset": (150, -40), "window": 100}),
+}
+SLOW = {
+    "all keys, their number odd": (1, 70, 333, 2, 2, 48, 16, {"causal": False}),
+    "window both sides": (1, 150, 300, 1, 1, 16, 16, {"causal": False, "window": 40, "q_offset": 70, "softcap": 3.0}),
+    "window, segments": (1, 300, 300, 1, 1, 16, 16, {"segments": True, "window": 33}),
+    "rows before the first key": (1, 150, 140, 1, 1, 16, 16, {"q_offset": -70, "sinks": True}),
+    "latent": (1, 130, 130, 1, 1, 192, 128, {"softcap": 5.0}),
+    "wide": (1, 130, 130, 1, 1, 256, 256, {}),
+}
+CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def make(case):
+    """Inputs in bfloat16, and the options as candidates get them."""
+    B, T, S, H, K, D, E, options = (QUICK | SLOW)[case]
+    rng = np.random.default_rng(len(case))
+    shapes = ((B, T, H, D), (B, S, K, D), (B, S, K, E), (B, T, H, E))
+    *inputs, d_out = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    options = {"causal": True, "window": None, "q_offset": 0, "scale": None, "softcap": None} | options
+    sinks = jnp.asarray(rng.standard_normal(H), jnp.float32) if options.pop("sinks", False) else None
+    ids = None
+    if options.pop("segments", False):
+        ids = np.sort(rng.integers(1, 4, (B, T)), axis=1)
+        ids[:, T // 3 : T // 3 + 2] = 0
+        ids[0, -5:] = 0
+        ids = jnp.asarray(ids, jnp.int32)
+    if isinstance(options["q_offset"], tuple):
+        options["q_offset"] = jnp.asarray(options["q_offset"], jnp.int32)
+    checked = _check_options(tuple(inputs), q_segment_ids_BT=ids, kv_segment_ids_BS=ids, bias_BHTS=None, **options)
+    return tuple(inputs), d_out, NOTHING | checked | {"sinks_H": sinks}
+
+
+def run(f, seed):
+    return jax.jit(f) if GPU else emulate(f, seed)
+
+
+def hopper_attention(*inputs, **options):
+    kernels = gpu.forward_by(hopper.forward), gpu.backward_by(hopper_backward.backward)
+    return differentiable(*kernels)(*inputs, **options)
+
+
+def close(got, wanted, what):
+    """Within the rounding to bfloat16 of a result, of probabilities and of their gradients: 2**-8 of the largest."""
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=2**-7 * max(np.abs(wanted).max(), 1e-3), err_msg=what)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients(case):
+    inputs, d_out, options = make(case)
+    if GPU and gpu.target_chip() not in gpu.HOPPER:
+        pytest.skip("a kernel for Hopper")
+    reference = OPERATION.load("reference")
+    with jax.enable_x64(True):
+        wide = tuple(x.astype(jnp.float64) for x in inputs)
+        of_reference = {**options, "bias_BHTS": None}
+        (out, lse), pull = jax.vjp(lambda *x: reference(*x, **of_reference), *wide)
+        wanted = pull((d_out.astype(jnp.float64), jnp.zeros_like(lse)))
+    static = {name: x for name, x in options.items() if not isinstance(x, jax.Array)}
+    arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
+
+    def both(inputs, d_out, arrays):
+        (out, lse), pull = jax.vjp(lambda *x: hopper_attention(*x, **static, **arrays), *inputs)
+        return out, lse, *pull((d_out, jnp.zeros_like(lse)))
+
+    got_out, got_lse, *grads = run(both, seed=1)(inputs, d_out, arrays)
+    close(got_out, out, "out")
+    np.testing.assert_allclose(got_lse, lse, rtol=1e-5, atol=1e-5)
+    for name, grad, want in zip(("dq", "dk", "dv"), grads, wanted, strict=True):
+        close(grad, want, name)
