@@ -1,0 +1,147 @@
+"""Grouped products against jax's megablox: 8 and 128 experts, with equal and unequal shares of the rows.
+
+Both read from prefetched tables which rows are whose, which the static profiler cannot follow. Ours takes static sizes;
+megablox's own kernel is compiled with its tables as functions of the program ids (`_Known`).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..static import Program
+from . import Case, Kernel
+
+# Groups, inputs, outputs, and how many rows each group has.
+EIGHT, MANY = (4096, 14336), (2048, 768)
+SHAPES: tuple[tuple[str, tuple[int, int], list[int]], ...] = (
+    ("8 experts, balanced", EIGHT, [1024] * 8),
+    ("8 experts, skewed", EIGHT, [3072, 64, 1472, 832, 192, 1600, 320, 640]),
+    ("128 experts, balanced", MANY, [256] * 128),
+    ("128 experts, skewed", MANY, [448] * 64 + [64] * 64),
+)
+# Rows, sums and outputs of a tile, as large as half of the products' sizes or all of them.
+TILINGS = {EIGHT: ((512, 1024, 1024), (512, 2048, 1024)), MANY: ((256, 2048, 768), (512, 1024, 768))}
+
+
+def cases(chip: str) -> Iterator[Case]:
+    for words, (I, O), sizes in SHAPES:
+        for kind in ("forward", "dx", "dweight"):
+            given: dict[str, Any] = {"I": I, "O": O, "sizes": sizes, "kind": kind}
+            peers = tuple(Kernel("megablox", {**given, "tiling": tiling}) for tiling in TILINGS[I, O])
+            limit = 0.6 if chip == "v5p" else None
+            yield Case(
+                "grouped_matmul", f"{kind}, {words}", Kernel("ours", given), {"megablox": peers}, of_limit=limit
+            )
+
+
+def _work(I: int, O: int, sizes: Sequence[int]) -> tuple[float, float]:
+    """FLOPs and bytes: rows, weights (or their gradient) and results of 2 bytes, each once."""
+    N = sum(sizes)
+    return 2.0 * N * I * O, 2.0 * (N * I + len(sizes) * I * O + N * O)
+
+
+def _arrays(target: Any, I: int, O: int, sizes: Sequence[int], kind: str) -> tuple[Any, Any]:
+    N, weight = sum(sizes), (len(sizes), O, I)
+    shapes = {"forward": ((N, I), weight), "dx": ((N, O), weight), "dweight": ((N, I), (N, O))}
+    a, b = shapes[kind]
+    return target.array(a), target.array(b)
+
+
+def ours(target: Any, I: int, O: int, sizes: list[int], kind: str) -> Program:
+    from twinax.pallas_kernels.grouped_matmul import tpu
+
+    known = tuple(sizes)
+
+    def product(a: Any, b: Any) -> Any:
+        if kind == "dweight":
+            return tpu.gradient(a, b, known)
+        return tpu.product(a, b, known, contract=2 if kind == "forward" else 1)
+
+    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes))
+
+
+def megablox(target: Any, I: int, O: int, sizes: list[int], kind: str, tiling: tuple[int, int, int]) -> Program:
+    import importlib
+
+    import jax
+    import jax.numpy as jnp
+
+    library = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    rows, sums, columns = tiling
+    if kind == "dx":
+        sums, columns = min(columns, O), min(sums, I)
+    N, tables = sum(sizes), _tables(sizes, rows, empty=kind == "dweight")
+    library.pl = _KnownTables(library.pl, tables)
+    active = len(tables[1])
+    library.make_group_metadata = lambda **_: (tuple(jnp.asarray(x, jnp.int32) for x in tables), active)
+    sizes_G = jax.numpy.asarray(sizes, jnp.int32)
+
+    def product(a: Any, b: Any) -> Any:
+        if kind == "dweight":
+            return library.tgmm.__wrapped__(a.T, b, sizes_G, jnp.bfloat16, (rows, sums, columns))
+        return library.gmm.__wrapped__(
+            a, b, sizes_G, jnp.bfloat16, (rows, sums, columns), transpose_rhs=kind == "forward"
+        )
+
+    assert N % rows == 0
+    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes))
+
+
+def _tables(sizes: Sequence[int], rows: int, empty: bool) -> tuple[list[int], list[int], list[int]]:
+    """Where groups begin, and of each visit of a tile of rows by a group: the group, the tile."""
+    ends = [sum(sizes[: g + 1]) for g in range(len(sizes))]
+    starts, groups, tiles = [0, *ends[:-1]], [], []
+    for g, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        visits = range(start // rows, -(-end // rows)) if end > start else [start // rows] * empty
+        groups += [g] * len(visits)
+        tiles += visits
+    return [*starts, ends[-1]], groups, tiles
+
+
+class _Known:
+    """Stands for a prefetched table: its values as a function of the index, a step wherever they change their pace."""
+
+    def __init__(self, values: Sequence[int]):
+        self.values = list(values)
+
+    def __getitem__(self, index: Any) -> Any:
+        import jax.numpy as jnp
+
+        values = self.values
+        run = values.count(values[0])
+        if values == [values[0] + i // run for i in range(len(values))]:
+            return values[0] + index // run
+        result, pace = values[0], 0
+        for i in range(1, len(values)):
+            if (change := values[i] - values[i - 1] - pace) != 0:
+                result += jnp.maximum(index - i + 1, 0) * change
+                pace += change
+        return result
+
+
+class _KnownTables:
+    """`jax.experimental.pallas` with a `pallas_call` that leaves out the two prefetched arguments of megablox."""
+
+    def __init__(self, pallas: Any, tables: tuple[list[int], ...]):
+        self._pallas = getattr(pallas, "_pallas", pallas)
+        self._scalars = tuple(map(_Known, tables)), _Known([0])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pallas, name)
+
+    def pallas_call(self, kernel: Any, *, grid_spec: Any, **more: Any) -> Any:
+        from jax.experimental.pallas import tpu as pltpu
+
+        def spec(given: Any) -> Any:
+            if given is None:
+                return None
+            return self._pallas.BlockSpec(given.block_shape, lambda *ids: given.index_map(*ids, *self._scalars))
+
+        grid = pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=0,
+            grid=grid_spec.grid,
+            in_specs=[spec(one) for one in grid_spec.in_specs],
+            out_specs=spec(grid_spec.out_specs),
+            scratch_shapes=grid_spec.scratch_shapes,
+        )
+        call = self._pallas.pallas_call(lambda *refs: kernel(*self._scalars, *refs), grid_spec=grid, **more)
+        return lambda metadata, offset, *arrays: call(*arrays)
