@@ -54,7 +54,7 @@ class ProductBlocks:
 
 @dataclass(frozen=True)
 class GradientBlocks:
-    """Rows, outputs and inputs of a block; a piece of one of `s` rows by `chunk` inputs is multiplied at a time, or by `wide`."""
+    """Rows, outputs and inputs of a block; `s`, `chunk` and `wide` as in `ProductBlocks`, of inputs."""
 
     n: int
     o: int
