@@ -1,0 +1,200 @@
+"""Flash attention on TPU: what the kernels want of the arrays, and their block sizes.
+
+The kernels take heads before tokens, lengths that are whole blocks and head sizes that are whole lanes (64 is one): the
+copies that this takes are left to the compiler, which joins them with what made the arrays.
+
+Not done: float64, and products of float8 (its numbers are exact in bfloat16, in which they are multiplied).
+
+Shapes: B batch rows, T queries, S keys, H query heads, K key/value heads, G = H // K, D head size, E of values.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..chips import target_chip
+from .gradient import differentiable
+from .tpu_backward import backward
+from .tpu_forward import LANES, LOG2E, Scores, forward
+from .tpu_plan import PADDING_K, PADDING_Q, Plan, padded_ids, tables
+
+UNSEEN = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass
+DQ_BYTES = 12 << 20  # of the queries' gradient at a time, which is held in vector memory
+
+
+def blocks(chip: str | None, T: int, S: int, causal: bool, bias: bool, is_backward: bool) -> tuple[int, int]:
+    """Queries and keys a block takes at most; powers of two of at least 128."""
+    if bias:
+        return 512, 512
+    if is_backward:
+        return 1024, 1024
+    return (1024, 1024) if causal else (2048, 1024)
+
+
+def flash_attention_backward(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKE: jax.Array,
+    d_out_BTHE: jax.Array,
+    lse_BTH: jax.Array,
+    delta_BTH: jax.Array,
+    *,
+    causal: bool,
+    window: int | None,
+    q_segment_ids_BT: jax.Array | None = None,
+    kv_segment_ids_BS: jax.Array | None = None,
+    q_offset: int | jax.Array,
+    scale: float,
+    softcap: float | None,
+    bias_BHTS: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    _check(q_BTHD)
+    (B, T, H, D), (_, S, K, E) = q_BTHD.shape, v_BSKE.shape
+    G = H // K
+    options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
+    longest = max(2048, DQ_BYTES // (4 * G * max(D, LANES)) // 2048 * 2048)
+    if longest < T:  # parts of the queries, whose gradients of keys and values add up
+        parts = []
+        for start in range(0, T, longest):
+            part = slice(start, start + longest)
+            ids = q_segment_ids_BT
+            parts.append(
+                flash_attention_backward(
+                    q_BTHD[:, part], k_BSKD, v_BSKE, d_out_BTHE[:, part], lse_BTH[:, part], delta_BTH[:, part],
+                    q_segment_ids_BT=None if ids is None else ids[:, part], kv_segment_ids_BS=kv_segment_ids_BS,
+                    bias_BHTS=None if bias_BHTS is None else bias_BHTS[:, :, part],
+                    q_offset=q_offset + start, **options,
+                )
+            )  # fmt: skip
+        dq, dk, dv, *d_bias = zip(*parts, strict=True)
+        return jnp.concatenate(dq, 1), sum(dk), sum(dv), *(jnp.concatenate(x, 2) for x in d_bias)
+
+    segments, bias = q_segment_ids_BT is not None, bias_BHTS is not None
+    plan = _plan(T, S, causal, window, q_offset, segments, bias, is_backward=True)
+    Tp, Sp = plan.nq * plan.block_q, plan.nk * plan.block_k
+    lse_BTH = jnp.where(lse_BTH > -jnp.inf, lse_BTH * LOG2E, UNSEEN)
+    rows = (B, K, G, 1, Tp)
+    k_BKSD = _heads(k_BSKD, Sp, kv_segment_ids_BS)
+    arrays = {
+        "q": _heads(q_BTHD, Tp, q_segment_ids_BT).reshape(B, K, G, Tp, -1),
+        "k": k_BKSD,
+        "v": _heads(v_BSKE, Sp, kv_segment_ids_BS),
+        "kT": jnp.swapaxes(k_BKSD, 2, 3),
+        "d_out": _heads(d_out_BTHE, Tp, q_segment_ids_BT).reshape(B, K, G, Tp, -1),
+        "lse2": _pad(jnp.swapaxes(lse_BTH, 1, 2), 2, Tp, UNSEEN).reshape(rows),
+        "delta": _pad(jnp.swapaxes(delta_BTH, 1, 2), 2, Tp).reshape(rows),
+    }
+    extras, found = _segments(plan, q_segment_ids_BT, kv_segment_ids_BS, q_offset)
+    arrays |= extras
+    if bias_BHTS is not None:
+        shared = bias_BHTS.shape
+        bias_BHST = _pad(_pad(jnp.swapaxes(bias_BHTS, 2, 3), 2, Sp), 3, Tp)
+        arrays["bias"] = bias_BHST.reshape(shared[0], *((K, G) if shared[1] == H else (1, 1)), Sp, Tp)
+    scores = Scores(scale, softcap, bias, scaled=False)
+    dq, dk, dv, *d_bias = backward(plan, scores, arrays, found)
+    dq_BTHD = jnp.moveaxis(dq, 4, 1)[:, :T, :, :, :D].reshape(B, T, H, D) * scale
+    dk_BSKD, dv_BSKE = (jnp.swapaxes(x, 1, 2)[:, :S] for x in (dk[..., :D], dv[..., :E]))
+    if bias_BHTS is None:
+        return dq_BTHD, dk_BSKD * scale, dv_BSKE
+    d_bias_BHTS = jnp.swapaxes(d_bias[0].reshape(B, H, Sp, Tp), 2, 3)[:, :, :T, :S]
+    alone = [axis for axis in (0, 1) if bias_BHTS.shape[axis] == 1]
+    return dq_BTHD, dk_BSKD * scale, dv_BSKE, d_bias_BHTS.sum(alone, keepdims=True) if alone else d_bias_BHTS
+
+
+def _forward(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKE: jax.Array,
+    *,
+    causal: bool,
+    window: int | None,
+    q_segment_ids_BT: jax.Array | None = None,
+    kv_segment_ids_BS: jax.Array | None = None,
+    q_offset: int | jax.Array,
+    scale: float,
+    softcap: float | None,
+    bias_BHTS: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
+    qk_scale_H: jax.Array | None = None,
+    v_scale_H: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    if qk_scale_H is not None:
+        q_BTHD, k_BSKD, v_BSKE = (x.astype(jnp.bfloat16) for x in (q_BTHD, k_BSKD, v_BSKE))
+    _check(q_BTHD)
+    T, (_, S, _, E) = q_BTHD.shape[1], v_BSKE.shape
+    segments, bias = q_segment_ids_BT is not None, bias_BHTS is not None
+    plan = _plan(T, S, causal, window, q_offset, segments, bias, is_backward=False)
+    Tp, Sp = plan.nq * plan.block_q, plan.nk * plan.block_k
+    extras, found = _segments(plan, q_segment_ids_BT, kv_segment_ids_BS, q_offset)
+    if bias_BHTS is not None:
+        extras["bias"] = _pad(_pad(bias_BHTS, 2, Tp), 3, Sp)
+    if sinks_H is not None:
+        extras["sinks"] = sinks_H.astype(jnp.float32)
+    if qk_scale_H is not None:
+        extras["factors"] = qk_scale_H
+    out_BHTE, lse_BH1T = forward(
+        plan,
+        Scores(scale, softcap, bias, scaled=qk_scale_H is not None),
+        _heads(q_BTHD, Tp, q_segment_ids_BT),
+        _heads(k_BSKD, Sp, kv_segment_ids_BS),
+        _heads(v_BSKE, Sp, kv_segment_ids_BS),
+        found,
+        extras,
+    )
+    out_BTHE = jnp.swapaxes(out_BHTE, 1, 2)[:, :T, :, :E]
+    if v_scale_H is not None:
+        out_BTHE = (out_BTHE * v_scale_H[:, None]).astype(jnp.bfloat16)
+    return out_BTHE, jnp.swapaxes(lse_BH1T[:, :, 0, :T], 1, 2)
+
+
+flash_attention = differentiable(_forward, flash_attention_backward)
+
+
+def _check(q: jax.Array) -> None:
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"{q.dtype} on a TPU's matrix unit")
+
+
+def _plan(
+    T: int, S: int, causal: bool, window: int | None, q_offset: Any, segments: bool, bias: bool, is_backward: bool
+) -> Plan:
+    offset = q_offset if isinstance(q_offset, int) else None
+    most_q, most_k = blocks(target_chip(), T, S, causal, bias, is_backward)
+    if window is not None:  # blocks much larger than the window are mostly edge
+        fit = max(256, 1 << (window - 1).bit_length())
+        most_q, most_k = min(most_q, fit), min(most_k, fit)
+    block_q, block_k = _fit(T, most_q), _fit(S, most_k)
+    return Plan(T, S, block_q, block_k, causal, window, offset, segments, every_pair=bias and is_backward)
+
+
+def _fit(length: int, most: int) -> int:
+    """The largest block of at most `most` that pads `length` by no more than an eighth beyond whole lanes."""
+    lanes, block = -(-length // LANES) * LANES, most
+    while block > LANES and -(-length // block) * block > lanes * 9 // 8:
+        block //= 2
+    return block
+
+
+def _heads(x_BTHD: jax.Array, length: int, ids_BT: jax.Array | None) -> jax.Array:
+    """[B, H, length, D], with zeros where there is padding, and up to whole lanes."""
+    if ids_BT is not None:  # what padding holds may not be finite
+        x_BTHD = jnp.where((ids_BT != 0)[:, :, None, None], x_BTHD, 0)
+    D = x_BTHD.shape[3]
+    wide = D if D == 64 else -(-D // LANES) * LANES
+    return _pad(_pad(jnp.swapaxes(x_BTHD, 1, 2), 2, length), 3, wide)
+
+
+def _segments(plan: Plan, q_ids: Any, kv_ids: Any, q_offset: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The kernels' rows of ids, and their tables."""
+    if not plan.segments:
+        return {}, tables(plan, None, None, q_offset)
+    q_ids = padded_ids(q_ids, plan.nq * plan.block_q, PADDING_Q)
+    kv_ids = padded_ids(kv_ids, plan.nk * plan.block_k, PADDING_K)
+    return {"q_ids": q_ids[:, None], "kv_ids": kv_ids[:, None]}, tables(plan, q_ids, kv_ids, q_offset)
+
+
+def _pad(x: jax.Array, axis: int, length: int, value: float = 0) -> jax.Array:
+    extra = length - x.shape[axis]
+    widths = [(0, extra if n == axis else 0) for n in range(x.ndim)]
+    return x if extra == 0 else jnp.pad(x, widths, constant_values=value)

@@ -1,0 +1,171 @@
+"""flash_attention's TPU kernels in interpret mode, and what the compiler makes of them for each chip.
+
+Blocks are made 128 x 128, so that a few hundred tokens are several blocks: empty, full and edges.
+"""
+
+import importlib.util
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from benchmarks.static import Request, compile_all
+from tests.pallas_kernels import test_flash_attention as contract
+from twinax.pallas_kernels.flash_attention import flash_attention, tpu
+from twinax.pallas_kernels.flash_attention.tpu_plan import Plan
+
+# B, T, S, H, K, D, options: as in the contract.
+QUICK = {
+    "causal, grouped, a rest": (1, 290, 290, 2, 1, 8, {}),
+    "segments, sinks, softcap": (2, 300, 300, 1, 1, 8, {"segments": True, "sinks": True, "softcap": 2.0}),
+    "window, offsets by row": (2, 140, 390, 1, 1, 8, {"q_offset": (250, -20), "window": 100}),
+    "bias of every row, other values": (2, 130, 200, 2, 2, 8, {"bias": (1, 2), "causal": False, "value_size": 5}),
+}
+SLOW = {
+    "one query": (2, 1, 390, 2, 1, 8, {"q_offset": 389, "window": 200}),
+    "one token": (1, 1, 1, 1, 1, 8, {}),
+    "all keys": (1, 200, 333, 2, 2, 8, {"causal": False}),
+    "a later piece": (1, 256, 512, 1, 1, 8, {"q_offset": 256}),
+    "not on the diagonal": (1, 200, 400, 1, 1, 8, {"q_offset": 77, "sinks": True}),
+    "rows before the first key": (1, 300, 140, 1, 1, 8, {"q_offset": -150, "sinks": True}),
+    "window both sides": (1, 260, 400, 1, 1, 8, {"causal": False, "window": 60, "q_offset": 70}),
+    "window, segments": (2, 390, 390, 2, 1, 8, {"segments": True, "window": 40, "scale": 0.7}),
+    "bias of every head, offsets by row": (
+        2,
+        140,
+        260,
+        2,
+        1,
+        8,
+        {"bias": (2, 1), "q_offset": (120, 40), "sinks": True},
+    ),
+    "offsets by row, segments": (2, 260, 260, 1, 1, 8, {"q_offset": (0, 30), "segments": True, "softcap": 1.0}),
+    "a negative scale": (1, 140, 140, 1, 1, 8, {"scale": -0.5}),
+    "latent": (1, 150, 150, 1, 1, 192, {"value_size": 128}),
+}
+CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+CHIPS = ("v5e", "v5p", "v6e", "7x")
+compiles = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(tpu, "blocks", lambda *_: (128, 128))
+    monkeypatch.setattr(contract, "CASES", QUICK | SLOW)
+    with pltpu.force_tpu_interpret_mode():
+        yield
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_backward(case):
+    with jax.enable_x64(True):
+        wanted = contract.outputs_and_gradients(*contract.make(case), "reference")
+    contract.check(contract.outputs_and_gradients(*contract.make(case, np.float32), "tpu"), wanted, 3e-6)
+
+
+def test_bfloat16_sums_in_float32_and_large_scores_stay_finite():
+    (q, k, v), options = contract.make("segments, sinks, softcap", jnp.bfloat16)
+    del options["softcap"]
+    options["sinks_H"] = options["sinks_H"].astype(np.float32)
+    attend = jax.jit(partial(flash_attention, return_lse=True, implementation="tpu", **options))
+    out, lse = attend(q, k, v)
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    wanted_out, wanted_lse = contract.by_hand(*(np.asarray(x, np.float64) for x in (q, k, v)), options)
+    np.testing.assert_allclose(lse, wanted_lse, atol=1e-5)  # products of bfloat16 are exact in float32
+    np.testing.assert_allclose(np.asarray(out, np.float64), wanted_out, atol=2**-6)
+    q, k = (np.asarray(x * np.float32(1e4), q.dtype) for x in (q, k))
+    out, lse = attend(q, k, v)
+    assert np.isfinite(np.asarray(out, np.float32)).all() and np.isfinite(lse).all()
+
+
+def test_what_padding_holds_does_not_matter():
+    """Not even what is not finite."""
+    inputs, options = contract.make("segments, sinks, softcap", np.float32)
+    ids = options["q_segment_ids_BT"]
+    assert (ids == 0).any(1).all()
+    poor = [np.where((ids == 0)[:, :, None, None], np.float32(np.inf), x) for x in inputs]
+    wanted = contract.outputs_and_gradients(inputs, options, "tpu")
+    for x, y in zip(contract.outputs_and_gradients(poor, options, "tpu"), wanted, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("scales", ["one number", "one a head"])
+def test_float8(scales):
+    (q, k, v), options = contract.make("segments, sinks, softcap", np.float32)
+    del options["sinks_H"]
+    rng, heads = np.random.default_rng(3), scales == "one a head"
+    factors = [np.float32(rng.uniform(0.5, 2, x.shape[2]) if heads else rng.uniform(0.5, 2)) for x in (q, k, v)]
+    q, k, v = (jnp.asarray(x, jnp.float8_e4m3fn) for x in (q, k, v))
+    scaled = dict(zip(("q_scale", "k_scale", "v_scale"), factors, strict=True))
+    out, lse = jax.jit(partial(flash_attention, return_lse=True, implementation="tpu", **options, **scaled))(q, k, v)
+    wide = [np.asarray(x, np.float64) * np.reshape(f, (-1, 1)) for x, f in zip((q, k, v), factors, strict=True)]
+    wanted_out, wanted_lse = contract.by_hand(*wide, options)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(out, np.float64), wanted_out, atol=2**-6 * np.abs(wanted_out).max())
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "offset"), [(True, None, 0), (True, 300, 128), (False, 200, -70), (True, None, -300)]
+)
+def test_the_blocks_that_meet_are_those_that_the_mask_leaves(causal, window, offset):
+    plan = Plan(700, 900, 128, 256, causal, window, offset, segments=False)
+    distance = np.arange(700)[:, None] + offset - np.arange(900)
+    sees = np.ones((700, 900), bool) if not causal else distance >= 0
+    sees = sees if window is None else sees & (np.abs(distance) < window)
+    for i in range(plan.nq):
+        for j in range(plan.nk):
+            part = sees[i * 128 : i * 128 + 128, j * 256 : j * 256 + 256]
+            (low, high), (first, last) = plan.keys_of(i, None, 0), plan.queries_of(j, None, 0)
+            if part.any():
+                assert low <= j <= high and first <= i <= last
+            elif low <= j <= high:  # the rows that pad the last block may see more
+                assert i == plan.nq - 1
+            if plan.is_full(i, j, None, 0):
+                assert part.all() and j * 256 + 256 <= 900
+
+
+def test_blocks_of_other_segments_are_not_loaded():
+    ids = np.repeat([[1, 2, 3, 4]], 128, axis=1)
+    plan = Plan(512, 512, 128, 128, True, None, 0, segments=True)
+    _, tables = tpu._segments(plan, jnp.asarray(ids), jnp.asarray(ids), 0)
+    for i in range(4):
+        assert [int(x) for x in plan.keys_of(i, tables, 0)] == [i, i]
+        assert [int(x) for x in plan.queries_of(i, tables, 0)] == [i, i]
+    assert [bool(plan.is_full(i, i, tables, 0)) for i in range(4)] == [False] * 4  # causal: an edge
+
+
+def test_float64_is_for_others():
+    with jax.enable_x64(True):
+        x = jnp.ones((1, 4, 1, 8))
+        with pytest.raises(NotImplementedError, match="float64"):
+            flash_attention(x, x, x, implementation="tpu")
+
+
+def program(target, D, options, dtype="bfloat16"):
+    """Forward and backward, for one chip; called in the compiler's process."""
+    from benchmarks.static import Program
+
+    q, k = target.array((1, 640, 2, D), dtype), target.array((1, 640, 1, D), dtype)
+    ids = target.array((1, 640), "int32")
+
+    def loss(q, k, v, ids):
+        given = {"q_segment_ids_BT": ids} if options.pop("segments", False) else {}
+        return flash_attention(q, k, v, implementation="tpu", **given, **options).astype(jnp.float32).sum()
+
+    return Program(jax.grad(loss, (0, 1, 2)), (q, k, k, ids), 0.0, 0.0)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_it_compiles(chip):
+    kinds = [
+        {"D": 64, "options": {"window": 200}},
+        {"D": 80, "options": {"segments": True, "softcap": 20.0}},
+    ]
+    found = compile_all([Request(chip, f"{__file__}:program", kind) for kind in kinds])
+    assert [x.failed for x in found] == [None] * len(kinds)
