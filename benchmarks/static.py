@@ -54,11 +54,13 @@ class Request:
         chip: "v5e", "v5p", "v6e", "7x", "h200", ...; or a machine, "v5p:2x2x1", for programs on several devices.
         builder: "module:function" or "file.py:function"; called as `function(target, **arguments)`.
         arguments: JSON values.
+        using: (operation, key, blocks) for `pallas_kernels.tuned`, in place of what is known to be best.
     """
 
     chip: str
     builder: str
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    using: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = ()
 
     @property
     def topology(self) -> Topology:
@@ -100,6 +102,7 @@ class Static:
         warnings: ptxas's "Potential Performance Loss" (C7510 to C7512: wgmma serialised).
         unprofiled: operations whose cycles are not known, and not counted.
         temp_bytes: HBM that the program needs beside arguments and results.
+        asked: (operation, key) of each choice of block sizes that kernels asked `pallas_kernels.tuned` for.
         failed: why there is nothing, or None.
     """
 
@@ -116,6 +119,7 @@ class Static:
     compile_seconds: float | None = None
     flops: float = 0.0
     hbm_bytes: float = 0.0
+    asked: tuple[tuple[str, dict[str, Any]], ...] = ()
     failed: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -123,7 +127,9 @@ class Static:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Static":
-        return cls(**{**values, **{name: tuple(values[name]) for name in ("warnings", "unprofiled")}})
+        asked = tuple((operation, key) for operation, key in values["asked"])
+        names = {name: tuple(values[name]) for name in ("warnings", "unprofiled")}
+        return cls(**{**values, **names, "asked": asked})
 
 
 def limit_seconds(chip: Chip, flops: float, hbm_bytes: float, dtype: str = "bfloat16") -> float:

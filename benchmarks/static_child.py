@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from twinax.pallas_kernels import tuned
+
 from .dumps import Dump, read_cuda, read_tpu
 from .static import Program, Static, limit_seconds
 
@@ -85,7 +87,10 @@ def compile_one(target: Target, request: dict[str, Any], dump: Path) -> Static:
     began = time.perf_counter()
     with _standard_output(dump / "said"):
         with target.context():
-            lowered = jax.jit(program.function).lower(*program.arguments)
+            # What is jitted already may donate arguments.
+            jitted = program.function if hasattr(program.function, "lower") else jax.jit(program.function)
+            with using(request["using"]), tuned.asked() as asked:
+                lowered = jitted.lower(*program.arguments)
         compiled = lowered.compile()
     seconds = time.perf_counter() - began
     read = read_cuda if target.chip.platform == "cuda" else read_tpu
@@ -93,7 +98,17 @@ def compile_one(target: Target, request: dict[str, Any], dump: Path) -> Static:
     if request["cycles"] is not None:  # from an earlier compilation, on which the profiler died
         found = dataclasses.replace(found, cycles=request["cycles"])
     memory = compiled.memory_analysis()
-    return summary(target.chip, program, found, seconds, None if memory is None else memory.temp_size_in_bytes)
+    result = summary(target.chip, program, found, seconds, None if memory is None else memory.temp_size_in_bytes)
+    return dataclasses.replace(result, asked=tuple(asked))
+
+
+@contextlib.contextmanager
+def using(choices: list[Any]) -> Iterator[None]:
+    """Kernels take these block sizes."""
+    with contextlib.ExitStack() as stack:
+        for operation, key, blocks in choices:
+            stack.enter_context(tuned.using(operation, key, blocks))
+        yield
 
 
 def summary(chip: Any, program: Program, found: Dump, seconds: float, temp_bytes: int | None) -> Static:

@@ -1,0 +1,62 @@
+"""Paged decode: the heads of Llama-3 8B and 70B, 64 requests of 2,048 tokens, by bytes.
+
+Library kernels (jax's paged and ragged paged attention) read lengths and page tables that the static profiler takes for
+0, so that what it says of them is no time, and they are not listed; with a device they could be timed.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..static import Program
+from . import Case, Kernel
+
+REQUESTS, CONTEXT, PAGE = 64, 2048, 64
+HEADS = {"Llama-3 8B": (32, 8), "Llama-3 70B": (64, 8)}
+
+
+def cases(chip: str) -> Iterator[Case]:
+    for words, (H, K) in HEADS.items():
+        for dtype in ("bfloat16", "int8"):
+            given: dict[str, Any] = {"H": H, "K": K, "D": 128, "dtype": dtype}
+            name = f"decode, {words}, {REQUESTS} x {CONTEXT}, pages of {dtype}"
+            yield Case("paged_attention", name, Kernel("decode", given), {}, of_limit=0.86)
+
+
+def decode(target: Any, H: int, K: int, D: int, dtype: str) -> Program:
+    """The kernel of decodes alone, all requests as long, written as the public function calls it."""
+    import jax
+    import jax.numpy as jnp
+
+    from twinax.pallas_kernels.paged_attention import tpu_block, tpu_decode
+    from twinax.pallas_kernels.paged_attention.tpu import pages_of_block
+
+    N, L, S, M = REQUESTS, CONTEXT, PAGE, CONTEXT // PAGE
+    kept, E = jnp.dtype(dtype), 2 * D
+    quantised = kept.itemsize == 1
+    sizes = tpu_block.Sizes(
+        K=K, S=S, n=pages_of_block(S, K * E * kept.itemsize, M), M=M, C=D, v_lane=D, V=D, scale=D**-0.5,
+        softcap=None, window=None, quantised=quantised, dtype=jnp.dtype("bfloat16"), kept=kept,
+    )  # fmt: skip
+
+    def step(q: Any, new: Any, news: Any, kv: Any, scale: Any, layer: Any, table: Any, lengths: Any) -> Any:
+        return tpu_decode.decode(
+            sizes, q, new, news, None, None, kv, scale, layer=layer, table=table, lengths_N=lengths,
+            begin_N=jnp.zeros_like(lengths), block_rows=N, cores=1, vmem_bytes=48 * 2**20, static_length=L,
+        )  # fmt: skip
+
+    def array(shape: tuple[int, ...], dtype: Any, wanted: bool = True) -> Any:
+        return target.array(shape, dtype) if wanted else None
+
+    given = (
+        array((N, K * max(8, H // K), D), "bfloat16"),
+        array((N, K, E), "float32"),
+        array((N, K, 2 * S), "float32", quantised),
+        array((2, N * M, K, S, E), kept),
+        array((2, N * M, K, 2 * S), "float32", quantised),
+        array((), "int32"),
+        array((N, M), "int32"),
+        array((N,), "int32"),
+    )
+    hbm_bytes = N * L * K * (E * kept.itemsize + (8 if quantised else 0))
+    donated = jax.jit(step, donate_argnums=(3, 4) if quantised else (3,))
+    return Program(donated, given, 4.0 * N * H * L * D, hbm_bytes)
