@@ -5,6 +5,7 @@ float64, within what the dtypes of a sum's terms allow.
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -85,19 +86,20 @@ def tolerance(x_MI, weight, z_MO, y_MO, dtype):
     """What rounding allows: x to 2 ** -23 of its row's largest, float32 sums of the terms as stored, an activation's
     float32 arithmetic with its argument z, and the result's rounding. No activation is steeper than 1.13.
     """
-    zero = 0 if weight.zeros is None else quantized_zero_part(weight)
+    zero = offsets(weight)
     size_OI = np.abs(np.asarray(dequantize(weight), np.float64)) + zero
     reach_M1 = np.abs(np.asarray(x_MI, np.float64)).max(axis=1, keepdims=True)
     rounding = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-23
     return 1.2 * (2.0**-22 * reach_M1 * size_OI.sum(axis=1) + 2.0**-22 * np.abs(z_MO)) + rounding * np.abs(y_MO)
 
 
-def quantized_zero_part(weight):
-    """The size of the zero points' share in an element: (value - zero) may be taken apart in a sum."""
-    from dataclasses import replace
-
-    shares = replace(weight, values=jnp.full_like(weight.values, 0x88 if weight.format == "int4" else 0))
-    return np.abs(np.asarray(dequantize(shares), np.float64)) * 2
+def offsets(weight):
+    """The size of what may be subtracted from a sum instead of from its terms: zero points, int4's eight."""
+    if weight.format not in ("int8", "int4"):
+        return 0
+    nothing = replace(weight, values=jnp.full_like(weight.values, 0x88 if weight.format == "int4" else 0))
+    eight = replace(weight, values=jnp.zeros_like(weight.values), zeros=None)
+    return 2 * sum(np.abs(np.asarray(dequantize(part), np.float64)) for part in (nothing, eight))
 
 
 def by_hand(x, weight, bias, activation_format):
@@ -161,7 +163,7 @@ def test_transposed_is_the_reference(case, implementation):
     dy = jnp.asarray(np.random.default_rng(1).standard_normal((len(x), weight.shape[0])), x.dtype)
     dx = run(quantized_matmul_transposed, implementation, dy, weight)
     want = exact(quantized_matmul_transposed, dy, weight)
-    zero = 0 if weight.zeros is None else quantized_zero_part(weight)
+    zero = offsets(weight)
     size_OI = np.abs(np.asarray(dequantize(weight), np.float64)) + zero
     rounding = 2.0**-8 if x.dtype == jnp.bfloat16 else 2.0**-22
     # The dequantised weight may be rounded to the dtype of dy.

@@ -1,0 +1,175 @@
+"""The kernel of one tile of rows, one block of outputs and one block of inputs. See `tpu.py` for the idea.
+
+Shapes: M rows of the tile   R rows of the unit   I inputs of the block   O outputs of the block   G blocks of inputs
+  T inputs of a tile   J blocks of inputs in a tile
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .activations import finish
+from .formats import FLOAT8, PACKED
+from .tpu_rows import Operand
+
+# What the matrix unit's weights have to be multiplied by: codes taken as float8's lowest numbers, e2m1 moved up.
+TOP = 0x80808080 - (1 << 32)  # each byte's top bit, as an int32
+UNITS = {("int4", FLOAT8): 2.0**9, ("mxfp4", FLOAT8): 2.0**6}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a kernel is made for; see `tpu.quantized_matmul`, which fills it."""
+
+    format: str
+    operand: Operand
+    tile: int
+    size: int | None
+    inputs: int
+    rows: int
+    end: int | None
+    sums_apart: bool
+    scaled_first: bool
+    by_block: bool
+    shifted: bool
+    bias: bool
+    activation: str | None
+    steps: int
+
+    @property
+    def unit(self) -> float:
+        return UNITS.get((self.format, self.operand.dtype), 1.0)
+
+
+def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, x_scales_ref: Any, *refs: Any) -> None:
+    refs = iter(refs)
+    shift_ref = next(refs) if layout.shifted else None
+    totals_ref = next(refs) if layout.shifted and not layout.scaled_first else None
+    bias_ref = next(refs) if layout.bias else None
+    y_ref = next(refs)
+    sums_RO = _sums(layout, x_ref, w_ref, scales_ref, x_scales_ref, shift_ref)
+
+    def write(sums_RO: jax.Array) -> None:
+        M, sums_RO = layout.rows, sums_RO.astype(jnp.float32)
+        parts = [weight * sums_RO[p * M : (p + 1) * M] for p, weight in enumerate(layout.operand.weights)]
+        y_MO = sum(parts[1:], parts[0])
+        if not layout.sums_apart and not layout.scaled_first:
+            y_MO = y_MO * (_scales(scales_ref[...]) * layout.unit)
+        if not layout.by_block:
+            y_MO = y_MO * x_scales_ref[...]
+        if totals_ref is not None:
+            y_MO = y_MO - _outer(totals_ref[...], shift_ref[...])
+        bias_O = bias_ref[...] if layout.bias else None
+        y_ref[...] = finish(y_MO, bias_O, layout.activation, y_ref.dtype)
+
+    if layout.steps == 1:
+        return write(sums_RO)
+    sums_ref, step = next(refs), pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _():
+        sums_ref[...] = sums_RO
+
+    @pl.when(step > 0)
+    def _():
+        sums_ref[...] += sums_RO
+
+    @pl.when(step == layout.steps - 1)
+    def _():
+        write(sums_ref[...])
+
+
+def _sums(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, x_scales_ref: Any, shift_ref: Any) -> jax.Array:
+    """Sums over the block's inputs [R, O]; already scaled by block of inputs if those are summed apart."""
+    taken, T = layout.operand, layout.tile
+    contract = 0 if layout.format in PACKED else 1
+    total_RO = None
+    for n in range(layout.inputs // T):
+        w_T = _weights(layout, w_ref, n, scales_ref, shift_ref)
+        sums_JRO = lax.dot_general(
+            x_ref[:, n * T : (n + 1) * T], w_T, (((1,), (contract,)), ((), ())), preferred_element_type=taken.sums
+        )
+        if not layout.sums_apart:
+            total_RO = sums_JRO if total_RO is None else total_RO + sums_JRO
+            continue
+        for first, sums_RO in _groups(layout, n, sums_JRO):
+            sums_RO = sums_RO.astype(jnp.float32) * (_scales(scales_ref[first : first + 1]) * layout.unit)
+            if layout.by_block:
+                g = first if layout.steps == 1 else first + pl.program_id(2) * (layout.inputs // layout.size)
+                sums_RO = sums_RO * _column(x_scales_ref, g, layout.steps)
+            total_RO = sums_RO if total_RO is None else total_RO + sums_RO
+    return total_RO
+
+
+def _groups(layout: Layout, tile: int, sums_JRO: jax.Array) -> Iterator[tuple[int, jax.Array]]:
+    """Each block of inputs of a tile: its number in the block, and its sums."""
+    groups = max(1, layout.tile // layout.size)
+    R = sums_JRO.shape[0] // groups
+    for j in range(groups):
+        yield tile * groups + j, sums_JRO[j * R : (j + 1) * R]
+
+
+def _weights(layout: Layout, w_ref: Any, n: int, scales_ref: Any, shift_ref: Any) -> jax.Array:
+    """A tile of weights as the unit takes them: [T, O] of packed ones, else [O, T]."""
+    T, dtype = layout.tile, layout.operand.dtype
+    if layout.format not in PACKED:
+        values_OT = w_ref[:, n * T : (n + 1) * T]
+        if layout.end is not None:
+            # Past the weight's end there may be anything, and nan times zero is nan.
+            first = pl.program_id(2) * layout.inputs + n * T
+            inside = first + lax.broadcasted_iota(jnp.int32, values_OT.shape, 1) < layout.end
+            values_OT = jnp.where(inside, values_OT.astype(jnp.float32), 0).astype(values_OT.dtype)
+        return values_OT.astype(dtype)
+    words = pltpu.bitcast(w_ref[n * T // 2 : (n + 1) * T // 2], jnp.int32)
+    low, high = _spread(layout, words)
+    if not layout.scaled_first:
+        return jnp.concatenate([low.astype(dtype), high.astype(dtype)], axis=0)
+    # [T / 2, O] each, of which size / 2 rows share a scale.
+    scales_GO, half = _scales(scales_ref[...]) * UNITS.get((layout.format, low.dtype), 1.0), layout.size // 2
+    parts = []
+    for codes in (low, high):
+        values_GBO = codes.astype(jnp.float32).reshape(-1, half, codes.shape[1])
+        if shift_ref is not None:
+            values_GBO = values_GBO - shift_ref[...][:, None]
+        parts.append((values_GBO * scales_GO[:, None]).reshape(codes.shape).astype(dtype))
+    return jnp.concatenate(parts, axis=0)
+
+
+def _spread(layout: Layout, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Low and high four bits of each byte, as 8-bit numbers."""
+    if layout.format == "int4":
+        low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
+        if layout.operand.dtype == FLOAT8:
+            return pltpu.bitcast(low, FLOAT8), pltpu.bitcast(high, FLOAT8)
+        # Less 8 in each byte, without a carry: 0 to 15 and 0x78 is 0x78 to 0x87, of which the top bit is turned.
+        return tuple(pltpu.bitcast((x + 0x78787878) ^ TOP, jnp.int8) for x in (low, high))
+    low = ((words << 4) & TOP) | ((words << 2) & 0x1C1C1C1C)
+    high = (words & TOP) | ((words >> 2) & 0x1C1C1C1C)
+    return pltpu.bitcast(low, FLOAT8), pltpu.bitcast(high, FLOAT8)
+
+
+def _scales(scales: jax.Array) -> jax.Array:
+    if scales.dtype != jnp.uint8:
+        return scales
+    # 2 ** -127 is below float32's normal numbers, which a TPU takes for zero.
+    return lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
+
+
+def _column(x_ref: Any, g: Any, steps: int) -> jax.Array:
+    if steps == 1:
+        return x_ref[:, g : g + 1]
+    columns = lax.broadcasted_iota(jnp.int32, x_ref.shape, 1)
+    return jnp.sum(jnp.where(columns == g, x_ref[...], 0), axis=1, keepdims=True)
+
+
+def _outer(totals_MG: jax.Array, shift_GO: jax.Array) -> jax.Array:
+    """Sums of inputs times what codes are off by."""
+    if totals_MG.shape[1] == 1:
+        return totals_MG * shift_GO
+    return jnp.dot(totals_MG, shift_GO, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
