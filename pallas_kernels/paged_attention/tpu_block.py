@@ -75,13 +75,34 @@ class Cache:
 
     sizes: Sizes
     layer: Any
-    heads: Any  # slice of the heads that are this core's
+    core: Any  # which of the shares of the heads; None: there is one
     table_ref: Any  # None: request r has the pages from r * M on
     kv_hbm: Any
     scale_hbm: Any
-    kv_buf: Any  # [buffers, n, K, S, E]
+    kv_buf: Any  # [buffers, n, K * S, E]
     scale_buf: Any  # [buffers, n, K, Z]
     sems: Any  # [buffers]
+
+    def mine(self, of_head: int) -> Any:
+        """This core's part of a page's axis that has `of_head` numbers a head."""
+        if self.core is None:
+            return slice(None)
+        size = self.sizes.K * of_head
+        return pl.ds(pl.multiple_of(self.core * size, size), size)
+
+    def page_in_memory(self, page: Any) -> Any:
+        """[K * S, E]: two axes, for the plainest of copies."""
+        return self.kv_hbm.at[self.layer, page, self.mine(self.sizes.S)]
+
+    def scales_in_memory(self, page: Any) -> Any:
+        """[K, Z]"""
+        return self.scale_hbm.at[self.layer, page, self.mine(1)]
+
+    def rows(self, head: Any, first: Any = 0, count: int | None = None) -> Any:
+        """Of the rows of a page in a buffer: those of a head, or `count` slots of it."""
+        at = head * self.sizes.S + first
+        count = self.sizes.S if count is None else count
+        return pl.ds(at if isinstance(at, int) else pl.multiple_of(at, self.sizes.write_rows), count)
 
     def page(self, r: Any, entry: Any) -> Any:
         at = r * self.sizes.M + entry
@@ -89,13 +110,9 @@ class Cache:
 
     def _copies(self, slot: Any, nth: Any, page: Any) -> list[Any]:
         sem = self.sems.at[slot]
-        copies = [pltpu.make_async_copy(self.kv_hbm.at[self.layer, page, self.heads], self.kv_buf.at[slot, nth], sem)]
+        copies = [pltpu.make_async_copy(self.page_in_memory(page), self.kv_buf.at[slot, nth], sem)]
         if self.sizes.quantised:
-            copies.append(
-                pltpu.make_async_copy(
-                    self.scale_hbm.at[self.layer, page, self.heads], self.scale_buf.at[slot, nth], sem
-                )
-            )
+            copies.append(pltpu.make_async_copy(self.scales_in_memory(page), self.scale_buf.at[slot, nth], sem))
         return copies
 
     def start(self, r: Any, j: Any, low: Any, stop: Any, slot: Any) -> None:
@@ -131,8 +148,8 @@ class Cache:
             def _(nth: int = nth, at: Any = at) -> None:
                 page = self.kv_buf[slot, nth]
                 # 32 bits: masks of packed numbers are not for every chip.
-                slot_KSE = jax.lax.broadcasted_iota(jnp.int32, page.shape, 1)
-                keep = (slot_KSE < length - at * S) & (at >= low)
+                row = jax.lax.broadcasted_iota(jnp.int32, page.shape, 0)
+                keep = (jax.lax.rem(row, S) < length - at * S) & (at >= low)
                 wide = page.astype(jnp.float32)
                 self.kv_buf[slot, nth] = jnp.where(keep, wide, 0).astype(page.dtype)
                 if self.sizes.quantised:
@@ -144,13 +161,13 @@ class Cache:
     def key(self, slot: Any, head: Any) -> jax.Array:
         """[B, C]"""
         sizes = self.sizes
-        k = self.kv_buf[slot, :, head, :, pl.ds(0, sizes.C)]
+        k = self.kv_buf[slot, :, self.rows(head), pl.ds(0, sizes.C)]
         return _cast(k.reshape(sizes.B, sizes.C), sizes.dtype)
 
     def value(self, slot: Any, head: Any) -> jax.Array:
         """[B, V]"""
         sizes = self.sizes
-        v = self.kv_buf[slot, :, head, :, pl.ds(sizes.v_lane, sizes.V)]
+        v = self.kv_buf[slot, :, self.rows(head), pl.ds(sizes.v_lane, sizes.V)]
         return _cast(v.reshape(sizes.B, sizes.V), sizes.dtype)
 
     def scales(self, slot: Any, head: Any, which: int) -> jax.Array:

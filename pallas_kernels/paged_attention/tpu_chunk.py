@@ -91,7 +91,8 @@ def chunk(
         padded = jnp.pad(new_TKE.astype(jnp.float32), ((S, window), (0, 0), (0, 0)))
         inputs.append(jnp.swapaxes(padded, 0, 1))
         specs.append(hbm)
-    inputs.append(kv_LPKSE)
+    kv = kv_LPKSE.reshape(*kv_LPKSE.shape[:2], -1, E)
+    inputs.append(kv)
     specs.append(hbm)
     cache_at = len(scalars) + len(inputs) - 1
     if scale_LPKZ is not None:
@@ -100,25 +101,25 @@ def chunk(
     if writes:
         out_shape = [
             jax.ShapeDtypeStruct((T, H * V), q_THC.dtype),
-            jax.ShapeDtypeStruct(kv_LPKSE.shape, kv_LPKSE.dtype),
+            jax.ShapeDtypeStruct(kv.shape, kv.dtype),
         ]
         out_specs = [across(V), hbm]
     else:
         out_shape = [jax.ShapeDtypeStruct((T, H * lanes), jnp.float32) for lanes in (LANES, LANES, V)]
         out_specs = [across(LANES), across(LANES), across(V)]
-    scratch = [pltpu.VMEM((BUFFERS, sizes.n, K, S, E), kv_LPKSE.dtype)]
+    scratch = [pltpu.VMEM((BUFFERS, sizes.n, K * S, E), kv.dtype)]
     if sizes.quantised:
         scratch.append(pltpu.VMEM((BUFFERS, sizes.n, K, 2 * S), jnp.float32))
     scratch += [pltpu.SemaphoreType.DMA((BUFFERS,)), pltpu.VMEM((per_core, tile, C), q_THC.dtype)]
     scratch += [pltpu.VMEM((per_core, tile, lanes), jnp.float32) for lanes in (LANES, LANES, V)]
     if writes:
         scratch += [
-            pltpu.VMEM((most, K, S, E), kv_LPKSE.dtype),
+            pltpu.VMEM((most, K * S, E), kv.dtype),
             pltpu.VMEM((most, K, window, E), jnp.float32),
             pltpu.SemaphoreType.DMA((most,)),
         ]
     out = pl.pallas_call(
-        functools.partial(_kernel, sizes, sinks_H is not None, writes, static),
+        functools.partial(_kernel, sizes, cores, sinks_H is not None, writes, static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(cores, tiles),
@@ -136,11 +137,11 @@ def chunk(
         name="paged_chunk" if writes else "paged_prefix",
     )(*scalars, *inputs)
     if writes:
-        return out[0].reshape(T, H, V), out[1]
+        return out[0].reshape(T, H, V), out[1].reshape(kv_LPKSE.shape)
     return tuple(x.reshape(T, H, -1) for x in out), kv_LPKSE
 
 
-def _kernel(sizes: Sizes, has_sinks: bool, writes: bool, static: bool, *refs: Any) -> None:
+def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: bool, *refs: Any) -> None:
     refs = iter(refs)
     layer_ref, order_ref, first_ref, stop_ref, start_ref, count_ref, length_ref, table_ref = (
         None if static else next(refs) for _ in range(8)
@@ -162,8 +163,8 @@ def _kernel(sizes: Sizes, has_sinks: bool, writes: bool, static: bool, *refs: An
     t = q_ref.shape[0]
     H = len(q_HtC)
     i = pl.program_id(1)
-    heads = pl.ds(pl.program_id(0) * K, K)
-    cache = Cache(sizes, 0 if static else layer_ref[0], heads, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
+    core = pl.program_id(0) if cores > 1 else None
+    cache = Cache(sizes, 0 if static else layer_ref[0], core, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
 
     for h in range(H):
         q_HtC[h] = q_ref[:, h * C : (h + 1) * C]
@@ -267,13 +268,13 @@ def _write(
         return entry, row_of_page, there
 
     def old_page(nth: int, entry: Any) -> tuple[Any, Any]:
-        return cache.kv_hbm.at[cache.layer, cache.page(r, entry), cache.heads], page_buf.at[nth]
+        return cache.page_in_memory(cache.page(r, entry)), page_buf.at[nth]
 
     def read(nth: int, entry: Any, row_of_page: Any) -> tuple[Any, Any]:
         aligned = pl.ds(pl.multiple_of(row_of_page // ALIGN * ALIGN, ALIGN), window)
         return (
             pltpu.make_async_copy(*old_page(nth, entry), sems.at[nth]),
-            pltpu.make_async_copy(new_hbm.at[cache.heads, aligned], new_buf.at[nth], sems.at[nth]),
+            pltpu.make_async_copy(new_hbm.at[cache.mine(1), aligned], new_buf.at[nth], sems.at[nth]),
         )
 
     def back(nth: int, entry: Any) -> Any:
@@ -301,8 +302,8 @@ def _write(
 
             def head(k: Any, _: Any) -> None:
                 moved = pltpu.roll(new_buf[nth, k], shift, 0)[:S]
-                kept = page_buf[nth, k].astype(jnp.float32)
-                page_buf[nth, k] = jnp.where(is_new, moved, kept).astype(page_buf.dtype)
+                kept = page_buf[nth, cache.rows(k)].astype(jnp.float32)
+                page_buf[nth, cache.rows(k)] = jnp.where(is_new, moved, kept).astype(page_buf.dtype)
 
             jax.lax.fori_loop(0, K, head, None)
             back(nth, entry).start()

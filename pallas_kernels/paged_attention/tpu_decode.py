@@ -11,6 +11,7 @@ Shapes: as in tpu_block; N request rows of a program, r rows of a key head: its 
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -18,10 +19,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .tpu_block import LOG2_E, MASKED, Cache, Sizes, softmax_step, wide
+from .tpu_block import LOG2_E, MASKED, Cache, Sizes, softmax_step, when, wide
 
 LANES = 128
-IN_FLIGHT = 6 * 2**20  # bytes of blocks that are on the chip or on the way to it
+IN_FLIGHT = 8 * 2**20  # bytes of blocks that are on the chip or on the way to it
 BUFFERS = (2, 6)
 
 
@@ -87,11 +88,15 @@ def decode(
         inputs += state
         specs += [rows_of(LANES), rows_of(LANES), rows_of(V)]
     first_cache = len(scalars) + len(inputs)
-    caches = [kv_LPKSE] if scale_LPKZ is None else [kv_LPKSE, scale_LPKZ]
+    kv = kv_LPKSE.reshape(*kv_LPKSE.shape[:2], -1, E)
+    caches = [kv] if scale_LPKZ is None else [kv, scale_LPKZ]
     has = dict(scales=scale_LPKZ is not None, sinks=sinks_r is not None, state=state is not None)
+    blocks = 0 if static_length is None else -(-static_length // sizes.B)
     buffers = min(max(IN_FLIGHT // (sizes.B * K * E * kv_LPKSE.dtype.itemsize), BUFFERS[0]), BUFFERS[1])
+    if blocks:
+        buffers = math.gcd(blocks, buffers if blocks % buffers == 0 else 2 ** (buffers.bit_length() - 1))
     scratch = [
-        pltpu.VMEM((buffers, sizes.n, K, sizes.S, E), kv_LPKSE.dtype),
+        pltpu.VMEM((buffers, sizes.n, K * sizes.S, E), kv_LPKSE.dtype),
         pltpu.VMEM((buffers, sizes.n, K, 2 * sizes.S), jnp.float32) if sizes.quantised else None,
         pltpu.SemaphoreType.DMA((buffers,)),
         pltpu.VMEM((K, sizes.write_rows, E), kv_LPKSE.dtype),
@@ -102,7 +107,7 @@ def decode(
         pltpu.VMEM((per_core, V), jnp.float32),
     ]
     out, *caches = pl.pallas_call(
-        functools.partial(_kernel, sizes, block_rows, has, static_length),
+        functools.partial(_kernel, sizes, cores, block_rows, has, static_length),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(cores, steps),
@@ -122,10 +127,12 @@ def decode(
         ),
         name="paged_decode",
     )(*scalars, *inputs, *caches)
-    return out, caches[0], caches[1] if len(caches) > 1 else None
+    return out, caches[0].reshape(kv_LPKSE.shape), caches[1] if len(caches) > 1 else None
 
 
-def _kernel(sizes: Sizes, block_rows: int, has: dict[str, bool], static_length: int | None, *refs: Any) -> None:
+def _kernel(
+    sizes: Sizes, cores: int, block_rows: int, has: dict[str, bool], static_length: int | None, *refs: Any
+) -> None:
     refs = iter(refs)
     take = lambda name: next(refs) if has[name] else None  # noqa: E731
     known = static_length is not None
@@ -143,8 +150,8 @@ def _kernel(sizes: Sizes, block_rows: int, has: dict[str, bool], static_length: 
     K, B, n = sizes.K, sizes.B, sizes.n
     per_head = q_ref.shape[1] // K
     b = pl.program_id(1)
-    heads = pl.ds(pl.program_id(0) * K, K)
-    cache = Cache(sizes, 0 if known else layer_ref[0], heads, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
+    core = pl.program_id(0) if cores > 1 else None
+    cache = Cache(sizes, 0 if known else layer_ref[0], core, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
     count = count_ref[b] if static_length is None else block_rows
 
     def request(a: Any) -> Any:
@@ -165,6 +172,8 @@ def _kernel(sizes: Sizes, block_rows: int, has: dict[str, bool], static_length: 
     buffers = len(kv_buf)
 
     def following(slot: Any) -> Any:
+        if isinstance(slot, int):
+            return (slot + 1) % buffers
         return jnp.where(slot + 1 == buffers, 0, slot + 1)
 
     def fetch(ahead: Any) -> Any:
@@ -173,11 +182,14 @@ def _kernel(sizes: Sizes, block_rows: int, has: dict[str, bool], static_length: 
         r = request(a)
         (page, _), stop = low_of(r), stop_of(r)
 
-        @pl.when(a < count)
-        def _() -> None:
-            cache.start(r, j, page, stop, slot)
+        if known:  # past the last one, the last once more: the profiler follows no conditions on every chip
+            cache.start(jnp.minimum(r, count - 1), j, page, stop, slot)
+        else:
+            pl.when(a < count)(lambda: cache.start(r, j, page, stop, slot))
 
         ends = (j + 1) * n >= stop
+        if isinstance(ends, bool):
+            return following(slot), a + ends, 0 if ends else j + 1
         _, low = low_of(request(a + 1))
         return following(slot), jnp.where(ends, a + 1, a), jnp.where(ends, low, j + 1)
 
@@ -211,16 +223,22 @@ def _kernel(sizes: Sizes, block_rows: int, has: dict[str, bool], static_length: 
         def block(j: Any, carry: Any) -> Any:
             """A block before the last: its pages are full."""
             slot, ahead = carry
-            cache.wait(j, low_page, stop, slot)
             ahead = fetch(ahead)
+            cache.wait(j, low_page, stop, slot)
             if sizes.window is not None:
                 pl.when(j == low)(lambda: cache.tidy(j, low_page, length, slot))
             attend(j, slot, sizes.window is not None)
             return following(slot), ahead
 
-        slot, ahead = jax.lax.fori_loop(low, last, block, carry)
-        cache.wait(last, low_page, stop, slot)
+        if known:
+            # Written out, so that buffers are known too: the profiler does not follow others on every chip.
+            for j in range(low, last):
+                carry = block(j, carry)
+            slot, ahead = carry
+        else:
+            slot, ahead = jax.lax.fori_loop(low, last, block, carry)
         ahead = fetch(ahead)
+        cache.wait(last, low_page, stop, slot)
         new = (new_ref[row, 0], None if new_scale_ref is None else new_scale_ref[row, 0])
         writes = _insert(cache, r, length - 1, slot, *new, write_buf, scale_write_buf, write_sem)
         cache.tidy(last, low_page, length, slot)
@@ -232,13 +250,19 @@ def _kernel(sizes: Sizes, block_rows: int, has: dict[str, bool], static_length: 
 
     out_ref[...] = jnp.zeros_like(out_ref)
 
-    @pl.when(count > 0)
+    @when(count > 0)
     def _() -> None:
         _, low = low_of(request(0))
         ahead = (0, 0, low)
         for _ in range(buffers - 1):
             ahead = fetch(ahead)
-        jax.lax.fori_loop(0, count, one, (0, ahead))
+        if known:
+            _, before, j = ahead  # of the first request; the same for each
+            jax.lax.fori_loop(0, count, lambda a, _: one(a, (0, (buffers - 1, a + before, j))) and None, None)
+            for slot in range(buffers - 1):
+                cache.wait(slot, 0, stop_of(0), slot)
+        else:
+            jax.lax.fori_loop(0, count, one, (0, ahead))
 
 
 def _insert(
@@ -260,15 +284,16 @@ def _insert(
     entry, at = position // S, position % S
     nth, page = entry % sizes.n, cache.page(r, entry)
     first = at // rows * rows
-    tile = pl.ds(first if isinstance(first, int) else pl.multiple_of(first, rows), rows)
     for h in range(sizes.K):
-        old = cache.kv_buf[slot, nth, h, tile, :]
+        tile = cache.rows(h, first, rows)
+        old = cache.kv_buf[slot, nth, tile]
         is_new = jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) == at % rows
         new = jnp.where(is_new, new_KE[h : h + 1], old.astype(jnp.float32)).astype(old.dtype)
-        cache.kv_buf[slot, nth, h, tile, :] = new
+        cache.kv_buf[slot, nth, tile] = new
         write_buf[h] = new
     writes = [
-        pltpu.make_async_copy(write_buf, cache.kv_hbm.at[cache.layer, page, cache.heads, tile], sem),
+        pltpu.make_async_copy(write_buf.at[h], cache.page_in_memory(page).at[cache.rows(h, first, rows)], sem)
+        for h in range(sizes.K)
     ]
     if new_scale_KZ is not None:
         old = cache.scale_buf[slot, nth]
@@ -276,7 +301,7 @@ def _insert(
         new = jnp.where((lane == at) | (lane == S + at), new_scale_KZ, old)
         cache.scale_buf[slot, nth] = new
         scale_write_buf[...] = new
-        writes.append(pltpu.make_async_copy(scale_write_buf, cache.scale_hbm.at[cache.layer, page, cache.heads], sem))
+        writes.append(pltpu.make_async_copy(scale_write_buf, cache.scales_in_memory(page), sem))
     for write in writes:
         write.start()
     return writes
