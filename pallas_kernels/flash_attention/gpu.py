@@ -1,16 +1,17 @@
-"""Attention on NVIDIA GPUs: the kernel of the chip that a program is for.
+"""Attention on NVIDIA GPUs: the first of these kernels that takes the arguments.
 
-| chip | forward | backward |
-|---|---|---|
-| H100, H200 | `hopper.py` | `hopper_backward.py` |
+| chip | kernel | dtypes | head sizes |
+|---|---|---|---|
+| H100, H200 | `hopper.py`, `hopper_backward.py` (Mosaic GPU) | bfloat16, float16 | multiples of 16, up to 256 |
+| any | `triton.py` (Pallas's Triton backend, as long as JAX has it) | and float32 | any up to 256 |
 
-What these do not take (bias, float8, float32 and wider, head sizes that are no multiples of 16) and other chips are
-refused, here or by them.
+No kernel takes a bias, float8 or float64.
 
-There was no GPU when this was written. The numbers come from `tests/pallas_kernels/gpu_emulator.py`, the registers from
-ptxas, and nothing has been timed.
+There was no GPU when this was written: the numbers are those of an emulated one (in `tests/pallas_kernels/`) and of
+Pallas's interpreter, registers and spills are ptxas's, and nothing has been timed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,18 +21,23 @@ from .gpu_blocks import options_of
 from .gradient import differentiable
 
 HOPPER = ("h100", "h200")
+Kernel = Callable[..., Any]
 
 
-def _kernels() -> Any:
-    """The module whose `forward` and `backward` are for the chip that is traced for."""
-    platform, chip = known_platform(), target_chip()
+def _kernels() -> list[tuple[str, Kernel, Kernel]]:
+    """(name, forward, backward) of those for the chip that is traced for, best first."""
+    platform, found = known_platform(), []
     if platform not in (None, "cuda"):
         raise NotImplementedError(f"these kernels are for NVIDIA GPUs, and this program is for a {platform}")
-    if chip in HOPPER:
+    if target_chip() in HOPPER:
         from . import hopper, hopper_backward
 
-        return hopper.forward, hopper_backward.backward
-    raise NotImplementedError(f"no kernel is written for {chip or 'this GPU'} yet")
+        found.append(("hopper", hopper.forward, hopper_backward.backward))
+    try:
+        from . import triton
+    except ImportError:  # JAX deprecates its Triton backend
+        return found
+    return [*found, ("triton", triton.forward, triton.backward)]
 
 
 def _split(options: dict[str, Any]) -> tuple[Any, Any]:
@@ -65,9 +71,22 @@ def backward_by(kernel: Any) -> Any:
 
 
 def flash_attention(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKE: jax.Array, **options: Any) -> Any:
-    forward, backward = _kernels()
-    return differentiable(forward_by(forward), backward_by(backward))(q_BTHD, k_BSKD, v_BSKE, **options)
+    def of_kernel(forward: Kernel, backward: Kernel) -> Any:
+        return differentiable(forward_by(forward), backward_by(backward))(q_BTHD, k_BSKD, v_BSKE, **options)
+
+    return _first(of_kernel)
 
 
 def flash_attention_backward(*inputs: jax.Array, **options: Any) -> tuple[jax.Array, ...]:
-    return backward_by(_kernels()[1])(*inputs, **options)
+    return _first(lambda _, backward: backward_by(backward)(*inputs, **options))
+
+
+def _first(run: Callable[[Kernel, Kernel], Any]) -> Any:
+    """Of the first kernel that does not refuse."""
+    reasons = []
+    for name, forward, backward in _kernels():
+        try:
+            return run(forward, backward)
+        except NotImplementedError as error:
+            reasons.append(f"{name}: {error}")
+    raise NotImplementedError("; ".join(reasons) or "this JAX has no kernels for this GPU")

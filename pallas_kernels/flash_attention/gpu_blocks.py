@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 LOG2E = math.log2(math.e)
-UNSEEN = -1e30  # a row's maximum while it has seen no key, and a masked score: finite, so that no difference is nan
+# A row's maximum while it has seen no key, and a masked score: finite, so that no difference is nan, and a power of
+# two: a multiplication-and-addition does not round its product, and with -1e30 a masked score's exponent was up to 1e22.
+UNSEEN = -(2.0**100)
 CLOSED = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass: its probabilities are 0
 SHIFT = 1 << 20  # blocks by which a position may be negative and still divide by a block's length
 NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1  # segment ids of padding, which must differ from one another
@@ -106,6 +108,11 @@ def queries_of(o: Options, first: Any, keys: int, block: int, n: int) -> tuple[A
         high = jnp.minimum(high, floor_div(last + i32(o.window - 1), block) + i32(1))
         full_high = jnp.minimum(full_high, floor_div(first + i32(o.window), block))
     return _ordered(o, low, full_low, full_high, high, n)
+
+
+def edges(o: Options, block: int) -> bool:
+    """Whether a tile can have blocks that it sees in part."""
+    return o.causal or o.window is not None or o.segments or o.S % block != 0
 
 
 def _ordered(o: Options, low: Any, full_low: Any, full_high: Any, high: Any, n: int) -> tuple[Any, Any, Any, Any]:

@@ -20,6 +20,7 @@ from .gpu_blocks import (
     LOG2E,
     UNSEEN,
     Options,
+    edges,
     i32,
     keys_of,
     pad_ids,
@@ -105,8 +106,11 @@ def forward(
         if o.segments:
             scratch["kv_ids"] = plgpu.SMEM((stages, block), jnp.int32)
         given = dict(zip((*names, "out", "lse"), refs, strict=True))
-        pl.run_scoped(lambda *x: _kernel(o, block, stages, given, dict(zip(scratch, x, strict=True))),
-                      *scratch.values(), collective_axes="warpgroup")
+        pl.run_scoped(
+            lambda *x: _kernel(o, block, stages, given, dict(zip(scratch, x, strict=True))),
+            *scratch.values(),
+            collective_axes="warpgroup",
+        )
 
     body.__name__ = "flash_attention"  # what profilers show
     tiles = T_pad // TILE
@@ -288,11 +292,6 @@ def _compute_group(
     plgpu.copy_smem_to_gmem(out_smem, given["out"].at[batch, rows, head])
     plgpu.copy_smem_to_gmem(scratch["lse"].at[group], given["lse"].at[batch, head, rows])
     plgpu.wait_smem_to_gmem(0)
-
-
-def edges(o: Options, block: int) -> bool:
-    """Whether a tile can have blocks that it sees in part."""
-    return o.causal or o.window is not None or o.segments or o.S % block != 0
 
 
 def tanh(x: jax.Array) -> jax.Array:

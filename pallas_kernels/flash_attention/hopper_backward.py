@@ -20,8 +20,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .gpu_blocks import CLOSED, LOG2E, Options, i32, keys_of, pad_ids, pad_rows, queries_of, round_up, segment_bounds
-from .hopper import GROUPS, OF_COLUMN, OF_ROW, ROWS, TILE, WGMMA, check, edges, mask, swizzled, tanh
+from .gpu_blocks import (
+    CLOSED,
+    LOG2E,
+    Options,
+    edges,
+    i32,
+    keys_of,
+    pad_ids,
+    pad_rows,
+    queries_of,
+    round_up,
+    segment_bounds,
+)
+from .hopper import GROUPS, OF_COLUMN, OF_ROW, ROWS, TILE, WGMMA, check, mask, swizzled, tanh
 
 STAGES = 2  # blocks in flight
 SHARED_MEMORY = 226 * 1024  # bytes that a block's arrays may take

@@ -5,6 +5,7 @@
 - Memory starts as nan. A copy to shared memory makes its target nan at once and fills it later, arriving then; a copy
   to global memory reads its source later; so does a product, unless waited for. What is reused too early, or read
   before it was waited for, gives nan or wrong numbers.
+- A product that is added to something is rounded before or not, as the compiler may fuse the two.
 - A barrier that a warpgroup waits for with two phases behind it is an error, as its parity bit then lies; so are
   shared memory that is written and then copied without `commit_smem`, and a block where all wait.
 
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal, Var
 
 CONTROL = {"jit", "pjit", "closed_call", "core_call", "custom_vmap_call", "custom_jvp_call", "custom_vjp_call"}
 
@@ -126,7 +128,7 @@ class _Environment:
         self.write(jaxpr.invars, args)
 
     def read(self, variables: Any) -> list[Any]:
-        return [v.val if isinstance(v, jax.extend.core.Literal) else self.values[v] for v in variables]
+        return [v.val if isinstance(v, Literal) else self.values[v] for v in variables]
 
     def write(self, variables: Any, values: Any) -> None:
         self.values.update(zip(variables, values, strict=True))
@@ -230,14 +232,15 @@ def _view(ref: Any, transforms: Any) -> np.ndarray:
                 for i, size in zip(transform.indices, array.shape, strict=True):
                     if hasattr(i, "size") and hasattr(i, "start"):
                         start = int(i.start)
-                        assert 0 <= start and start + i.size * i.stride <= size, f"{start}+{i.size} outside {size}"
+                        assert start >= 0 and start + i.size * i.stride <= size, f"{start}+{i.size} outside {size}"
                         index.append(slice(start, start + i.size * i.stride, i.stride))
                     else:
                         assert 0 <= int(i) < size, f"{int(i)} outside {size}"
                         index.append(slice(int(i), int(i) + 1))
                 kept = [not hasattr(i, "start") or not hasattr(i, "size") for i in transform.indices]
                 array = array[tuple(index)]
-                array = array.reshape([n for n, scalar in zip(array.shape, kept, strict=True) if not scalar], copy=False)
+                shape = [n for n, scalar in zip(array.shape, kept, strict=True) if not scalar]
+                array = array.reshape(shape, copy=False)
             case "TransposeTransform":
                 array = array.transpose(transform.permutation)
             case "UnswizzleRef" | "UntilingTransform":
@@ -262,8 +265,14 @@ class _Warpgroup:
 
     def run(self, jaxpr: Any, args: list[Any], consts: Any = ()) -> Iterator[Callable[[], bool]]:
         env = _Environment(jaxpr, list(consts), args)
+        products: dict[Any, np.ndarray] = {}  # of float32s, not rounded
         for eqn in jaxpr.eqns:
             values = env.read(eqn.invars)
+            if eqn.primitive.name == "mul" and eqn.outvars[0].aval.dtype == np.float32:
+                products[eqn.outvars[0]] = np.multiply(*values, dtype=np.float64)
+            elif eqn.primitive.name in ("add", "sub") and self.block.rng.integers(2):
+                known = [v for v in eqn.invars if isinstance(v, Var) and v in products]
+                values = [products[v] if v in known else x for v, x in zip(eqn.invars, values, strict=True)]
             rule = getattr(self, "_" + eqn.primitive.name.removesuffix("_p"), None)
             if eqn.primitive.name in CONTROL:
                 inner, own = _inner(eqn)
@@ -440,7 +449,8 @@ class _Warpgroup:
         trees = [eqn.params[name + "_transforms_tree"] for name in ("acc", "a", "b")]
         transforms = _unflatten(trees, values[3:])
         acc = _view(values[0], transforms[0])
-        a, b = (_view(x, t) if isinstance(x, _Ref) else np.asarray(x) for x, t in zip(values[1:3], transforms[1:]))
+        operands = zip(values[1:3], transforms[1:], strict=True)
+        a, b = (_view(x, t) if isinstance(x, _Ref) else np.asarray(x) for x, t in operands)
         assert not any(x.written_by for x in values[1:3] if isinstance(x, _Ref)), "a product of what was not committed"
 
         def land() -> None:

@@ -3,29 +3,27 @@
 Where there is a GPU, the same cases run on it. Compiling needs JAX's CUDA plug-in and ptxas, but no GPU.
 """
 
-import importlib.util
-import shutil
+import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from twinax.pallas_kernels.flash_attention import OPERATION, _check_options, gpu, hopper, hopper_backward
-from twinax.pallas_kernels.flash_attention.gradient import differentiable
+from jax.experimental import pallas as pl
 
 from tests.pallas_kernels.gpu_emulator import emulate
+from twinax.pallas_kernels.flash_attention import OPERATION, _check_options, gpu, hopper, hopper_backward, triton
+from twinax.pallas_kernels.flash_attention.gradient import differentiable
 
 GPU = jax.default_backend() == "gpu"
 NOTHING = {"qk_scale_H": None, "v_scale_H": None, "sinks_H": None}
-# B, T, S, H, K, D, E, options. Tiles are 128 queries, of two halves, and blocks of 64 or 128 keys.
-QUICK = {
+# B, T, S, H, K, D, E, options. Hopper's tiles are 128 queries, of two halves, and its blocks 64 or 128 keys.
+CASES = {
     "one token": (1, 1, 1, 1, 1, 16, 16, {}),
     "causal, grouped, a rest": (1, 140, 140, 2, 1, 32, 32, {}),
     "segments, sinks, softcap": (2, 150, 150, 1, 1, 16, 16, {"segments": True, "sinks": True, "softcap": 2.0}),
     "a window, offsets by row": (2, 130, 300, 1, 1, 16, 16, {"q_offset": (150, -40), "window": 100}),
-}
-SLOW = {
     "all keys, their number odd": (1, 70, 333, 2, 2, 48, 16, {"causal": False}),
     "window both sides": (1, 150, 300, 1, 1, 16, 16, {"causal": False, "window": 40, "q_offset": 70, "softcap": 3.0}),
     "window, segments": (1, 300, 300, 1, 1, 16, 16, {"segments": True, "window": 33}),
@@ -33,12 +31,17 @@ SLOW = {
     "latent": (1, 130, 130, 1, 1, 192, 128, {"softcap": 5.0}),
     "wide": (1, 130, 130, 1, 1, 256, 256, {}),
 }
-CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+QUICK = {
+    ("hopper", "one token"),
+    ("hopper", "segments, sinks, softcap"),
+    ("hopper", "a window, offsets by row"),
+    ("triton", "causal, grouped, a rest"),
+}
 
 
 def make(case):
     """Inputs in bfloat16, and the options as candidates get them."""
-    B, T, S, H, K, D, E, options = (QUICK | SLOW)[case]
+    B, T, S, H, K, D, E, options = CASES[case]
     rng = np.random.default_rng(len(case))
     shapes = ((B, T, H, D), (B, S, K, D), (B, S, K, E), (B, T, H, E))
     *inputs, d_out = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
@@ -56,13 +59,26 @@ def make(case):
     return tuple(inputs), d_out, NOTHING | checked | {"sinks_H": sinks}
 
 
-def run(f, seed):
-    return jax.jit(f) if GPU else emulate(f, seed)
+def attention(forward, backward):
+    return differentiable(gpu.forward_by(forward), gpu.backward_by(backward))
 
 
-def hopper_attention(*inputs, **options):
-    kernels = gpu.forward_by(hopper.forward), gpu.backward_by(hopper_backward.backward)
-    return differentiable(*kernels)(*inputs, **options)
+KERNELS = {
+    "hopper": attention(hopper.forward, hopper_backward.backward),
+    "triton": attention(triton.forward, triton.backward),
+}
+
+
+def run(kernel, f):
+    """f compiled for the GPU, or where there is none with its kernels emulated."""
+    return jax.jit(f) if GPU or kernel == "triton" else emulate(f, seed=1)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton's kernels run in Pallas's interpreter, where there is no GPU."""
+    if not GPU:
+        monkeypatch.setattr(triton.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
 
 
 def close(got, wanted, what):
@@ -71,10 +87,17 @@ def close(got, wanted, what):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=2**-7 * max(np.abs(wanted).max(), 1e-3), err_msg=what)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_output_and_gradients(case):
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [
+        pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
+        for pair in itertools.product(KERNELS, CASES)
+    ],
+)
+def test_output_and_gradients(kernel, case):
     inputs, d_out, options = make(case)
-    if GPU and gpu.target_chip() not in gpu.HOPPER:
+    if GPU and kernel == "hopper" and gpu.target_chip() not in gpu.HOPPER:
         pytest.skip("a kernel for Hopper")
     reference = OPERATION.load("reference")
     with jax.enable_x64(True):
@@ -86,10 +109,10 @@ def test_output_and_gradients(case):
     arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
 
     def both(inputs, d_out, arrays):
-        (out, lse), pull = jax.vjp(lambda *x: hopper_attention(*x, **static, **arrays), *inputs)
+        (out, lse), pull = jax.vjp(lambda *x: KERNELS[kernel](*x, **static, **arrays), *inputs)
         return out, lse, *pull((d_out, jnp.zeros_like(lse)))
 
-    got_out, got_lse, *grads = run(both, seed=1)(inputs, d_out, arrays)
+    got_out, got_lse, *grads = run(kernel, both)(inputs, d_out, arrays)
     close(got_out, out, "out")
     np.testing.assert_allclose(got_lse, lse, rtol=1e-5, atol=1e-5)
     for name, grad, want in zip(("dq", "dk", "dv"), grads, wanted, strict=True):
