@@ -13,6 +13,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from ..pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
 from ..sharding.rules import gather
 
 # The name of products of tokens and weights, for what decides which results the backward pass keeps.
@@ -46,15 +47,19 @@ def _product_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple
 _product.defvjp(_product_forward, _product_backward)
 
 
-def linear(x: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
-    """`x @ weight.T + bias` in the dtype of `x`, shape [..., I] to [..., O]."""
+def linear(x: jax.Array, weight_OI: jax.Array | QuantizedWeight, bias_O: jax.Array | None = None) -> jax.Array:
+    """`x @ weight.T + bias` in the dtype of `x`, shape [..., I] to [..., O]. A quantised weight gets no gradient."""
     dtype = x.dtype
+    if isinstance(weight_OI, QuantizedWeight):
+        return checkpoint_name(quantized_matmul(x, weight_OI, bias=bias_O), PRODUCT)
     y = checkpoint_name(_product(x, weight_OI.astype(dtype)), PRODUCT)
     return y if bias_O is None else y + bias_O.astype(dtype)
 
 
 class Linear(nnx.Module):
     """`y = x W^T + b`, [..., I] to [..., O], computed in the dtype of the input.
+
+    `weight` may be replaced by an `nnx.Param` of a `QuantizedWeight`: it is used as it lies, on one device.
 
     Args:
         in_features, out_features: I and O.
@@ -79,6 +84,9 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=axes[:1]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        bias_O = None if self.bias is None else gather(self.bias[...], self.bias.axes)
+        weight_OI = self.weight.get_value()
+        if isinstance(weight_OI, QuantizedWeight):
+            return linear(x, weight_OI, bias_O)
         # Cast before it is gathered: half the bytes travel.
-        weight_OI = gather(self.weight[...].astype(x.dtype), self.weight.axes)
-        return linear(x, weight_OI, None if self.bias is None else gather(self.bias[...], self.bias.axes))
+        return linear(x, gather(weight_OI.astype(x.dtype), self.weight.axes), bias_O)
