@@ -13,8 +13,9 @@ from ..chips import target_chip
 
 MIB = 1 << 20
 PARTS = (256, 512, 768, 1024, 1536, 2048, 4096)
-# Terms times columns of one product: its program is unrolled.
-PIECE, WHOLE = 1 << 20, 2 << 20
+# Of one product, rows times columns times terms, by the side of the chip's unit: the program of a product is unrolled,
+# and takes long to compile. Larger ones are faster.
+LARGEST_PRODUCT = {128: 1 << 30, 256: 3 << 30}
 STEP_SECONDS = 0.4e-6  # what a step of the grid takes besides its products
 
 
@@ -54,14 +55,12 @@ class ProductBlocks:
 
 @dataclass(frozen=True)
 class GradientBlocks:
-    """Rows, outputs and inputs of a block; `s`, `chunk` and `wide` as in `ProductBlocks`, of inputs."""
+    """Rows, outputs and inputs of a block; a tile that has one group is multiplied whole, others in pieces of `s`."""
 
     n: int
     o: int
     i: int
     s: tuple[int, ...]
-    chunk: int
-    wide: int
 
 
 def chip() -> Chip:
@@ -125,30 +124,30 @@ def product_blocks(N: int, A: int, C: int, G: int, dtype: jnp.dtype, contract: i
     if best is None:
         raise NotImplementedError(f"no blocks of {A} terms by {C} columns fit the chip's {on.vmem} bytes")
     _, n, a, c = best
-    return ProductBlocks(n, c, a, s, _chunk(c, max(256, PIECE // a)), _chunk(c, max(256, WHOLE // a)))
+    wide = max(256, LARGEST_PRODUCT[on.unit] // (s[0] * a))
+    return ProductBlocks(n, c, a, s, _chunk(c, max(256, wide // 2)), _chunk(c, wide))
 
 
 def gradient_blocks(N: int, I: int, O: int, G: int, dtype: jnp.dtype) -> GradientBlocks:
     """For [G, O, I] from rows [N, I] and [N, O]."""
     on, size = chip(), jnp.dtype(dtype).itemsize
     s = pieces(N)
-    best = None
-    rows = sorted({min(_up(N, s[0]), n) for n in (512, 1024)})
-    for n, o, i in itertools.product(rows, _cuts(O, PARTS, False), _cuts(I, PARTS, False)):
-        held = 2 * size * (n * o + n * i + o * i) + 4 * o * i + 2 * n * o
-        if held > on.vmem * 0.8:
+    n, best = s[0], None
+    for o, i in itertools.product(_cuts(O, PARTS, False), _cuts(I, PARTS, False)):
+        held = 2 * size * (n * o + n * i + o * i) + 8 * o * i + 6 * n * (o + i)
+        if held > on.vmem * 0.8 or n * o * i > LARGEST_PRODUCT[on.unit]:
             continue
         blocks_o, blocks_i = -(-O // o), -(-I // i)
         visits = -(-N // n) + G
         moved = size * (blocks_o * N * I + blocks_i * N * O + G * O * I)
         flops = 2 * (N + G * s[-1]) * blocks_o * o * blocks_i * i * (3 if size == 4 else 1)
-        seconds = max(flops / on.flops, moved / on.bytes_per_second)
+        # dy is turned around for every block of inputs.
+        seconds = max(flops / on.flops * (1 + 256 / i), moved / on.bytes_per_second)
         seconds += STEP_SECONDS * blocks_o * blocks_i * visits
         if blocks_o * blocks_i % on.cores:
             seconds *= 1 + 1 / (blocks_o * blocks_i)
         if best is None or seconds < best[0] * 0.999:
-            best = seconds, n, o, i
+            best = seconds, o, i
     if best is None:
         raise NotImplementedError(f"no blocks of {O} by {I} fit the chip's {on.vmem} bytes")
-    _, n, o, i = best
-    return GradientBlocks(n, o, i, s, _chunk(i, max(256, PIECE // o)), _chunk(i, max(256, WHOLE // o)))
+    return GradientBlocks(n, *best[1:], s[1:] or s)

@@ -226,29 +226,25 @@ def gradient(
         visit = pl.program_id(2)
         low, high = table[LOW, visit], table[HIGH, visit]
 
-        @pl.when(table[FIRST, visit] == 1)
+        is_first, is_whole = table[FIRST, visit] == 1, (low == 0) & (high == b.n)
+
+        @pl.when(is_whole)
+        def _() -> None:
+            # Not zeroed beforehand: that would be a pass over the sums.
+            sum_oi[...] = jnp.where(is_first, 0, sum_oi[...]) + _dot(dy_no[...], x_ni[...], (0, 0))
+
+        @pl.when(is_first & ~is_whole)
         def _() -> None:
             sum_oi[...] = jnp.zeros_like(sum_oi)
 
-        def add(first: Any, low: Any, high: Any, size: int, masked: bool = True) -> None:
+        def add(first: Any, low: Any, high: Any, size: int) -> None:
             place = pl.ds(first, size)
+            dy_so, x_si = (
+                jnp.where(_is_own(low, high, first, z.shape), z.astype(jnp.float32), 0).astype(z.dtype)
+                for z in (dy_no[place, :], x_ni[place, :])
+            )
+            sum_oi[...] += _dot(dy_so, x_si, (0, 0))
 
-            chunk = b.chunk if masked else b.wide
-
-            def part(column: Any) -> None:
-                own = pl.ds(column, chunk)
-                dy_so, x_si = dy_no[place, :], x_ni[place, own]
-                if masked:
-                    dy_so, x_si = (
-                        jnp.where(_is_own(low, high, first, z.shape), z.astype(jnp.float32), 0).astype(z.dtype)
-                        for z in (dy_so, x_si)
-                    )
-                sum_oi[:, own] += _dot(dy_so, x_si, (0, 0))
-
-            _parts(b.i, chunk, part)
-
-        is_whole = (low == 0) & (high == b.n)
-        pl.when(is_whole)(lambda: _parts(b.n, b.s[0], lambda first: add(first, 0, b.n, b.s[0], masked=False)))
         pl.when(~is_whole & (low < high))(lambda: _pieces(low, high, b.n, b.s, add))
 
         @pl.when(table[LAST, visit] == 1)

@@ -99,7 +99,7 @@ def test_tpu_kernels_with_several_blocks_of_every_kind(static):
     want = by_hand(*(a.astype(np.float64) for a in (x_NI, weight_GOI, dy_NO)), sizes_G)
     forward = blocks.ProductBlocks(n=128, c=128, a=128, s=(64, 32), chunk=128, wide=128)
     back = blocks.ProductBlocks(n=128, c=256, a=200, s=(64, 32), chunk=128, wide=256)
-    weight_blocks = blocks.GradientBlocks(n=128, o=128, i=256, s=(64, 32), chunk=128, wide=256)
+    weight_blocks = blocks.GradientBlocks(n=128, o=128, i=256, s=(64, 32))
 
     def products(x, weight, dy, given):
         y = tpu.product(x, weight, given, contract=2, blocks=forward)
