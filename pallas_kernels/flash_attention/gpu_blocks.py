@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 LOG2E = math.log2(math.e)
 # A row's maximum while it has seen no key, and a masked score: finite, so that no difference is nan, and a power of
-# two: a multiplication-and-addition does not round its product, and with -1e30 a masked score's exponent was up to 1e22.
+# two: fused arithmetic does not round the product, and with -1e30 the exponent of a masked score was up to 1e22.
 UNSEEN = -(2.0**100)
 CLOSED = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass: its probabilities are 0
 SHIFT = 1 << 20  # blocks by which a position may be negative and still divide by a block's length

@@ -4,6 +4,7 @@ Where there is a GPU, the same cases run on it. Compiling needs JAX's CUDA plug-
 """
 
 import itertools
+import shutil
 from functools import partial
 
 import jax
@@ -12,9 +13,19 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels.gpu_emulator import emulate
-from twinax.pallas_kernels.flash_attention import OPERATION, _check_options, gpu, hopper, hopper_backward, triton
+from twinax.pallas_kernels.flash_attention import (
+    OPERATION,
+    _check_options,
+    flash_attention,
+    gpu,
+    hopper,
+    hopper_backward,
+    triton,
+)
 from twinax.pallas_kernels.flash_attention.gradient import differentiable
+from twinax.planner.devices import has_cuda_plugin
 
 GPU = jax.default_backend() == "gpu"
 NOTHING = {"qk_scale_H": None, "v_scale_H": None, "sinks_H": None}
@@ -117,3 +128,51 @@ def test_output_and_gradients(kernel, case):
     np.testing.assert_allclose(got_lse, lse, rtol=1e-5, atol=1e-5)
     for name, grad, want in zip(("dq", "dk", "dv"), grads, wanted, strict=True):
         close(grad, want, name)
+
+
+def build(target, D, E, kernel=None, segments=False, **options):
+    """For `benchmarks.static`: forward and backward of 8 heads of a row, by the kernel that is chosen or the named."""
+    B, T, H, K = 1, 512, 8, 4
+    arrays = {"ids": target.array((B, T), "int32")} if segments else {}
+
+    def loss(q, k, v, ids=None):
+        if kernel is None:
+            return flash_attention(q, k, v, q_segment_ids_BT=ids, implementation="gpu", **options).sum()
+        checked = _check_options(
+            (q, k, v),
+            **{"causal": True, "window": None, "q_offset": 0, "scale": None, "softcap": None, **options},
+            q_segment_ids_BT=ids,
+            kv_segment_ids_BS=ids,
+            bias_BHTS=None,
+        )
+        return KERNELS[kernel](q, k, v, **NOTHING, **checked)[0].sum()
+
+    inputs = target.array((B, T, H, D)), target.array((B, T, K, D)), target.array((B, T, K, E))
+    return Program(jax.grad(loss, (0, 1, 2)), (*inputs, *arrays.values()), 0.0, 1.0)
+
+
+COMPILED = [
+    *({"D": D, "E": D} for D in (64, 80, 96, 128, 256)),
+    {"D": 192, "E": 128},
+    {"D": 128, "E": 128, "causal": False},
+    {"D": 128, "E": 128, "segments": True},
+    {"D": 128, "E": 128, "window": 100},
+    {"D": 128, "E": 128, "segments": True, "window": 100, "softcap": 30.0},
+    {"D": 128, "E": 128, "causal": False, "window": 100, "softcap": 30.0},
+    {"D": 64, "E": 64, "segments": True, "window": 100, "softcap": 30.0},
+    {"D": 256, "E": 256, "segments": True, "window": 100, "softcap": 30.0},
+    {"D": 192, "E": 128, "segments": True, "window": 100},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_cuda_plugin() or not shutil.which("ptxas"), reason="wants JAX's CUDA plug-in and ptxas")
+@pytest.mark.parametrize(
+    ("chip", "cases"),
+    [("h200", COMPILED), ("a100", [{"D": 128, "E": 128, "segments": True}, {"D": 64, "E": 64, "window": 100}])],
+)
+def test_compiles_without_spills_or_serialised_products(chip, cases):
+    builder = f"{__file__}:build"
+    for case, found in zip(cases, compile_all([Request(chip, builder, case) for case in cases]), strict=True):
+        assert found.failed is None, (case, found.failed)
+        assert (found.spills, found.warnings) == (0, ()), (case, found)
