@@ -78,12 +78,13 @@ def write(
     page_T = jnp.where(good_T, page_T, pages.num_pages)  # past the end: the scatter drops it
     slot_T = rows.position_T % pages.page_size
     new = as_kept(pages, k_TKD, v_TKV)
-    k, v, kv, scale = pages.k_LPKDS, pages.v_LPKSV, pages.kv_LPKSE, pages.scale_LPKZ
+    k, v, kv, scale = pages.k_LPKDS, pages.v_LPKSV, pages.kv_LPKNSX, pages.scale_LPKZ
     if k is not None and v is not None:
         k = k.at[layer, page_T, :, :, slot_T].set(new.k_TKD, mode="drop")
         v = v.at[layer, page_T, :, slot_T].set(new.v_TKV, mode="drop")
     if kv is not None:
-        kv = kv.at[layer, page_T, :, slot_T].set(pages.join(new.k_TKD, new.v_TKV), mode="drop")
+        tiles_TKNX = pages.join(new.k_TKD, new.v_TKV).reshape(len(page_T), *kv.shape[2:4], -1)
+        kv = kv.at[layer, page_T, :, :, slot_T].set(tiles_TKNX, mode="drop")
     if scale is not None:
         scale = scale.at[layer, page_T, :, slot_T].set(new.k_scale_TK, mode="drop")
         scale = scale.at[layer, page_T, :, pages.page_size + slot_T].set(new.v_scale_TK, mode="drop")

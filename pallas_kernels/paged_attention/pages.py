@@ -1,7 +1,8 @@
 """The pool of pages that all candidates of `paged_attention` read and write (Kwon et al. 2023, arXiv:2309.06180).
 
 Shapes: L layers, P pages, K key/value heads, S slots a page, D head size, V size of a value (D, or less of a latent).
-Of layout "joint": E lanes of a token, its key and its value. Of a quantised cache: Z = 2 S, the scales of the keys of
+Of layout "joint": E lanes of a token, its key and
+its value, as N tiles of X = 128. Of a quantised cache: Z = 2 S, the scales of the keys of
 a page and then those of its values.
 """
 
@@ -20,7 +21,7 @@ QUANTISED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number of eac
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k_LPKDS", "v_LPKSV", "kv_LPKSE", "scale_LPKZ"],
+    data_fields=["k_LPKDS", "v_LPKSV", "kv_LPKNSX", "scale_LPKZ"],
     meta_fields=["head_dim", "value_dim", "latent"],
 )
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Pages:
     - "split": keys transposed and values, so that both products of attention contract the last axis on the left with
       the last but one on the right. Of XLA:CPU's products that kind is quick for few rows and rounds a row the same
       whatever rows stand beside it. Values of a latent are kept a second time.
-    - "joint": each token's key and then its value, side by side in lanes, so that a page of all heads is one copy to a
-      TPU's memory and its tiles are as the matrix unit wants them. A latent is kept once.
+    - "joint": each token's key and then its value, in lanes, one tile of lanes after the other, so that a page of all
+      heads is one plain copy to a TPU's memory, and as the matrix unit wants it. A latent is kept once.
 
     A quantised cache (int8, float8_e4m3fn) has a scale for each token and head, float32. Written once with its token,
     it never changes: scales for a page would have the page rounded anew with each token, and results depend on how a
@@ -42,7 +43,7 @@ class Pages:
 
     k_LPKDS: jax.Array | None
     v_LPKSV: jax.Array | None
-    kv_LPKSE: jax.Array | None
+    kv_LPKNSX: jax.Array | None
     scale_LPKZ: jax.Array | None
     head_dim: int
     value_dim: int
@@ -50,11 +51,11 @@ class Pages:
 
     @property
     def layout(self) -> str:
-        return "split" if self.kv_LPKSE is None else "joint"
+        return "split" if self.kv_LPKNSX is None else "joint"
 
     @property
     def _tokens(self) -> jax.Array:
-        found = self.v_LPKSV if self.kv_LPKSE is None else self.kv_LPKSE
+        found = self.v_LPKSV if self.kv_LPKNSX is None else self.kv_LPKNSX
         assert found is not None
         return found
 
@@ -72,7 +73,7 @@ class Pages:
 
     @property
     def page_size(self) -> int:
-        return self._tokens.shape[3]
+        return self._tokens.shape[-2]
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -83,16 +84,22 @@ class Pages:
         return self.scale_LPKZ is not None
 
     @property
+    def lanes(self) -> int:
+        """Of layout "joint": E."""
+        return self._tokens.shape[3] * self._tokens.shape[5]
+
+    @property
     def value_lane(self) -> int:
         """Of layout "joint": the lane where a value begins."""
         return 0 if self.latent else value_lane(self.head_dim)
 
     def take(self, layer: int | jax.Array, page_W: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys [..., K, D, S] and values [..., K, S, V] of pages, as they are kept."""
-        if self.kv_LPKSE is None:
+        if self.kv_LPKNSX is None:
             assert self.k_LPKDS is not None and self.v_LPKSV is not None
             return self.k_LPKDS[layer, page_W], self.v_LPKSV[layer, page_W]
-        kv = self.kv_LPKSE[layer, page_W]
+        kv = jnp.swapaxes(self.kv_LPKNSX[layer, page_W], -2, -3)  # [..., K, S, N, X]
+        kv = kv.reshape(*kv.shape[:-2], -1)
         first = self.value_lane
         return jnp.swapaxes(kv[..., : self.head_dim], -1, -2), kv[..., first : first + self.value_dim]
 
@@ -104,7 +111,7 @@ class Pages:
 
     def join(self, k_TKD: jax.Array, v_TKV: jax.Array) -> jax.Array:
         """[T, K, E]: tokens as layout "joint" has them."""
-        E = self._tokens.shape[-1]
+        E = self.lanes
         if self.latent:
             return jnp.pad(k_TKD, ((0, 0), (0, 0), (0, E - self.head_dim)))
         gap = self.value_lane - self.head_dim
@@ -149,7 +156,7 @@ def init_pages(
         v = jnp.zeros((*rows, V), dtype)
     else:
         E = head_dim if latent else value_lane(head_dim) + head_dim
-        kv = jnp.zeros((*rows, -(-E // LANES) * LANES), dtype)
+        kv = jnp.zeros((*rows[:3], -(-E // LANES), page_size, LANES), dtype)
     if dtype.name in QUANTISED:
         scale = jnp.zeros((*rows[:3], 2 * page_size), jnp.float32)
     return Pages(k, v, kv, scale, head_dim, V, latent is not None)

@@ -54,13 +54,13 @@ def paged_attention(
     cores = CORES.get(chip or "", 1)
     cores = cores if K % cores == 0 else 1
     vmem = VMEM.get(chip or "", 100 * MIB)
-    E = pages.kv_LPKSE.shape[-1]  # pyright: ignore[reportOptionalMemberAccess]
     v_lane = pages.value_lane // LANES * LANES
     sizes = Sizes(
         K=K // cores,
         S=pages.page_size,
-        n=pages_of_block(pages.page_size, K // cores * E * pages.dtype.itemsize, M),
+        n=pages_of_block(pages.page_size, K // cores * pages.lanes * pages.dtype.itemsize, M),
         M=M,
+        N=pages.lanes // LANES,
         C=_lanes(D),
         v_lane=v_lane,
         V=_lanes(pages.value_lane + pages.value_dim - v_lane),
@@ -81,7 +81,7 @@ def paged_attention(
     new_TKE = pages.join(kept.k_TKD, kept.v_TKV).astype(jnp.float32)
     q_THC = jnp.pad(q_THD, ((0, 0), (0, 0), (0, sizes.C - D)))
     is_decode_R = (query_length_R == 1) & (query_start_R == jnp.arange(R)) & (query_start_R < decode_rows)
-    kv, scales = pages.kv_LPKSE, pages.scale_LPKZ
+    kv, scales = pages.kv_LPKNSX, pages.scale_LPKZ
     outs = []
 
     if decode_rows:

@@ -5,7 +5,7 @@ batch. One block's copies are under way while another is computed. Every kernel 
 blocks in their order, so that a token's bits do not depend on the kernel, on the split or on company.
 
 Shapes: K key/value heads (of one core), n pages a block, S slots a page, B = n * S, E lanes of a token in the cache,
-Z = 2 S scales of a page, C lanes of a key that are multiplied, V lanes of a value, N rows.
+in tiles of X = 128, Z = 2 S scales of a page, C lanes of a key that are multiplied, V lanes of a value, N rows.
 """
 
 import math
@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from .pages import LANES
 
 MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
 LOG2_E = math.log2(math.e)
@@ -29,6 +31,7 @@ class Sizes:
     S: int
     n: int
     M: int  # pages a request
+    N: int  # tiles of lanes of a token
     C: int
     v_lane: int
     V: int
@@ -79,7 +82,7 @@ class Cache:
     table_ref: Any  # None: request r has the pages from r * M on
     kv_hbm: Any
     scale_hbm: Any
-    kv_buf: Any  # [buffers, n, K * S, E]
+    kv_buf: Any  # [buffers, n, K * tiles * S, X]
     scale_buf: Any  # [buffers, n, K, Z]
     sems: Any  # [buffers]
 
@@ -91,16 +94,16 @@ class Cache:
         return pl.ds(pl.multiple_of(self.core * size, size), size)
 
     def page_in_memory(self, page: Any) -> Any:
-        """[K * S, E]: two axes, for the plainest of copies."""
-        return self.kv_hbm.at[self.layer, page, self.mine(self.sizes.S)]
+        """[K * tiles * S, X]: two axes and a tile of lanes, for the plainest of copies."""
+        return self.kv_hbm.at[self.layer, page, self.mine(self.sizes.N * self.sizes.S)]
 
     def scales_in_memory(self, page: Any) -> Any:
         """[K, Z]"""
         return self.scale_hbm.at[self.layer, page, self.mine(1)]
 
-    def rows(self, head: Any, first: Any = 0, count: int | None = None) -> Any:
-        """Of the rows of a page in a buffer: those of a head, or `count` slots of it."""
-        at = head * self.sizes.S + first
+    def rows(self, head: Any, tile: int, first: Any = 0, count: int | None = None) -> Any:
+        """Of the rows of a page in a buffer: those of a head's tile, or `count` slots of it."""
+        at = (head * self.sizes.N + tile) * self.sizes.S + first
         count = self.sizes.S if count is None else count
         return pl.ds(at if isinstance(at, int) else pl.multiple_of(at, self.sizes.write_rows), count)
 
@@ -160,15 +163,16 @@ class Cache:
 
     def key(self, slot: Any, head: Any) -> jax.Array:
         """[B, C]"""
-        sizes = self.sizes
-        k = self.kv_buf[slot, :, self.rows(head), pl.ds(0, sizes.C)]
-        return _cast(k.reshape(sizes.B, sizes.C), sizes.dtype)
+        return self._tiles(slot, head, 0, self.sizes.C)
 
     def value(self, slot: Any, head: Any) -> jax.Array:
         """[B, V]"""
-        sizes = self.sizes
-        v = self.kv_buf[slot, :, self.rows(head), pl.ds(sizes.v_lane, sizes.V)]
-        return _cast(v.reshape(sizes.B, sizes.V), sizes.dtype)
+        return self._tiles(slot, head, self.sizes.v_lane // LANES, self.sizes.V)
+
+    def _tiles(self, slot: Any, head: Any, first: int, lanes: int) -> jax.Array:
+        tiles = [self.kv_buf[slot, :, self.rows(head, first + i)] for i in range(lanes // LANES)]
+        tiles = [_cast(x.reshape(self.sizes.B, LANES), self.sizes.dtype) for x in tiles]
+        return tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, 1)
 
     def scales(self, slot: Any, head: Any, which: int) -> jax.Array:
         """[1, B]: of the keys (0) or the values (1)."""

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .pages import LANES
 from .tpu_block import LOG2_E, MASKED, Cache, Sizes, softmax_step, when, wide
 
-LANES = 128
 BUFFERS = 2
 ALIGN = 8  # rows of 32-bit numbers that a copy begins at multiples of
 
@@ -41,7 +41,7 @@ def chunk(
     q_THC: jax.Array,
     new_TKE: jax.Array | None,
     sinks_H: jax.Array | None,
-    kv_LPKSE: jax.Array,
+    kv_LPKNSX: jax.Array,
     scale_LPKZ: jax.Array | None,
     rows: Rows,
     *,
@@ -60,7 +60,7 @@ def chunk(
             not read (for the static profiler, which cannot follow data).
     """
     T, H, C = q_THC.shape
-    K, S, E, V = sizes.K, sizes.S, kv_LPKSE.shape[-1], sizes.V
+    K, S, E, V = sizes.K, sizes.S, sizes.N * LANES, sizes.V
     tiles, per_core = T // tile, H // cores
     start_R = jnp.where(rows.count_R > 0, rows.start_R, T)
     order_R = jnp.argsort(start_R, stable=True)
@@ -91,7 +91,7 @@ def chunk(
         padded = jnp.pad(new_TKE.astype(jnp.float32), ((S, window), (0, 0), (0, 0)))
         inputs.append(jnp.swapaxes(padded, 0, 1))
         specs.append(hbm)
-    kv = kv_LPKSE.reshape(*kv_LPKSE.shape[:2], -1, E)
+    kv = kv_LPKNSX.reshape(*kv_LPKNSX.shape[:2], -1, LANES)
     inputs.append(kv)
     specs.append(hbm)
     cache_at = len(scalars) + len(inputs) - 1
@@ -107,14 +107,14 @@ def chunk(
     else:
         out_shape = [jax.ShapeDtypeStruct((T, H * lanes), jnp.float32) for lanes in (LANES, LANES, V)]
         out_specs = [across(LANES), across(LANES), across(V)]
-    scratch = [pltpu.VMEM((BUFFERS, sizes.n, K * S, E), kv.dtype)]
+    scratch = [pltpu.VMEM((BUFFERS, sizes.n, K * sizes.N * S, LANES), kv.dtype)]
     if sizes.quantised:
         scratch.append(pltpu.VMEM((BUFFERS, sizes.n, K, 2 * S), jnp.float32))
     scratch += [pltpu.SemaphoreType.DMA((BUFFERS,)), pltpu.VMEM((per_core, tile, C), q_THC.dtype)]
     scratch += [pltpu.VMEM((per_core, tile, lanes), jnp.float32) for lanes in (LANES, LANES, V)]
     if writes:
         scratch += [
-            pltpu.VMEM((most, K * S, E), kv.dtype),
+            pltpu.VMEM((most, K * sizes.N * S, LANES), kv.dtype),
             pltpu.VMEM((most, K, window, E), jnp.float32),
             pltpu.SemaphoreType.DMA((most,)),
         ]
@@ -137,8 +137,8 @@ def chunk(
         name="paged_chunk" if writes else "paged_prefix",
     )(*scalars, *inputs)
     if writes:
-        return out[0].reshape(T, H, V), out[1].reshape(kv_LPKSE.shape)
-    return tuple(x.reshape(T, H, -1) for x in out), kv_LPKSE
+        return out[0].reshape(T, H, V), out[1].reshape(kv_LPKNSX.shape)
+    return tuple(x.reshape(T, H, -1) for x in out), kv_LPKNSX
 
 
 def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: bool, *refs: Any) -> None:
@@ -297,13 +297,15 @@ def _write(
             for copy in read(nth, entry, row_of_page):
                 copy.wait()
             shift = jax.lax.rem(window - jax.lax.rem(row_of_page, ALIGN), window)
-            position = entry * S + jax.lax.broadcasted_iota(jnp.int32, (S, E), 0)
+            position = entry * S + jax.lax.broadcasted_iota(jnp.int32, (S, LANES), 0)
             is_new = (position >= begin) & (position < end)
 
             def head(k: Any, _: Any) -> None:
                 moved = pltpu.roll(new_buf[nth, k], shift, 0)[:S]
-                kept = page_buf[nth, cache.rows(k)].astype(jnp.float32)
-                page_buf[nth, cache.rows(k)] = jnp.where(is_new, moved, kept).astype(page_buf.dtype)
+                for i in range(cache.sizes.N):
+                    kept = page_buf[nth, cache.rows(k, i)].astype(jnp.float32)
+                    new = jnp.where(is_new, moved[:, i * LANES : (i + 1) * LANES], kept)
+                    page_buf[nth, cache.rows(k, i)] = new.astype(page_buf.dtype)
 
             jax.lax.fori_loop(0, K, head, None)
             back(nth, entry).start()

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .pages import LANES
 from .tpu_block import LOG2_E, MASKED, Cache, Sizes, softmax_step, when, wide
 
-LANES = 128
 IN_FLIGHT = 8 * 2**20  # bytes of blocks that are on the chip or on the way to it
 BUFFERS = (2, 6)
 
@@ -33,7 +33,7 @@ def decode(
     new_scale_NKZ: jax.Array | None,
     sinks_r: jax.Array | None,
     state: tuple[jax.Array, jax.Array, jax.Array] | None,
-    kv_LPKSE: jax.Array,
+    kv_LPKNSX: jax.Array,
     scale_LPKZ: jax.Array | None,
     *,
     layer: Any,
@@ -73,7 +73,7 @@ def decode(
     def rows_of(*lanes: int) -> pl.BlockSpec:
         return pl.BlockSpec((block_rows, per_core, *lanes), lambda c, b, *_: (b, c, 0))
 
-    K, E, V = sizes.K, kv_LPKSE.shape[-1], sizes.V
+    K, E, V = sizes.K, sizes.N * LANES, sizes.V
     heads_of = lambda lanes: pl.BlockSpec((block_rows, 1, K, lanes), lambda c, b, *_: (b, c, 0, 0))  # noqa: E731
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     inputs: list[Any] = [q_NrC, new_NKE.reshape(N, cores, K, E)]
@@ -88,18 +88,18 @@ def decode(
         inputs += state
         specs += [rows_of(LANES), rows_of(LANES), rows_of(V)]
     first_cache = len(scalars) + len(inputs)
-    kv = kv_LPKSE.reshape(*kv_LPKSE.shape[:2], -1, E)
+    kv = kv_LPKNSX.reshape(*kv_LPKNSX.shape[:2], -1, LANES)
     caches = [kv] if scale_LPKZ is None else [kv, scale_LPKZ]
     has = dict(scales=scale_LPKZ is not None, sinks=sinks_r is not None, state=state is not None)
     blocks = 0 if static_length is None else -(-static_length // sizes.B)
-    buffers = min(max(IN_FLIGHT // (sizes.B * K * E * kv_LPKSE.dtype.itemsize), BUFFERS[0]), BUFFERS[1])
+    buffers = min(max(IN_FLIGHT // (sizes.B * K * E * kv_LPKNSX.dtype.itemsize), BUFFERS[0]), BUFFERS[1])
     if blocks:
         buffers = math.gcd(blocks, buffers if blocks % buffers == 0 else 2 ** (buffers.bit_length() - 1))
     scratch = [
-        pltpu.VMEM((buffers, sizes.n, K * sizes.S, E), kv_LPKSE.dtype),
+        pltpu.VMEM((buffers, sizes.n, K * sizes.N * sizes.S, LANES), kv_LPKNSX.dtype),
         pltpu.VMEM((buffers, sizes.n, K, 2 * sizes.S), jnp.float32) if sizes.quantised else None,
         pltpu.SemaphoreType.DMA((buffers,)),
-        pltpu.VMEM((K, sizes.write_rows, E), kv_LPKSE.dtype),
+        pltpu.VMEM((K * sizes.N, sizes.write_rows, LANES), kv_LPKNSX.dtype),
         pltpu.VMEM((K, 2 * sizes.S), jnp.float32) if sizes.quantised else None,
         pltpu.SemaphoreType.DMA(()),
         pltpu.VMEM((per_core, LANES), jnp.float32),
@@ -127,7 +127,7 @@ def decode(
         ),
         name="paged_decode",
     )(*scalars, *inputs, *caches)
-    return out, caches[0].reshape(kv_LPKSE.shape), caches[1] if len(caches) > 1 else None
+    return out, caches[0].reshape(kv_LPKNSX.shape), caches[1] if len(caches) > 1 else None
 
 
 def _kernel(
@@ -284,16 +284,18 @@ def _insert(
     entry, at = position // S, position % S
     nth, page = entry % sizes.n, cache.page(r, entry)
     first = at // rows * rows
-    for h in range(sizes.K):
-        tile = cache.rows(h, first, rows)
+    tiles = [(h, i) for h in range(sizes.K) for i in range(sizes.N)]
+    for at_tile, (h, i) in enumerate(tiles):
+        tile = cache.rows(h, i, first, rows)
         old = cache.kv_buf[slot, nth, tile]
         is_new = jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) == at % rows
-        new = jnp.where(is_new, new_KE[h : h + 1], old.astype(jnp.float32)).astype(old.dtype)
+        lanes = new_KE[h : h + 1, i * LANES : (i + 1) * LANES]
+        new = jnp.where(is_new, lanes, old.astype(jnp.float32)).astype(old.dtype)
         cache.kv_buf[slot, nth, tile] = new
-        write_buf[h] = new
+        write_buf[at_tile] = new
     writes = [
-        pltpu.make_async_copy(write_buf.at[h], cache.page_in_memory(page).at[cache.rows(h, first, rows)], sem)
-        for h in range(sizes.K)
+        pltpu.make_async_copy(write_buf.at[at_tile], cache.page_in_memory(page).at[cache.rows(h, i, first, rows)], sem)
+        for at_tile, (h, i) in enumerate(tiles)
     ]
     if new_scale_KZ is not None:
         old = cache.scale_buf[slot, nth]

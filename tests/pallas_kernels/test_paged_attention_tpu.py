@@ -81,7 +81,7 @@ def make(case):
     kept = case.kept or case.dtype
     pages = init_pages(2, R * M + 1, case.S, case.K, case.D, kept, latent=case.latent, layout="joint")
     size = 40 if kept == jnp.int8 else 1
-    kv = jnp.asarray(size * rng.standard_normal(pages.kv_LPKSE.shape), kept)
+    kv = jnp.asarray(size * rng.standard_normal(pages.kv_LPKNSX.shape), kept)
     leaves = [kv] + [jnp.asarray(rng.uniform(0.005, 0.02, x.shape), x.dtype) for x in jax.tree.leaves(pages)[1:]]
     shapes = [(at + case.spare, heads, case.D) for heads in (case.H, case.K, case.K)]
     qkv = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
