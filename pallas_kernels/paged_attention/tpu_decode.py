@@ -70,23 +70,25 @@ def decode(
     if static_length is not None:
         scalars = []
 
-    def rows_of(*lanes: int) -> pl.BlockSpec:
-        return pl.BlockSpec((block_rows, per_core, *lanes), lambda c, b, *_: (b, c, 0))
+    def by_core(x: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
+        """Of [N, rows, lanes]: the rows of each core, side by side, and a block of them."""
+        x = x.reshape(N, cores, -1, x.shape[-1])
+        spec = pl.BlockSpec((None, block_rows, *x.shape[2:]), lambda c, b, *_: (c, b, 0, 0))
+        return jnp.swapaxes(x, 0, 1), spec
 
     K, E, V = sizes.K, sizes.N * LANES, sizes.V
-    heads_of = lambda lanes: pl.BlockSpec((block_rows, 1, K, lanes), lambda c, b, *_: (b, c, 0, 0))  # noqa: E731
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    inputs: list[Any] = [q_NrC, new_NKE.reshape(N, cores, K, E)]
-    specs = [rows_of(sizes.C), heads_of(E)]
-    if new_scale_NKZ is not None:
-        inputs.append(new_scale_NKZ.reshape(N, cores, K, -1))
-        specs.append(heads_of(new_scale_NKZ.shape[-1]))
+    given = [q_NrC, new_NKE] + ([] if new_scale_NKZ is None else [new_scale_NKZ])
+    inputs: list[Any]
+    specs: list[Any]
+    inputs, specs = map(list, zip(*map(by_core, given), strict=True))
     if sinks_r is not None:
         inputs.append(jnp.broadcast_to(sinks_r[:, None].astype(jnp.float32), (rows, LANES)))
         specs.append(pl.BlockSpec((per_core, LANES), lambda c, b, *_: (c, 0)))
     if state is not None:
-        inputs += state
-        specs += [rows_of(LANES), rows_of(LANES), rows_of(V)]
+        for x in state:
+            for those, new in zip((inputs, specs), by_core(x), strict=True):
+                those.append(new)
     first_cache = len(scalars) + len(inputs)
     kv = kv_LPKNSX.reshape(*kv_LPKNSX.shape[:2], -1, LANES)
     caches = [kv] if scale_LPKZ is None else [kv, scale_LPKZ]
@@ -106,17 +108,18 @@ def decode(
         pltpu.VMEM((per_core, LANES), jnp.float32),
         pltpu.VMEM((per_core, V), jnp.float32),
     ]
+    out_spec = pl.BlockSpec((None, block_rows, per_core, V), lambda c, b, *_: (c, b, 0, 0))
     out, *caches = pl.pallas_call(
         functools.partial(_kernel, sizes, cores, block_rows, has, static_length),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(cores, steps),
             in_specs=[*specs, *[hbm] * len(caches)],
-            out_specs=[rows_of(V), *[hbm] * len(caches)],
+            out_specs=[out_spec, *[hbm] * len(caches)],
             scratch_shapes=[x for x in scratch if x is not None],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((N, rows, V), q_NrC.dtype),
+            jax.ShapeDtypeStruct((cores, N, per_core, V), q_NrC.dtype),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches),
         ],
         input_output_aliases={first_cache + i: 1 + i for i in range(len(caches))},
@@ -124,9 +127,11 @@ def decode(
             dimension_semantics=("parallel" if cores > 1 else "arbitrary", "arbitrary"),
             vmem_limit_bytes=vmem_bytes,
             disable_bounds_checks=True,
+            disable_semaphore_checks=static_length is not None,
         ),
         name="paged_decode",
     )(*scalars, *inputs, *caches)
+    out = jnp.swapaxes(out, 0, 1).reshape(N, rows, V)
     return out, caches[0].reshape(kv_LPKNSX.shape), caches[1] if len(caches) > 1 else None
 
 
@@ -239,7 +244,7 @@ def _kernel(
             slot, ahead = jax.lax.fori_loop(low, last, block, carry)
         ahead = fetch(ahead)
         cache.wait(last, low_page, stop, slot)
-        new = (new_ref[row, 0], None if new_scale_ref is None else new_scale_ref[row, 0])
+        new = (new_ref[row], None if new_scale_ref is None else new_scale_ref[row])
         writes = _insert(cache, r, length - 1, slot, *new, write_buf, scale_write_buf, write_sem)
         cache.tidy(last, low_page, length, slot)
         attend(last, slot, True)
