@@ -71,7 +71,7 @@ def flash_attention_backward(
         return jnp.concatenate(dq, 1), sum(dk), sum(dv), *(jnp.concatenate(x, 2) for x in d_bias)
 
     segments, bias = q_segment_ids_BT is not None, bias_BHTS is not None
-    plan = _plan(T, S, causal, window, q_offset, segments, bias, is_backward=True)
+    plan = _plan((T, S, D, E), causal, window, q_offset, segments, bias, is_backward=True)
     Tp, Sp = plan.nq * plan.block_q, plan.nk * plan.block_k
     lse_BTH = jnp.where(lse_BTH > -jnp.inf, lse_BTH * LOG2E, UNSEEN)
     rows = (B, K, G, 1, Tp)
@@ -122,9 +122,9 @@ def _forward(
     if qk_scale_H is not None:
         q_BTHD, k_BSKD, v_BSKE = (x.astype(jnp.bfloat16) for x in (q_BTHD, k_BSKD, v_BSKE))
     _check(q_BTHD)
-    T, (_, S, _, E) = q_BTHD.shape[1], v_BSKE.shape
+    (_, T, _, D), (_, S, _, E) = q_BTHD.shape, v_BSKE.shape
     segments, bias = q_segment_ids_BT is not None, bias_BHTS is not None
-    plan = _plan(T, S, causal, window, q_offset, segments, bias, is_backward=False)
+    plan = _plan((T, S, D, E), causal, window, q_offset, segments, bias, is_backward=False)
     Tp, Sp = plan.nq * plan.block_q, plan.nk * plan.block_k
     extras, found = _segments(plan, q_segment_ids_BT, kv_segment_ids_BS, q_offset)
     if bias_BHTS is not None:
@@ -157,15 +157,22 @@ def _check(q: jax.Array) -> None:
 
 
 def _plan(
-    T: int, S: int, causal: bool, window: int | None, q_offset: Any, segments: bool, bias: bool, is_backward: bool
+    sizes: tuple[int, ...],
+    causal: bool,
+    window: int | None,
+    q_offset: Any,
+    segments: bool,
+    bias: bool,
+    is_backward: bool,
 ) -> Plan:
+    T, S, D, E = sizes
     offset = q_offset if isinstance(q_offset, int) else None
     most_q, most_k = blocks(target_chip(), T, S, causal, bias, is_backward)
     if window is not None:  # blocks much larger than the window are mostly edge
         fit = max(256, 1 << (window - 1).bit_length())
         most_q, most_k = min(most_q, fit), min(most_k, fit)
     block_q, block_k = _fit(T, most_q), _fit(S, most_k)
-    return Plan(T, S, block_q, block_k, causal, window, offset, segments, every_pair=bias and is_backward)
+    return Plan(T, S, block_q, block_k, causal, window, offset, segments, D, E, every_pair=bias and is_backward)
 
 
 def _fit(length: int, most: int) -> int:

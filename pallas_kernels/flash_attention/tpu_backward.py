@@ -87,14 +87,9 @@ def backward(
             )
         )
         out_shapes.append((B, K, G, S, T))
-    pairs = (
-        max(1, sum(max(0, hi - lo + 1) for lo, hi in (plan.queries_of(j, None, 0) for j in range(plan.nk))))
-        if (plan.offset is not None)
-        else plan.nq * plan.nk
-    )
     cost = pl.CostEstimate(
-        flops=2 * B * K * G * pairs * bq * bk * (3 * D + 2 * E),
-        transcendentals=B * K * G * pairs * bq * bk,
+        flops=2 * B * K * G * plan.pairs * (3 * plan.D + 2 * plan.E),
+        transcendentals=B * K * G * plan.pairs,
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays.values()) + 4 * B * K * (G * T * D + S * (D + E)),
     )
     return tuple(

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -21,7 +22,7 @@ PADDING_Q, PADDING_K = -2, -1  # ids of segment 0, that equal nothing
 class Plan:
     """The static part of a call. `offset` is None when it differs by batch row or is traced.
 
-    `block_q` and `block_k` are powers of two; T and S are the lengths without padding.
+    `block_q` and `block_k` are powers of two; T, S, D and E are without padding.
     """
 
     T: int
@@ -32,6 +33,8 @@ class Plan:
     window: int | None
     offset: int | None
     segments: bool
+    D: int = 0
+    E: int = 0
     every_pair: bool = False  # visits the empty pairs too: a gradient of a bias has to be written everywhere
 
     @property
@@ -41,6 +44,19 @@ class Plan:
     @property
     def nk(self) -> int:
         return pl.cdiv(self.S, self.block_k)
+
+    @property
+    def pairs(self) -> int:
+        """Queries and keys that see each other, by position. With unknown offsets, as if the queries came last."""
+        at = np.arange(self.T) + (self.S - self.T if self.offset is None else self.offset)
+        low, high = np.zeros_like(at), np.full_like(at, self.S - 1)
+        if self.causal:
+            high = np.minimum(high, at)
+        elif self.window is not None:
+            high = np.minimum(high, at + self.window - 1)
+        if self.window is not None:
+            low = np.maximum(low, at - self.window + 1)
+        return int(np.maximum(high - low + 1, 0).sum())
 
     @property
     def is_static(self) -> bool:
@@ -141,7 +157,6 @@ class Plan:
     def _offset(self, tables: Any, b: Any) -> Any:
         if self.offset is not None:
             return self.offset
-        # While the grid's size is found, there is no table: then nothing is known to be empty.
         return tables["offset"][b]
 
     def steps(self, per_key_block: bool) -> int:
