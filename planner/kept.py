@@ -13,10 +13,11 @@ from typing import Any
 
 from ..models.config import DecoderConfig
 from ..sharding.plan import Plan
+from .workload import ITEMSIZES
 
 # The toy: layers, rows, tokens of a row; widths. No product or quotient of two of them is a third.
 LAYERS, ROWS, LENGTH = 3, 2, 22
-WIDTH, MLP, HEADS, KV_HEADS, HEAD, VOCAB, EXPERTS = 26, 38, 10, 5, 34, 58, 4
+WIDTH, MLP, HEADS, KV_HEADS, HEAD, VOCAB, EXPERTS = 26, 38, 12, 6, 34, 58, 4
 TOKENS = ROWS * LENGTH
 
 
@@ -25,8 +26,11 @@ class Kept:
     """Bytes kept of one block, as coefficients.
 
     Attributes:
-        width, mlp, heads, kv_heads: for each token and each element of that width.
+        width, mlp, heads, kv_heads: for each token and each element of that width; of a mixture, `mlp` for each expert
+            that a token has.
         single: for each token.
+        routed: for each expert that a token has and each element of the model's width.
+        whole: of `width`, what tensor parallelism does not cut.
     """
 
     width: float = 0.0
@@ -34,11 +38,25 @@ class Kept:
     heads: float = 0.0
     kv_heads: float = 0.0
     single: float = 0.0
+    routed: float = 0.0
+    whole: float = 0.0
 
 
 @lru_cache(maxsize=32)
 def kept_of(remat: str, dtype: str, has_experts: bool = False, on_mesh: bool = True) -> Kept:
     """What `remat` keeps with products in `dtype`; on one device, or on a mesh, where weights are gathered."""
+    kept = _of_toy(remat, dtype, 1 if has_experts else 0, Plan(fsdp=2) if on_mesh else Plan())
+    # The inputs of attention's products and of the MLP's are gathered, and kept so where they are not computed again.
+    inputs = (1 if has_experts else 2) * ITEMSIZES[dtype] if remat == "none" else 0
+    if not has_experts:
+        return dataclasses.replace(kept, whole=inputs)
+    routed = _of_toy(remat, dtype, 2, Plan(fsdp=2) if on_mesh else Plan()).width - kept.width
+    # What a device of several has whole of a mixture, the toy's arrays hold as often as there are devices.
+    twice = _of_toy(remat, dtype, 1, Plan(fsdp=2, tensor=2)).width - kept.width if on_mesh else routed
+    return dataclasses.replace(kept, width=kept.width - routed, routed=routed, whole=inputs + twice - routed)
+
+
+def _of_toy(remat: str, dtype: str, experts_per_token: int, plan: Plan) -> Kept:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -48,7 +66,9 @@ def kept_of(remat: str, dtype: str, has_experts: bool = False, on_mesh: bool = T
     from ..layers.moe_config import MoEConfig
     from ..models.decoder import functional, param_shapes
 
-    moe = MoEConfig(num_experts=EXPERTS, experts_per_token=1, expert_size=MLP) if has_experts else None
+    moe = None
+    if experts_per_token:
+        moe = MoEConfig(num_experts=EXPERTS, experts_per_token=experts_per_token, expert_size=MLP)
     config = DecoderConfig(VOCAB, WIDTH, MLP, LAYERS, HEADS, KV_HEADS, HEAD, LENGTH, moe=moe)
     model = functional(config, dtype=jnp.dtype(dtype), remat=remat)
 
@@ -56,7 +76,7 @@ def kept_of(remat: str, dtype: str, has_experts: bool = False, on_mesh: bool = T
         context = PackedContext(jnp.ones_like(tokens_BT), jnp.zeros_like(tokens_BT))
         return jax.vjp(lambda params: model.hidden(params, tokens_BT, context)[0], params)[1]
 
-    sizes = Plan(fsdp=2).sizes if on_mesh else {}
+    sizes = plan.sizes if plan.devices > 1 else {}
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     with jax.sharding.use_abstract_mesh(mesh):
         leaves = jax.tree.leaves(

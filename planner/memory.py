@@ -97,11 +97,12 @@ def _kept(workload: Workload, layout: Layout, share: Share) -> float:
     plan, model, item = layout.plan, workload.model, workload.itemsize
     each = kept_of(layout.remat, workload.dtype, model.moe is not None, plan.devices > 1)
     between = item * share.width / plan.tensor  # what enters a block, cut by tensor too
+    # Tensor parallelism cuts what is between the products too, but not what they read, nor what experts get.
+    cut = (each.width - item - each.whole) / plan.tensor
     # Of a mixture's experts, the rows are as many as there is room for on arrival.
-    rows = expert_rows(workload, layout, share) / max(1, _routed(workload)) / share.tokens
-    # Tensor parallelism cuts what is between the products too, but not what two of them read: x of attention and MLP.
-    whole = 2 * item if layout.remat == "none" else 0
-    inside = ((each.width - item - whole) / plan.tensor + whole) * share.width + each.mlp * share.mlp * rows
+    rows = expert_rows(workload, layout, share) / share.tokens
+    inside = (cut + each.whole + each.routed * rows) * share.width
+    inside += each.mlp * share.mlp * rows / max(1, _routed(workload))
     inside += each.heads * share.heads + each.kv_heads * share.kv_heads + each.single
     if layout.remat == "offload":
         between = 0.0

@@ -59,12 +59,24 @@ def test_less_is_kept_the_more_is_computed_again():
     assert none.width > dots.width >= full.width
 
 
+def test_what_tensor_parallelism_leaves_whole():
+    """The inputs of products; of a mixture, those of the router in float32 and each expert's rows."""
+    dense, mixture = (kept_of("none", "bfloat16", has_experts) for has_experts in (False, True))
+    assert (dense.whole, dense.routed) == (2 + 2, 0)
+    assert (mixture.whole, mixture.routed) == (2 + 4, 2)
+    for remat in ("dots", "full"):
+        for has_experts in (False, True):
+            kept = kept_of(remat, "bfloat16", has_experts)
+            assert (kept.whole, kept.routed) == (0, 0)
+
+
 def test_experts_keep_more_than_a_dense_layer():
     config = DecoderConfig(
         vocab_size=64, hidden_size=48, intermediate_size=8, num_layers=LAYERS, num_heads=6, num_kv_heads=2, head_dim=20,
         max_position_embeddings=LENGTH, moe=MoEConfig(num_experts=4, experts_per_token=1, expert_size=112),
     )  # fmt: skip
     kept = kept_of("none", "bfloat16", True)
-    token = kept.width * 48 + kept.mlp * 112 + kept.heads * 6 * 20 + kept.kv_heads * 2 * 20 + kept.single
+    token = (kept.width + kept.routed) * 48 + kept.mlp * 112 + kept.single
+    token += kept.heads * 6 * 20 + kept.kv_heads * 2 * 20
     expected = LAYERS * ROWS * LENGTH * token
     assert kept_by_jax(config, "none", "bfloat16", Plan(fsdp=2)) == pytest.approx(expected, rel=0.03)
