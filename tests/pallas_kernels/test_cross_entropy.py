@@ -4,6 +4,7 @@ The reference is held against loops in numpy, every other candidate against the 
 """
 
 from functools import partial
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
+from benchmarks.static import Request, compile_all
 from twinax.pallas_kernels.cross_entropy import GRADIENTS, OPERATION, cross_entropy, cross_entropy_and_gradients
 
 CANDIDATES = [name for name in OPERATION.names() if name != "reference"]
@@ -230,3 +232,29 @@ def test_both_operations_have_the_same_candidates():
     for name in OPERATION.names():
         assert OPERATION.load(name)
         assert GRADIENTS.load(name)
+
+
+def program(target, N, D, V, dtype, options):
+    """Called in the compiler's process."""
+    from benchmarks.static import Program
+
+    def loss(hidden, weight, targets):
+        return cross_entropy(hidden, weight, targets, implementation="tpu", **options)
+
+    arrays = target.array((1, N, D), dtype), target.array((V, D), dtype), target.array((1, N), "int32")
+    return Program(loss, arrays, 0.0, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "7x"])
+def test_it_compiles(chip):
+    """Sizes that fill no registers, several pieces and blocks, and float32."""
+    everything = {"scale": 0.5, "softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}
+    kinds = [
+        {"N": 5, "D": 72, "V": 301, "dtype": "bfloat16", "options": everything},
+        {"N": 1500, "D": 128, "V": 1000, "dtype": "bfloat16", "options": {}},
+        {"N": 600, "D": 128, "V": 500, "dtype": "float32", "options": {}},
+    ]
+    found = compile_all([Request(chip, f"{__file__}:program", kind) for kind in kinds])
+    assert [x.failed for x in found] == [None] * len(kinds)

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks.static import Request, compile_all
 from twinax.pallas_kernels import grouped_matmul as package
 from twinax.pallas_kernels.grouped_matmul import OPERATION, grouped_matmul, grouped_matmul_dweight, grouped_matmul_dx
 
@@ -189,3 +191,30 @@ def test_the_three_products_have_the_same_candidates():
     assert OPERATION.names() == package.DX.names() == package.DWEIGHT.names()
     for name in OPERATION.names():
         assert all(operation.load(name) for operation in (OPERATION, package.DX, package.DWEIGHT))
+
+
+def program(target, sizes, I, O, rest, dtype, blocks=None):
+    """All three products, the sizes known on the device only; called in the compiler's process."""
+    from benchmarks.static import Program
+
+    def products(x, weight, dy, sizes):
+        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation="tpu"), x, weight)
+        return y, *pullback(dy)
+
+    N, G = sum(sizes) + rest, len(sizes)
+    shapes = (N, I), (G, O, I), (N, O)
+    return Program(products, (*(target.array(s, dtype) for s in shapes), target.array((G,), "int32")), 0.0, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "7x"])
+def test_it_compiles(chip):
+    """Sizes that fill no registers, cut in two or more everywhere, and float32."""
+    kinds = [
+        {"sizes": [9, 0, 3], "I": 100, "O": 72, "rest": 5, "dtype": "bfloat16"},
+        {"sizes": [200, 0, 300], "I": 256, "O": 384, "rest": 12, "dtype": "bfloat16"},
+        {"sizes": [9, 0, 3], "I": 128, "O": 40, "rest": 5, "dtype": "float32"},
+    ]
+    found = compile_all([Request(chip, f"{__file__}:program", kind) for kind in kinds])
+    assert [x.failed for x in found] == [None] * len(kinds)
