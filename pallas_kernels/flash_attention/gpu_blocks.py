@@ -17,6 +17,10 @@ UNSEEN = -(2.0**100)
 CLOSED = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass: its probabilities are 0
 SHIFT = 1 << 20  # blocks by which a position may be negative and still divide by a block's length
 NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1  # segment ids of padding, which must differ from one another
+NEVER = 1 << 20  # more steps than a loop has
+# Registers of a thread that computes and of one that loads. A block is launched with 168 for each of 384 threads, which
+# they share: 2 x 240 + 24 = 2 x 232 + 40 = 3 x 168; asking for more would wait for ever.
+FEW_LOADS, MANY_LOADS = (240, 24), (232, 40)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .gpu_blocks import (
+    FEW_LOADS,
     LOG2E,
+    NEVER,
     UNSEEN,
     Options,
     edges,
@@ -103,6 +105,8 @@ def forward(
         }
         if D != E:
             scratch["out"] = plgpu.SMEM((GROUPS, ROWS, E), dtype, transforms=swizzled(E, dtype))
+        if o.segments and (o.window is not None or o.bend is not None or E > 128):
+            scratch["columns"] = plgpu.SMEM((GROUPS, block), jnp.int32)  # see `mask`: registers are short
         if o.segments:
             scratch["kv_ids"] = plgpu.SMEM((stages, block), jnp.int32)
         given = dict(zip((*names, "out", "lse"), refs, strict=True))
@@ -150,13 +154,13 @@ def _kernel(o: Options, block: int, stages: int, given: dict[str, Any], scratch:
 
     @pl.when(group < GROUPS)
     def _compute() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(FEW_LOADS[0], action="increase")
         place = (batch, head, tile, group, offset)
         _compute_group(o, block, stages, given, scratch, place, (low, *range_of(group), high))
 
     @pl.when(group == GROUPS)
     def _load() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(FEW_LOADS[1], action="decrease")
         _load_blocks(o, block, stages, given, scratch, (batch, lax.div(head, i32(o.G))), (low, high))
 
 
@@ -205,6 +209,9 @@ def _compute_group(
     q_ids_q = None
     if o.segments:
         q_ids_q = plgpu.load(given["q_ids"].at[batch, rows], (), layout=OF_ROW, optimized=False)
+    crowded = "columns" in scratch
+    if crowded:
+        scratch["columns"].at[group][...] = plgpu.broadcasted_iota(jnp.int32, (block,), 0, layout=OF_COLUMN)
     plgpu.barrier_wait(scratch["q_ready"].at[group])
 
     def skip(j: Any, _: Any) -> None:
@@ -222,7 +229,8 @@ def _compute_group(
         plgpu.barrier_wait(scratch["k_ready"].at[slot])
 
         def scores(acc_ref: Any) -> Any:
-            plgpu.wgmma(acc_ref, q_smem, plgpu.transpose_ref(scratch["k"].at[slot], (1, 0)))
+            own = scratch["q"].at[group + lax.div(j, i32(NEVER))] if crowded else q_smem
+            plgpu.wgmma(acc_ref, own, plgpu.transpose_ref(scratch["k"].at[slot], (1, 0)))
             take_turn()
             return acc_ref[...]
 
@@ -234,8 +242,11 @@ def _compute_group(
         if o.bend is not None:
             x_qs = tanh(x_qs * o.bend)
         if masked:
+            columns_s = None
+            if crowded:
+                columns_s = plgpu.load(scratch["columns"].at[group], (), layout=OF_COLUMN, optimized=False)
             lead, left = first_position - j * i32(block), i32(o.S) - j * i32(block)
-            x_qs = jnp.where(mask(o, lead, left, x_qs.shape, (q_ids_q, kv_ids_s), None), x_qs, UNSEEN)
+            x_qs = jnp.where(mask(o, lead, left, x_qs.shape, (q_ids_q, kv_ids_s), columns_s), x_qs, UNSEEN)
         # The maximum is kept in units of log2, so that the exponent is one multiplication-and-addition.
         new_max_q = jnp.maximum(max_q, x_qs.max(axis=1) * o.base2)
         decay_q = jnp.exp2(max_q - new_max_q)

@@ -22,7 +22,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .gpu_blocks import (
     CLOSED,
+    FEW_LOADS,
     LOG2E,
+    MANY_LOADS,
+    NEVER,
     Options,
     edges,
     i32,
@@ -37,10 +40,6 @@ from .hopper import GROUPS, OF_COLUMN, OF_ROW, ROWS, TILE, WGMMA, check, mask, s
 
 STAGES = 2  # blocks in flight
 SHARED_MEMORY = 226 * 1024  # bytes that a block's arrays may take
-NEVER = 1 << 20  # more steps than a loop has
-# Registers of a thread that computes and of one that loads. A block is launched with 168 for each of 384 threads, which
-# they share: 2 x 240 + 24 = 2 x 232 + 40 = 3 x 168; asking for more would wait for ever.
-FEW_LOADS, MANY_LOADS = (240, 24), (232, 40)
 
 
 def key_block(D: int, E: int) -> int:
@@ -127,6 +126,19 @@ def _accumulate(*products: tuple[Any, Any, Any]) -> list[Any]:
     return pl.run_scoped(scope, *(plgpu.ACC(acc.shape, jnp.float32) for acc, _, _ in products))
 
 
+def _pair(weights: Any, start_dp: Any, shape: tuple[int, int], together: bool) -> Any:
+    """(*weights(x_ref), dp): the products of both in flight together, or one after the other, in fewer registers."""
+    tile_ref = plgpu.ACC(shape, jnp.float32)
+    if together:
+        return pl.run_scoped(weights, tile_ref, tile_ref)
+
+    def of_values(dp_ref: Any) -> Any:
+        start_dp(dp_ref)
+        return dp_ref[...]
+
+    return *pl.run_scoped(weights, tile_ref), pl.run_scoped(of_values, tile_ref)
+
+
 def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
     (B, T, H, D), E, dtype = given["q"].shape, given["v"].shape[3], given["q"].dtype
     block = key_block(D, E)
@@ -167,14 +179,14 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
 
         @pl.when(group < GROUPS)
         def _() -> None:
-            plgpu.set_max_registers((MANY_LOADS if o.segments else FEW_LOADS)[0], action="increase")
+            plgpu.set_max_registers((MANY_LOADS if o.segments and D <= 192 else FEW_LOADS)[0], action="increase")
             _, full_low, full_high, _ = range_of(group)
             place = (batch, head, tile * i32(TILE) + group * i32(ROWS), offset, group)
             _compute_queries(o, block, stages, given, scratch, place, (low, full_low, full_high, high))
 
         @pl.when(group == GROUPS)
         def _() -> None:
-            plgpu.set_max_registers((MANY_LOADS if o.segments else FEW_LOADS)[1], action="decrease")
+            plgpu.set_max_registers((MANY_LOADS if o.segments and D <= 192 else FEW_LOADS)[1], action="decrease")
             kv_head = lax.div(head, i32(o.G))
 
             @pl.loop(low, high)
@@ -228,22 +240,25 @@ def _compute_queries(
         own = group + lax.div(j, i32(NEVER)) if crowded else group
         q_smem, d_out_smem = scratch["q"].at[own], scratch["d_out"].at[own]
 
-        def weights(x_ref: Any, dp_ref: Any) -> Any:
-            plgpu.barrier_wait(scratch["k_ready"].at[slot])
-            plgpu.wgmma(x_ref, q_smem, plgpu.transpose_ref(k_smem, (1, 0)))
+        def start_dp(dp_ref: Any) -> None:
             plgpu.barrier_wait(scratch["v_ready"].at[v_slot])
             plgpu.wgmma(dp_ref, d_out_smem, plgpu.transpose_ref(v_smem, (1, 0)))
-            x_qs = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
+
+        def weights(x_ref: Any, *dp_refs: Any) -> Any:
+            plgpu.barrier_wait(scratch["k_ready"].at[slot])
+            plgpu.wgmma(x_ref, q_smem, plgpu.transpose_ref(k_smem, (1, 0)))
+            for dp_ref in dp_refs:
+                start_dp(dp_ref)
+            x_qs = plgpu.wgmma_accumulator_load(x_ref, wait_n=len(dp_refs))
             p_qs, slope_qs = _probabilities(o, x_qs, lse_q, 0)
             if o.segments:
                 p_qs = masked(p_qs, j, slot)
             elif edges(o, block):
                 on_edge = (j < full_low) | (j >= full_high) if o.window is not None else j >= full_high
                 p_qs = lax.cond(on_edge, lambda p: masked(p, j, slot), lambda p: p, p_qs)
-            return p_qs if slope_qs is None else p_qs * slope_qs, dp_ref[...]
+            return p_qs if slope_qs is None else p_qs * slope_qs, *(dp_ref[...] for dp_ref in dp_refs)
 
-        tile_ref = plgpu.ACC((ROWS, block), jnp.float32)
-        w_qs, dp_qs = pl.run_scoped(weights, tile_ref, tile_ref)
+        w_qs, dp_qs = _pair(weights, start_dp, (ROWS, block), together=D <= 192)
         plgpu.barrier_arrive(scratch["v_free"].at[v_slot])
         ds_qs = w_qs * (dp_qs - lax.broadcast_in_dim(delta_q, dp_qs.shape, [0]))
         (dq_qD,) = _accumulate((dq_qD, ds_qs.astype(dtype), k_smem))
@@ -397,17 +412,7 @@ def _compute_keys(
             w_sq = p_sq if slope_sq is None else p_sq * slope_sq
             return p_sq.astype(dtype), w_sq, *(dp_ref[...] for dp_ref in dp_refs)
 
-        tile_ref = plgpu.ACC(shape, jnp.float32)
-        if crowded:
-            p_sq, w_sq = pl.run_scoped(weights, tile_ref)
-
-            def of_values(dp_ref: Any) -> Any:
-                start_dp(dp_ref)
-                return dp_ref[...]
-
-            dp_sq = pl.run_scoped(of_values, tile_ref)
-        else:
-            p_sq, w_sq, dp_sq = pl.run_scoped(weights, tile_ref, tile_ref)
+        p_sq, w_sq, dp_sq = _pair(weights, start_dp, shape, together=not crowded)
         delta_q = plgpu.load(scratch["delta"].at[slot], (), layout=OF_COLUMN, optimized=False)
         ds_sq = w_sq * (dp_sq - lax.broadcast_in_dim(delta_q, shape, [1]))
         dv_sE, dk_sD = _accumulate(

@@ -35,7 +35,7 @@ def blocks(D: int, E: int, itemsize: int, backward: bool) -> tuple[int, int, int
     """(queries, keys, warps) of a tile: what shared memory and registers of an A100 hold."""
     narrow = max(D, E) <= 128 and itemsize == 2
     if backward:
-        return (64, 64, 4) if max(D, E) <= 64 and itemsize == 2 else (32, 32, 4) if not narrow else (64, 32, 4)
+        return (64, 32, 4) if narrow else (32, 32, 4)
     return (128, 64, 4 if max(D, E) <= 64 else 8) if narrow else (64, 32, 4)
 
 

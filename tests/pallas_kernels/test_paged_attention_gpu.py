@@ -1,0 +1,106 @@
+"""paged_attention's GPU kernels: in Pallas's interpreter, or on a GPU where there is one, and through the compiler."""
+
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from benchmarks.static import Program, Request, compile_all
+from tests.pallas_kernels.test_paged_attention import Case, filled, make, run
+from twinax.pallas_kernels.paged_attention import OPERATION, gpu, init_pages
+from twinax.planner.devices import has_cuda_plugin
+
+GPU = jax.default_backend() == "gpu"
+SLOW = pytest.mark.slow
+SIZES = {"D": 16, "S": 16}
+CASES = {
+    "decodes": Case(((6, 1), (0, 0), (33, 1), (3, 1), (0, 1)), 5, H=4, **SIZES),
+    "decodes, window, softcap": Case(((6, 1), (90, 1), (0, 1)), 3, H=3, K=1, window=40, softcap=1.5, **SIZES),
+    "a prompt longer than a tile": Case(((3, 70), (0, 0)), 2, H=2, K=2, window=20, **SIZES),
+    "a mix": Case(((19, 1), (0, 26), (0, 0), (2, 1), (35, 14)), 5, spare=4, H=6, **SIZES),
+    "nobody": Case(((0, 0), (0, 0)), 2, spare=2, **SIZES),
+}
+QUICK = ("decodes, window, softcap", "a mix")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Parts of two pages; interpreted, where there is no GPU."""
+    monkeypatch.setattr(gpu, "PART", 32)
+    if not GPU:
+        monkeypatch.setattr(gpu, "known_platform", lambda: "cuda")
+        monkeypatch.setattr(gpu.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+
+
+@pytest.mark.parametrize("case", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in CASES])
+def test_against_the_reference(case):
+    case = CASES[case]
+    with jax.enable_x64(True):
+        batch, num_pages = make(case)
+        wanted, _ = run(batch, filled(case, num_pages, np.float64), "reference")
+    batch, _ = make(case, np.float32)
+    out, pages = run(batch, filled(case, num_pages, np.float32), "gpu")
+    np.testing.assert_allclose(out, wanted, rtol=5e-6, atol=5e-6)
+    of_xla = run(batch, filled(case, num_pages, np.float32), "xla")[1]
+    jax.tree.map(np.testing.assert_array_equal, pages, of_xla)
+
+
+@pytest.mark.parametrize("what", ["sinks", pytest.param("int8", marks=SLOW), pytest.param("latent", marks=SLOW)])
+def test_options(what):
+    case = CASES["a mix"]
+    batch, num_pages = make(case, np.float32)
+    rng = np.random.default_rng(5)
+    dtype, latent = jnp.int8 if what == "int8" else jnp.float32, 16 if what == "latent" else None
+    pages = init_pages(2, num_pages, 16, case.K, 16, dtype, layout="split", latent=latent)
+    if what == "int8":
+        fill = {"int8": lambda shape: rng.integers(-90, 90, shape), "float32": lambda shape: rng.random(shape) / 90}
+        pages = jax.tree.map(lambda x: jnp.asarray(fill[x.dtype.name](x.shape), x.dtype), pages)
+    options = {**batch.options, "scale": 0.3, "prefixes": None, "window": 30, "layer": 1, "sinks_H": None}
+    if what == "sinks":
+        options["sinks_H"] = jnp.asarray(rng.standard_normal(case.H), jnp.float32)
+    q, k, v = map(jnp.nan_to_num, (batch.q, batch.k, batch.v))
+    ragged = jax.tree.map(jnp.asarray, batch.ragged)
+    v = None if what == "latent" else v
+    gpu_out, xla_out = (
+        jax.jit(partial(OPERATION.load(name), **options))(q, k, v, pages, **ragged)[0] for name in ("gpu", "xla")
+    )
+    np.testing.assert_allclose(gpu_out, xla_out, rtol=2e-5, atol=2e-5)
+
+
+@SLOW
+def test_neighbours_change_no_bit():
+    case = CASES["a mix"]
+    batch, num_pages = make(case, np.float32)
+    pages, mine = filled(case, num_pages, np.float32), batch.owner_rows(4)
+    out, _ = run(batch, pages, "gpu")
+    batch.ragged["query_length_R"] = np.where(np.arange(5) == 4, batch.ragged["query_length_R"], 0)
+    np.testing.assert_array_equal(run(batch, pages, "gpu")[0][mine], out[mine])
+
+
+def build(target, dtype="bfloat16", **options):
+    """For `benchmarks.static`: 8 decodes and 256 tokens of prompts, heads of Llama 3 8B."""
+    (H, K, D), (S, R, M, T) = (32, 8, 128), (64, 12, 32, 264)
+    x, i = partial(target.array, dtype="bfloat16"), partial(target.array, dtype="int32")
+    pages = jax.eval_shape(lambda: init_pages(2, 512, S, K, D, jnp.dtype(dtype), layout="split"))
+    pages = jax.tree.map(lambda p: target.array(p.shape, p.dtype), pages)
+
+    def step(q, k, v, pages, table, lengths, start, length):
+        ragged = table, lengths, start, length
+        return gpu.attend(q, k, v, pages, 1, *ragged, 8, options.get("window"), 0.1, options.get("softcap"), None)
+
+    inputs = (x((T, H, D)), x((T, K, D)), x((T, K, D)), pages, i((R, M)), i((R,)), i((R,)), i((R,)))
+    return Program(step, inputs, 0.0, 1.0)
+
+
+@SLOW
+@pytest.mark.skipif(not has_cuda_plugin() or not shutil.which("ptxas"), reason="wants JAX's CUDA plug-in and ptxas")
+@pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
+def test_compiles_without_spills(chip):
+    cases = [{}, {"dtype": "int8", "window": 500, "softcap": 20.0}]
+    for case, found in zip(cases, compile_all([Request(chip, f"{__file__}:build", x) for x in cases]), strict=True):
+        assert found.failed is None, (case, found.failed)
+        assert (found.spills, found.warnings) == (0, ()), (case, found)
