@@ -1,7 +1,7 @@
 """Flash attention on TPU: what the kernels want of the arrays, and their block sizes.
 
-The kernels take heads before tokens, lengths that are whole blocks and head sizes that are whole lanes (64 is one): the
-copies that this takes are left to the compiler, which joins them with what made the arrays.
+The kernels take heads before tokens, lengths that are whole blocks and head sizes that are whole lanes (64 alone is no
+faster): the copies that this takes are left to the compiler, which joins them with what made the arrays.
 
 Not done: float64, and products of float8 (its numbers are exact in bfloat16, in which they are multiplied).
 
@@ -187,9 +187,7 @@ def _heads(x_BTHD: jax.Array, length: int, ids_BT: jax.Array | None) -> jax.Arra
     """[B, H, length, D], with zeros where there is padding, and up to whole lanes."""
     if ids_BT is not None:  # what padding holds may not be finite
         x_BTHD = jnp.where((ids_BT != 0)[:, :, None, None], x_BTHD, 0)
-    D = x_BTHD.shape[3]
-    wide = D if D == 64 else -(-D // LANES) * LANES
-    return _pad(_pad(jnp.swapaxes(x_BTHD, 1, 2), 2, length), 3, wide)
+    return _pad(_pad(jnp.swapaxes(x_BTHD, 1, 2), 2, length), 3, -(-x_BTHD.shape[3] // LANES) * LANES)
 
 
 def _segments(plan: Plan, q_ids: Any, kv_ids: Any, q_offset: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:

@@ -28,6 +28,7 @@ from .tpu_plan import Plan
 LANES = 128
 CHUNK = 256  # queries
 LOWEST = -1e30  # a running maximum's start: finite, so that what is hidden, -inf, has no weight beside it
+SMALLEST = 1e-30
 LOG2E = math.log2(math.e)
 VMEM_BYTES = 60 << 20  # of the 64 MiB of the smallest chip
 
@@ -265,11 +266,12 @@ class _Rows:
             share = jnp.exp2(top - new_top)
             total, out = total * share + jnp.exp2(sink - new_top), out * across(share, out.shape[1])
             top = new_top
-        some = total > 0
-        out = out * across(jnp.where(some, 1 / jnp.where(some, total, 1), 0), out.shape[1])
-        out_ref[chunk] = out.astype(out_ref.dtype)
-        lse = jnp.where(some, (top + jnp.log2(jnp.where(some, total, 1))) * math.log(2), -jnp.inf)
-        lse_ref[:, chunk] = jnp.transpose(lse)[:1]
+        # Where nothing is seen both are 0; else the greatest logit alone adds 1.
+        out_ref[chunk] = (out * across(1 / jnp.maximum(total, SMALLEST), out.shape[1])).astype(out_ref.dtype)
+        lane = lax.broadcasted_iota(jnp.int32, top.shape, 1)
+        both = jnp.transpose(jnp.where(lane == 0, top, total))
+        lse = (both[:1] + jnp.log2(jnp.maximum(both[1:2], SMALLEST))) * math.log(2)
+        lse_ref[:, chunk] = jnp.where(both[1:2] > 0, lse, -jnp.inf)
 
 
 def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:

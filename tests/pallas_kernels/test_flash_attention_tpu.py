@@ -61,9 +61,15 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_backward(case):
+    """Whatever padding holds, even what is not finite."""
     with jax.enable_x64(True):
         wanted = contract.outputs_and_gradients(*contract.make(case), "reference")
-    contract.check(contract.outputs_and_gradients(*contract.make(case, np.float32), "tpu"), wanted, 3e-6)
+    inputs, options = contract.make(case, np.float32)
+    if "q_segment_ids_BT" in options:
+        ids = options["q_segment_ids_BT"]
+        assert (ids == 0).any(1).all()
+        inputs = [np.where((ids == 0)[:, :, None, None], np.float32(np.inf), x) for x in inputs]
+    contract.check(contract.outputs_and_gradients(inputs, options, "tpu"), wanted, 3e-6)
 
 
 def test_bfloat16_sums_in_float32_and_large_scores_stay_finite():
@@ -81,18 +87,7 @@ def test_bfloat16_sums_in_float32_and_large_scores_stay_finite():
     assert np.isfinite(np.asarray(out, np.float32)).all() and np.isfinite(lse).all()
 
 
-def test_what_padding_holds_does_not_matter():
-    """Not even what is not finite."""
-    inputs, options = contract.make("segments, sinks, softcap", np.float32)
-    ids = options["q_segment_ids_BT"]
-    assert (ids == 0).any(1).all()
-    poor = [np.where((ids == 0)[:, :, None, None], np.float32(np.inf), x) for x in inputs]
-    wanted = contract.outputs_and_gradients(inputs, options, "tpu")
-    for x, y in zip(contract.outputs_and_gradients(poor, options, "tpu"), wanted, strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
-@pytest.mark.parametrize("scales", ["one number", "one a head"])
+@pytest.mark.parametrize("scales", ["one a head", pytest.param("one number", marks=pytest.mark.slow)])
 def test_float8(scales):
     (q, k, v), options = contract.make("segments, sinks, softcap", np.float32)
     del options["sinks_H"]
