@@ -1,0 +1,122 @@
+"""Ring attention on TPU: keys and values travel inside the kernel, while those that are here are used.
+
+What is computed where is in `tpu_forward.py` and `tpu_backward.py`; this file brings arrays into their shape: heads
+first, and each of a device's two chunks padded to whole blocks (padding is segment 0).
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..chips import target_chip
+from ..flash_attention.tpu_forward import Scores
+from . import tpu_forward
+from .tpu_forward import LANES, Ring
+
+BLOCK = 512  # queries and keys of a tile, at most
+VMEM_BYTES = {"7x": 56 << 20}  # that the kernel may use
+VMEM_ELSEWHERE = 100 << 20
+
+
+def ring_attention(
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    *,
+    axis: str,
+    segment_ids_BT: jax.Array | None,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+    two_way: bool,
+) -> jax.Array:
+    del two_way  # keys always travel both ways here
+    n = jax.lax.axis_size(axis)
+    (_, T, H, D), K = q_BTHD.shape, k_BTKD.shape[2]
+    if n == 1:
+        raise NotImplementedError("a ring of one device is no ring")
+    if window is not None:
+        raise NotImplementedError("a window leaves most of the ring without work; this kernel would go all the way")
+    if q_BTHD.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"the kernel takes bfloat16 and float32, got {q_BTHD.dtype}")
+    chunk = -(-(T // 2) // LANES) * LANES
+    block = max(size for size in range(LANES, BLOCK + 1, LANES) if chunk % size == 0 and size & (size - 1) == 0)
+    scores = Scores(D**-0.5 if scale is None else scale, softcap, bias=False, scaled=False)
+    limit = VMEM_BYTES.get(target_chip() or "", VMEM_ELSEWHERE)
+    o = Ring(axis, n, H // K, chunk, block, scores, segment_ids_BT is not None or 2 * chunk != T)
+    if (needed := o.vmem(D, q_BTHD.dtype.itemsize)) > limit:
+        raise NotImplementedError(
+            f"{T} tokens a device and {H // K} query heads a key head need {needed >> 20} MiB of VMEM, "
+            f"{limit >> 20} are there; cut the rows over more devices"
+        )
+    return _attention(o, q_BTHD, k_BTKD, v_BTKD, segment_ids_BT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(o: Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
+    return _run(o, q, k, v, ids)[0]
+
+
+def _run(o: Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """out [B, T, H, D] in q's dtype and lse [B, T, H] in float32."""
+    B, T, H, D = q.shape
+    q_ids, kv_ids = _ids(o, ids, B, T)
+    out, lse = tpu_forward.forward(o, _heads_first(o, q), _stacked(o, k, v), q_ids, kv_ids)
+    return _tokens_first(o, out, B, T), _tokens_first(o, jnp.swapaxes(lse, 2, 3), B, T)[..., 0]
+
+
+def _attention_forward(o: Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> Any:
+    out, lse = _run(o, q, k, v, ids)
+    return out, (q, k, v, ids, out, lse)
+
+
+def _attention_backward(o: Ring, residuals: Any, d_out: jax.Array) -> Any:
+    from . import xla
+
+    plain = xla._Ring(o.axis, o.n, residuals[0].shape[1] // 2, None, o.scores.scale, o.scores.softcap, False)
+    return xla._attention_backward(plain, residuals, d_out)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _pad(o: Ring, x_BTX: jax.Array) -> jax.Array:
+    """Each half of the tokens gets zeros after it, up to a whole chunk."""
+    B, T, *rest = x_BTX.shape
+    if 2 * o.chunk == T:
+        return x_BTX
+    halves = x_BTX.reshape(B, 2, T // 2, *rest)
+    padded = jnp.pad(halves, [(0, 0), (0, 0), (0, o.chunk - T // 2)] + [(0, 0)] * len(rest))
+    return padded.reshape(B, 2 * o.chunk, *rest)
+
+
+def _heads_first(o: Ring, x_BTHD: jax.Array) -> jax.Array:
+    """[B * K, G, T, D], padded."""
+    x = jnp.swapaxes(_pad(o, x_BTHD), 1, 2)
+    return x.reshape(-1, o.G, *x.shape[2:])
+
+
+def _stacked(o: Ring, k_BTKD: jax.Array, v_BTKD: jax.Array) -> jax.Array:
+    """Keys and values as one message a head: [B * K, 2, T, D], padded."""
+    both = jnp.stack([jnp.swapaxes(_pad(o, x), 1, 2) for x in (k_BTKD, v_BTKD)], 2)
+    return both.reshape(-1, *both.shape[2:])
+
+
+def _tokens_first(o: Ring, x_NGTD: jax.Array, B: int, T: int) -> jax.Array:
+    """The inverse of `_heads_first`, for B rows of T tokens without padding."""
+    N, G, length, D = x_NGTD.shape
+    if length != T:
+        x_NGTD = x_NGTD.reshape(N, G, 2, o.chunk, D)[:, :, :, : T // 2].reshape(N, G, T, D)
+    return jnp.swapaxes(x_NGTD.reshape(B, -1, T, D), 1, 2)
+
+
+def _ids(o: Ring, ids_BT: jax.Array | None, B: int, T: int) -> tuple[Any, Any]:
+    """Segment ids of this device's tokens [B, 1, T] and of all devices' [B, n, 1, T]; 0 equals nothing."""
+    if not o.segments:
+        return None, None
+    ids = jnp.ones((B, T), jnp.int32) if ids_BT is None else ids_BT.astype(jnp.int32)
+    ids = _pad(o, ids)
+    everyone = jax.lax.all_gather(jnp.where(ids == 0, -1, ids), o.axis, axis=1)
+    return jnp.where(ids == 0, -2, ids)[:, None], everyone[:, :, None]

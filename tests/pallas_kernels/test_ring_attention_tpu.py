@@ -1,0 +1,100 @@
+"""Ring attention's TPU kernels: the numbers of one device in interpret mode, without races; and that they compile."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+QUICK = [{"n": 3, "mode": "on_wait", "chunk": 100, "segments": True, "softcap": 2.0}]
+SLOW = [
+    {"n": 8, "mode": "eager", "chunk": 128, "H": 1},
+    {"n": 8, "mode": "on_wait", "chunk": 90, "H": 1, "segments": True, "scale": 0.7},
+    {"n": 2, "mode": "eager", "chunk": 256, "B": 2, "K": 2, "large": 50.0},
+    {"n": 5, "mode": "on_wait", "chunk": 128, "dtype": "bfloat16", "K": 2},
+]
+# Of float32: sums of 2,000 terms, and the softmax of scores up to 1,000 with `large`. bfloat16 rounds p and ds.
+LIMITS = {"float32": 1e-5, "bfloat16": 2.0**-6}
+
+
+def find(cases):
+    environment = {**os.environ, "NPROC": "32", "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.pallas_kernels.ring_tpu", json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert len(lines) == len(cases)
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("cases", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
+def test_the_numbers_of_one_device_and_no_races(cases):
+    for case, found in zip(cases, find(cases), strict=True):
+        dtype = case.get("dtype", "float32")
+        assert not found["races"] and found["finite"], case
+        assert found["dtypes"] == [dtype] * 4, case
+        assert max(found["errors"]) < LIMITS[dtype] * case.get("large", 1.0), (case, found["errors"])
+
+
+BUILDER = '''
+import jax
+from jax.sharding import PartitionSpec
+from benchmarks.static import Program
+from twinax.pallas_kernels.ring_attention import ring_attention
+
+
+def both(target, segments):
+    cut = PartitionSpec(None, "x")
+
+    def attend(q, k, v, *ids):
+        more = {"segment_ids_BT": ids[0]} if ids else {}
+        return ring_attention(q, k, v, axis="x", implementation="tpu", **more)
+
+    def run(q, k, v, d_out, *ids):
+        island = jax.shard_map(attend, mesh=target.mesh, in_specs=cut, out_specs=cut, check_vma=False)
+        out, pullback = jax.vjp(lambda q, k, v: island(q, k, v, *ids), q, k, v)
+        return out, *pullback(d_out)
+
+    q, k = (target.array((1, 512 * target.mesh.size, heads, 128), "bfloat16", cut) for heads in (2, 1))
+    ids = (target.array((1, 512 * target.mesh.size), "int32", cut),) if segments else ()
+    return Program(run, (q, k, k, q, *ids), 0, 0)
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is the compiler, and is not installed")
+def test_it_compiles_for_several_chips(tmp_path):
+    from benchmarks.static import Request, compile_all
+
+    file = tmp_path / "builders.py"
+    file.write_text(BUILDER)
+    machines = {"v5p:2x2x1": False, "v6e:2x2": True}
+    requests = [Request(name, f"{file}:both", {"segments": segments}) for name, segments in machines.items()]
+    for request, found in zip(requests, compile_all(requests), strict=True):
+        assert found.failed is None, (request.chip, found.failed)
+
+
+def test_what_it_refuses_another_candidate_takes():
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec
+
+    from twinax.pallas_kernels.ring_attention import ring_attention
+    from twinax.sharding.plan import Plan
+
+    cut, x = PartitionSpec(None, "sequence"), jnp.ones((1, 8, 1, 4))
+
+    def run(devices, **options):
+        mesh = Plan(sequence=devices).mesh()
+        inner = lambda q: ring_attention(q, q, q, axis="sequence", implementation="tpu", **options)  # noqa: E731
+        return jax.shard_map(inner, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False)(x)
+
+    with pytest.raises(NotImplementedError, match="no ring"):
+        run(1)
+    with pytest.raises(NotImplementedError, match="a window"):
+        run(2, window=3)
+    x = jnp.ones((1, 1 << 17, 1, 128))
+    with pytest.raises(NotImplementedError, match="MiB of VMEM, 100 are there"):
+        run(2)
