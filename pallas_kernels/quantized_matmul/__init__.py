@@ -46,8 +46,9 @@ def quantized_matmul(
     """`activation(x @ weight.T + bias)`, [..., I] to [..., O], differentiable in `x` and `bias`.
 
     - Without `activation_format`, x is used as it is: its products with the weights' values accumulate in float32
-      (float64 for float64 x) and are scaled there. Terms are exact, but a kernel may take x as whole multiples of
-      2 ** -23 of its row's largest magnitude, which float32 sums don't tell apart.
+      (float64 for float64 x) and are scaled there. A kernel may take x as whole multiples of 2 ** -23 of the power of
+      two above its row's largest magnitude, and 16-bit x may meet weights that were scaled and rounded to its dtype
+      where these have several blocks of inputs.
     - `activation_format="int8"` (weights "int8" or "int4") or `"fp8"` (weights "fp8_e4m3") quantises x first, to the
       nearest, symmetric around zero, with one scale a row and block of inputs (`weight.block[1]`; whole rows where that
       is None). Products of a block of int8 are exact integers, of fp8 float32. `activation_scale`, one number, takes

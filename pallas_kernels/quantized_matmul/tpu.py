@@ -31,7 +31,8 @@ from .xla import quantized_matmul_transposed as quantized_matmul_transposed
 
 NATIVE_FLOAT8 = ("7x",)
 DEEP = ("v6e", "7x")  # matrix units of 256, not 128
-BLOCK_BYTES = 1 << 21
+# Rows of the unit up to which pieces are faster than weights made bfloat16, by its depth.
+PIECES_ROWS = {128: 96, 256: 192}
 MOST_INPUTS = 1 << 14
 VMEM_BYTES = 48 << 20
 
@@ -55,29 +56,34 @@ def plan(M: int, x_dtype: jnp.dtype, weight: QuantizedWeight, activation_format:
         raise NotImplementedError(f"blocks of inputs are 16, 32, 64 or multiples of 128, got {size}")
     if x_dtype.itemsize > 4:
         raise NotImplementedError(f"a TPU multiplies no {x_dtype}")
+    deep = 256 if chip in DEEP else 128
+    apart_by = -(-deep // size) if grouped else 1
     integers = weight.format in INTEGERS
     native = FLOAT8 if not integers or (chip in NATIVE_FLOAT8 and packed) else jnp.dtype(jnp.int8)
     if activation_format is not None:
         taken = Operand(FORMATS[activation_format][1], (1.0,))
-    elif x_dtype == jnp.bfloat16 and (M > 96 or (native == jnp.int8 and chip in NATIVE_FLOAT8)):
+    elif x_dtype == jnp.bfloat16 and (
+        3 * M * apart_by > PIECES_ROWS[deep] or (native == jnp.int8 and chip in NATIVE_FLOAT8)
+    ):
         taken = operand(jnp.dtype(jnp.bfloat16), x_dtype)
     else:
         taken = operand(native, x_dtype)
     scaled_first = grouped and packed and taken.dtype == jnp.bfloat16
-    deep = 256 if chip in DEEP else 128
     blocks = -(-I // MOST_INPUTS)
     # Blocks of inputs of which several make the weight start at whole tiles of scales.
     unit = max(deep, size if grouped and size >= 128 else 0)
     if blocks > 1:
-        unit = -(-1024 // unit) * unit * (4 if grouped and size > 128 else 1)
+        unit = max(1024, 8 * size) if grouped else 1024
     inputs = pl.cdiv(pl.cdiv(I, blocks), unit) * unit
     tile = size if grouped and size > deep else deep if grouped else inputs
     if scaled_first:
         tile = inputs
-    apart_by = -(-tile // size) if grouped and not scaled_first else 1
+    apart_by = 1 if scaled_first else apart_by
     rows = max(16, (512 if taken.pieces == 1 else 192) // (taken.pieces * min(apart_by, 4)) // 16 * 16)
     wide = inputs // 2 if packed else inputs
-    outputs = max(128, min(1024, BLOCK_BYTES // wide // 128 * 128))
+    # Fast memory wants large blocks, as each step has its cost; a slow one small ones, as nothing hides the first.
+    most = 1024 if min(M, rows) * taken.pieces <= 256 else 512
+    outputs = max(128, min(most, ((1 << 22) if deep == 256 else (1 << 21)) // wide // 128 * 128))
     outputs = min(outputs, -(-O // 128) * 128)
     key = {"M": 1 << max(M - 1, 0).bit_length(), "I": I, "O": O, "format": weight.format, "grouped": grouped}
     found = best("quantized_matmul", chip, key) or {}

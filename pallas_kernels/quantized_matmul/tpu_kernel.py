@@ -20,6 +20,7 @@ from .tpu_rows import Operand
 
 # What the matrix unit's weights have to be multiplied by: codes taken as float8's lowest numbers, e2m1 moved up.
 TOP = 0x80808080 - (1 << 32)  # each byte's top bit, as an int32
+OUTPUTS = 256
 UNITS = {("int4", FLOAT8): 2.0**9, ("mxfp4", FLOAT8): 2.0**6}
 
 
@@ -53,6 +54,28 @@ def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, x_scales_ref
     totals_ref = next(refs) if layout.shifted and not layout.scaled_first else None
     bias_ref = next(refs) if layout.bias else None
     y_ref = next(refs)
+    sums_ref = next(refs) if layout.steps > 1 else None
+    # Some outputs at a time, so that their sums stay in registers.
+    for first in range(0, y_ref.shape[1], OUTPUTS):
+        lanes = pl.ds(first, min(OUTPUTS, y_ref.shape[1] - first))
+        part = lambda ref: None if ref is None else ref.at[:, lanes]  # noqa: B023, E731
+        w_part = part(w_ref) if layout.format in PACKED else w_ref.at[lanes, :]
+        refs_part = [part(ref) for ref in (scales_ref, shift_ref, bias_ref, y_ref, sums_ref)]
+        _outputs(layout, x_ref, w_part, x_scales_ref, totals_ref, *refs_part)
+
+
+def _outputs(
+    layout: Layout,
+    x_ref: Any,
+    w_ref: Any,
+    x_scales_ref: Any,
+    totals_ref: Any,
+    scales_ref: Any,
+    shift_ref: Any,
+    bias_ref: Any,
+    y_ref: Any,
+    sums_ref: Any,
+) -> None:
     sums_RO = _sums(layout, x_ref, w_ref, scales_ref, x_scales_ref, shift_ref)
 
     def write(sums_RO: jax.Array) -> None:
@@ -70,7 +93,7 @@ def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, x_scales_ref
 
     if layout.steps == 1:
         return write(sums_RO)
-    sums_ref, step = next(refs), pl.program_id(2)
+    step = pl.program_id(2)
 
     @pl.when(step == 0)
     def _():

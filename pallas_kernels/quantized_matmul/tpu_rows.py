@@ -55,11 +55,13 @@ def split(x_MI: jax.Array, taken: Operand) -> tuple[list[jax.Array], jax.Array]:
             x_MI = jnp.where(jnp.isfinite(x_MI), x_MI - pieces[-1].astype(jnp.float32), 0)
         return pieces, jnp.ones((len(x_MI), 1), jnp.float32)
     reach_M1 = jnp.max(jnp.abs(x_MI), axis=1, keepdims=True)
-    exponent_M1 = jnp.clip(jnp.frexp(reach_M1)[1], -100, 128)
+    # The power of two above it, from the bits, where its reciprocal is a normal number.
     top = 22 if taken.dtype == jnp.int8 else 8
-    # In two steps, as 2 ** (22 + 100) and 2 ** (8 - 128) are at the ends of float32.
-    scaled = jnp.ldexp(jnp.ldexp(x_MI, -exponent_M1), top)
-    scales_M1 = jnp.where(jnp.isfinite(reach_M1), jnp.ldexp(jnp.float32(1), exponent_M1 - top), jnp.nan)
+    above_M1 = (lax.bitcast_convert_type(reach_M1, jnp.int32) >> 23) - 126
+    up_M1 = top - jnp.clip(above_M1, -100, 128)
+    scaled = x_MI * lax.bitcast_convert_type((up_M1 + 127) << 23, jnp.float32)
+    down_M1 = lax.bitcast_convert_type((127 - up_M1) << 23, jnp.float32)
+    scales_M1 = jnp.where(jnp.isfinite(reach_M1), down_M1, jnp.nan)
     pieces = []
     if taken.dtype == jnp.int8:
         rest = jnp.where(jnp.isfinite(reach_M1), jnp.round(scaled), 0).astype(jnp.int32)

@@ -1,0 +1,114 @@
+"""quantized_matmul on a TPU: its ways for other chips and many rows, in interpret mode, and through the compiler."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.static import Program, Request, compile_all
+from tests.pallas_kernels import test_quantized_matmul as contract
+from twinax.pallas_kernels.quantized_matmul import quantize, quantized_matmul, tpu, xla
+from twinax.pallas_kernels.quantized_matmul.tpu_rows import evens_first, operand, split
+
+SLOW = pytest.mark.slow
+CHIPS = ("v5e", "v5p", "v6e", "7x")
+compiles = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+# Chip, most inputs of a block, then as in the contract.
+CASES = {
+    "scaled first": ("v6e", 1 << 14, (40, 96, 40, "int4", (1, 32), True, None, "bfloat16", "silu")),
+    "scaled first, powers of two": ("v5e", 1 << 14, (40, 160, 40, "mxfp4", (1, 32), False, None, "bfloat16", None)),
+    "many rows": ("v5e", 1 << 14, (40, 70, 200, "int8", (1, None), True, None, "bfloat16", None)),
+    "codes as float8": ("7x", 1 << 14, (3, 300, 40, "int4", (1, 128), True, None, "float32", None)),
+    "no int8 unit": ("7x", 1 << 14, (3, 300, 40, "int8", (1, 64), False, None, "float32", None)),
+    "blocks of inputs": ("v5e", 256, (3, 600, 140, "int8", (1, None), False, "int8", "float32", "relu")),
+    "blocks of grouped inputs": ("v6e", 1024, (3, 1300, 40, "int4", (1, 128), True, "int8", "float32", None)),
+    "blocks of float8 with a rest": ("v6e", 256, (3, 600, 40, "fp8_e4m3", (1, None), False, None, "bfloat16", None)),
+    "several tiles of rows": ("v5e", 1 << 14, (150, 64, 40, "int4", (1, 64), False, None, "float32", "gelu")),
+}
+QUICK = ("scaled first", "codes as float8", "blocks of float8 with a rest")
+
+
+@pytest.mark.parametrize("case", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in CASES])
+def test_every_way_is_the_reference(case, monkeypatch):
+    chip, most_inputs, sizes = CASES[case]
+    monkeypatch.setattr(tpu, "target_chip", lambda: chip)
+    monkeypatch.setattr(tpu, "MOST_INPUTS", most_inputs)
+    monkeypatch.setattr(contract, "CASES", {case: sizes})
+    x, weight, bias, options = contract.make(case)
+    cut = tpu.plan(len(x), x.dtype, weight, options["activation_format"], chip)
+    assert cut.scaled_first == case.startswith("scaled first")
+    y = contract.run(contract.product, "tpu", x, weight, bias, **options)
+    contract.check(x, weight, bias, options, y)
+
+
+def test_its_transposed_product_is_xlas():
+    assert tpu.quantized_matmul_transposed is xla.quantized_matmul_transposed
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16"])
+def test_pieces_add_up(dtype):
+    x = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32) * np.float32(
+        [[1], [1e30], [1e-20], [0], [1]]
+    )
+    x[4, 0] = np.inf
+    taken = operand(jnp.dtype(dtype), jnp.dtype("float32"))
+    pieces, scales = split(jnp.asarray(x), taken)
+    total = sum(w * np.asarray(piece, np.float64) for w, piece in zip(taken.weights, pieces, strict=True))
+    total = total * np.asarray(scales, np.float64)
+    error = np.abs(total[:4] - x[:4]).max(axis=1)
+    assert (error <= 2.0**-22 * np.abs(x[:4]).max(axis=1)).all() and not np.isfinite(total[4]).all()
+
+
+def test_evens_come_first():
+    x = np.arange(2 * 512, dtype=np.float32).reshape(2, 512)
+    want = np.concatenate([np.concatenate([t[:, ::2], t[:, 1::2]], axis=1) for t in np.split(x, 2, axis=1)], axis=1)
+    np.testing.assert_array_equal(evens_first(jnp.asarray(x), 256), want)
+
+
+def test_refusals_say_why():
+    x, weight = jnp.zeros((2, 48)), quantize(jnp.ones((8, 48)), "int8", block=(1, 24))
+    with pytest.raises(NotImplementedError, match="multiples of 128, got 24"):
+        quantized_matmul(x, weight, implementation="tpu")
+
+
+def program(target, M, I, O, format, block, activation_format=None):
+    block = tuple(block)
+    made = jax.eval_shape(
+        lambda w: quantize(w, format, block=block, zero_points=format == "int4"),
+        jax.ShapeDtypeStruct((O, I), "float32"),
+    )
+    weight = jax.tree.map(lambda x: target.array(x.shape, x.dtype), made)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made))
+    return Program(
+        lambda x, w: quantized_matmul(x, w, activation_format=activation_format, implementation="tpu"),
+        (target.array((M, I)), weight),
+        2.0 * M * I * O,
+        float(size),
+    )
+
+
+@compiles
+@pytest.mark.parametrize("chip", ["v6e", *(pytest.param(chip, marks=SLOW) for chip in CHIPS if chip != "v6e")])
+def test_compiles_and_reads_int8_at_the_speed_of_memory(chip):
+    """Decoding's wide product: within 1.15 of the time to read the weights, where the unit multiplies int8."""
+    given = {"M": 16, "I": 4096, "O": 14336, "format": "int8", "block": (1, None)}
+    (found,) = compile_all([Request(chip, f"{__file__}:program", given)])
+    assert found.failed is None
+    assert found.of_limit >= (0.5 if chip == "7x" else 1 / 1.15)
+
+
+@compiles
+@SLOW
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_every_format(chip):
+    kinds = [
+        {"M": 3, "I": 2880, "O": 300, "format": "mxfp4", "block": (1, 32)},
+        {"M": 3, "I": 1024, "O": 300, "format": "int4", "block": (1, 32)},
+        {"M": 100, "I": 1024, "O": 256, "format": "int4", "block": (1, 128)},
+        {"M": 17, "I": 1000, "O": 256, "format": "fp8_e4m3", "block": (128, 128), "activation_format": "fp8"},
+        {"M": 40, "I": 1024, "O": 256, "format": "int8", "block": (1, 64)},
+    ]
+    found = compile_all([Request(chip, f"{__file__}:program", kind) for kind in kinds])
+    assert [x.failed for x in found] == [None] * len(kinds)
