@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ..candidates import Operation
+from ..quantized_matmul import QuantizedWeight
 
 OPERATION = Operation(__name__, "grouped_matmul")
 DX = Operation(__name__, "grouped_matmul_dx")
@@ -19,7 +20,7 @@ DWEIGHT = Operation(__name__, "grouped_matmul_dweight")
 
 
 def grouped_matmul(
-    x_NI: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, *, implementation: str | None = None
+    x_NI: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
     """`x @ weight[group].T` in the dtype of `x`, [N, O]; differentiable in x and weight (reverse mode).
 
@@ -29,26 +30,27 @@ def grouped_matmul(
     Products take the dtype of `x` and add up in float32 (float64 for float64).
 
     Args:
-      x_NI: rows. weight_GOI: one weight a group, of the same floating dtype.
+      x_NI: rows. weight_GOI: one weight a group, of the same floating dtype; or quantised ones, stacked: they stand
+        for `dequantize(weight, x.dtype)` and get no gradient.
       sizes_G: int32, the rows of each group, none negative; their sum is at most N (not checked).
       implementation: a candidate's name, or None for the best one of the platform.
 
     Raises:
       ValueError: shapes or dtypes that break the rules above. NotImplementedError: no candidate takes them.
     """
-    x_NI, weight_GOI, sizes_G = map(jnp.asarray, (x_NI, weight_GOI, sizes_G))
+    x_NI, weight_GOI, sizes_G = jax.tree.map(jnp.asarray, (x_NI, weight_GOI, sizes_G))
     _check("x [N, I]", x_NI, weight_GOI, sizes_G, axis=2)
     return _differentiable(implementation, x_NI, weight_GOI, sizes_G)
 
 
 def grouped_matmul_dx(
-    dy_NO: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, *, implementation: str | None = None
+    dy_NO: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
     """`dy @ weight[group]`, [N, I] in the dtype of `dy`: the gradient of the rows. Otherwise as `grouped_matmul`.
 
     It is the product with transposed weights, and a forward one where weights are kept as [G, I, O].
     """
-    dy_NO, weight_GOI, sizes_G = map(jnp.asarray, (dy_NO, weight_GOI, sizes_G))
+    dy_NO, weight_GOI, sizes_G = jax.tree.map(jnp.asarray, (dy_NO, weight_GOI, sizes_G))
     _check("dy [N, O]", dy_NO, weight_GOI, sizes_G, axis=1)
     return DX(dy_NO, weight_GOI, sizes_G, implementation=implementation)
 
@@ -68,31 +70,38 @@ def grouped_matmul_dweight(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(
-    implementation: str | None, x_NI: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array
-) -> jax.Array:
+def _differentiable(implementation: str | None, x_NI: jax.Array, weight_GOI: Any, sizes_G: jax.Array) -> jax.Array:
     return OPERATION(x_NI, weight_GOI, sizes_G, implementation=implementation)
 
 
-def _forward(implementation: str | None, *args: jax.Array) -> tuple[jax.Array, Any]:
-    return _differentiable(implementation, *args), args
+def _forward(implementation: str | None, *args: Any) -> tuple[jax.Array, Any]:
+    x_NI, weight_GOI, sizes_G = args
+    # Rows are for the gradient of the weights, which quantised ones have not.
+    kept = (x_NI[:0] if isinstance(weight_GOI, QuantizedWeight) else x_NI), weight_GOI, sizes_G
+    return _differentiable(implementation, *args), kept
 
 
-def _backward(implementation: str | None, kept: Any, dy_NO: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _backward(implementation: str | None, kept: Any, dy_NO: jax.Array) -> tuple[jax.Array, Any, None]:
     x_NI, weight_GOI, sizes_G = kept
     dx_NI = DX(dy_NO, weight_GOI, sizes_G, implementation=implementation)
+    if isinstance(weight_GOI, QuantizedWeight):
+        return dx_NI, None, None
     return dx_NI, DWEIGHT(x_NI, dy_NO, sizes_G, implementation=implementation), None
 
 
 _differentiable.defvjp(_forward, _backward)
 
 
-def _check(what: str, rows_NA: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, axis: int) -> None:
-    if rows_NA.ndim != 2 or weight_GOI.ndim != 3 or rows_NA.shape[1] != weight_GOI.shape[axis]:
-        raise ValueError(f"grouped_matmul takes {what} and weight [G, O, I], got {rows_NA.shape}, {weight_GOI.shape}")
-    if sizes_G.shape != weight_GOI.shape[:1]:
-        raise ValueError(f"sizes has one number a group, ({len(weight_GOI)},), got {sizes_G.shape}")
-    _check_dtypes(rows_NA, weight_GOI, "weight", sizes_G)
+def _check(what: str, rows_NA: jax.Array, weight_GOI: Any, sizes_G: jax.Array, axis: int) -> None:
+    quantized = isinstance(weight_GOI, QuantizedWeight)
+    if quantized:
+        weight_GOI.check()
+    shape = weight_GOI.shape
+    if rows_NA.ndim != 2 or len(shape) != 3 or rows_NA.shape[1] != shape[axis]:
+        raise ValueError(f"grouped_matmul takes {what} and weight [G, O, I], got {rows_NA.shape}, {shape}")
+    if sizes_G.shape != shape[:1]:
+        raise ValueError(f"sizes has one number a group, ({shape[0]},), got {sizes_G.shape}")
+    _check_dtypes(rows_NA, rows_NA if quantized else weight_GOI, "weight", sizes_G)
 
 
 def _check_dtypes(rows_NA: jax.Array, other: jax.Array, name: str, sizes_G: jax.Array) -> None:

@@ -6,6 +6,8 @@ Shapes: N rows, G groups, I inputs, O outputs. For tests only: it holds N weight
 import jax
 import jax.numpy as jnp
 
+from ..quantized_matmul import QuantizedWeight, dequantize
+
 EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -16,13 +18,17 @@ def _rows(x_NA: jax.Array, sizes_G: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where((group_N < len(sizes_G))[:, None], x_NA, 0).astype(wide), group_N
 
 
-def grouped_matmul(x_NI: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array) -> jax.Array:
+def grouped_matmul(x_NI: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array) -> jax.Array:
+    if isinstance(weight_GOI, QuantizedWeight):
+        weight_GOI = dequantize(weight_GOI, x_NI.dtype)
     rows_NI, group_N = _rows(x_NI, sizes_G)
     weight_NOI = weight_GOI.astype(rows_NI.dtype)[jnp.minimum(group_N, len(sizes_G) - 1)]
     return jnp.einsum("ni,noi->no", rows_NI, weight_NOI, precision=EXACT).astype(x_NI.dtype)
 
 
-def grouped_matmul_dx(dy_NO: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array) -> jax.Array:
+def grouped_matmul_dx(dy_NO: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array) -> jax.Array:
+    if isinstance(weight_GOI, QuantizedWeight):
+        weight_GOI = dequantize(weight_GOI, dy_NO.dtype)
     return grouped_matmul(dy_NO, jnp.swapaxes(weight_GOI, 1, 2), sizes_G)
 
 

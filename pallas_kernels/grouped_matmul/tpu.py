@@ -21,22 +21,28 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..quantized_matmul import QuantizedWeight, dequantize
 from .blocks import GradientBlocks, ProductBlocks, gradient_blocks, product_blocks, vmem_bytes
 from .visits import FIRST, GROUP, HIGH, LAST, LOW, TILE, Known, quotient, visits
 
 ALIGNMENT = 16  # rows at whose multiples a piece may begin: a register of bfloat16
 
 
-def grouped_matmul(x_NI: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array) -> jax.Array:
-    return product(x_NI, weight_GOI, sizes_G, contract=2)
+def grouped_matmul(x_NI: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array) -> jax.Array:
+    return product(x_NI, _floats(weight_GOI, x_NI.dtype), sizes_G, contract=2)
 
 
-def grouped_matmul_dx(dy_NO: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array) -> jax.Array:
-    return product(dy_NO, weight_GOI, sizes_G, contract=1)
+def grouped_matmul_dx(dy_NO: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array) -> jax.Array:
+    return product(dy_NO, _floats(weight_GOI, dy_NO.dtype), sizes_G, contract=1)
 
 
 def grouped_matmul_dweight(x_NI: jax.Array, dy_NO: jax.Array, sizes_G: jax.Array) -> jax.Array:
     return gradient(x_NI, dy_NO, sizes_G)
+
+
+def _floats(weight_GOI: jax.Array | QuantizedWeight, dtype: jnp.dtype) -> jax.Array:
+    """Quantised weights as floats, all of them in memory: these kernels read no others."""
+    return dequantize(weight_GOI, dtype) if isinstance(weight_GOI, QuantizedWeight) else weight_GOI
 
 
 def _check(dtype: jnp.dtype) -> None:
@@ -135,11 +141,9 @@ def product(
         def shared(place: Any, is_own: jax.Array, product: Callable[[], jax.Array]) -> None:
             y_nc[place] = jnp.where(is_own, product(), y_nc[place].astype(jnp.float32)).astype(y_nc.dtype)
 
-        def first(place: Any, is_own: jax.Array, product: Callable[[], jax.Array]) -> None:
-            scratch[0][place] = product()
-
-        def middle(place: Any, is_own: jax.Array, product: Callable[[], jax.Array]) -> None:
-            scratch[0][place] += jnp.where(is_own, product(), 0)
+        def add(place: Any, is_own: jax.Array, product: Callable[[], jax.Array]) -> None:
+            old_sc = scratch[0][place]
+            scratch[0][place] = jnp.where(is_own, jnp.where(part == 0, 0, old_sc) + product(), old_sc)
 
         def last(place: Any, is_own: jax.Array, product: Callable[[], jax.Array]) -> None:
             sum_sc = scratch[0][place] + product()
@@ -156,8 +160,7 @@ def product(
             pl.when(is_whole & ~is_rest)(lambda: _parts(b.n, b.s[0], lambda f: columns(f, 0, b.n, b.s[0], body=whole)))
             run(~is_whole & ~is_rest, shared)
         else:
-            run((part == 0) & ~is_rest, first)
-            run((part > 0) & (part < parts_a - 1) & ~is_rest, middle)
+            run((part < parts_a - 1) & ~is_rest, add)
             run((part == parts_a - 1) & ~is_rest, last)
         run((part == parts_a - 1) & is_rest, nothing)
 

@@ -18,14 +18,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from ..quantized_matmul import QuantizedWeight, dequantize
+
+Weights = jax.Array | QuantizedWeight
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 128
 
 
-def grouped_matmul(x_NI: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array) -> jax.Array:
+def grouped_matmul(x_NI: jax.Array, weight_GOI: Weights, sizes_G: jax.Array) -> jax.Array:
     return _product(x_NI, weight_GOI, sizes_G, contract=2)
 
 
-def grouped_matmul_dx(dy_NO: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array) -> jax.Array:
+def grouped_matmul_dx(dy_NO: jax.Array, weight_GOI: Weights, sizes_G: jax.Array) -> jax.Array:
     return _product(dy_NO, weight_GOI, sizes_G, contract=1)
 
 
@@ -41,7 +44,7 @@ def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else jax.lax.Precision.DEFAULT
 
 
-def _product(x_NA: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, contract: int) -> jax.Array:
+def _product(x_NA: jax.Array, weight_GOI: Weights, sizes_G: jax.Array, contract: int) -> jax.Array:
     """Rows times weights, summed over dimension `contract` of the weights: [N, C]."""
     y_NC = jax.lax.platform_dependent(
         x_NA,
@@ -54,14 +57,16 @@ def _product(x_NA: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, contrac
     return jnp.where(is_grouped_N[:, None], y_NC, 0)
 
 
-def _by_ragged_dot(x_NA: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, contract: int) -> jax.Array:
+def _by_ragged_dot(x_NA: jax.Array, weight_GOI: Weights, sizes_G: jax.Array, contract: int) -> jax.Array:
+    if isinstance(weight_GOI, QuantizedWeight):
+        weight_GOI = dequantize(weight_GOI, x_NA.dtype)
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (contract,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
     return jax.lax.ragged_dot_general(x_NA, weight_GOI, sizes_G, numbers, precision=_precision(x_NA.dtype))
 
 
-def _by_blocks(x_NA: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, contract: int) -> jax.Array:
+def _by_blocks(x_NA: jax.Array, weight_GOI: Weights, sizes_G: jax.Array, contract: int) -> jax.Array:
     N, C = len(x_NA), weight_GOI.shape[3 - contract]
     blocks = _Blocks(N, sizes_G)
     x_MA = jnp.pad(x_NA, ((0, blocks.rows), (0, 0)))
@@ -72,7 +77,7 @@ def _by_blocks(x_NA: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, contr
         y_BC = jnp.einsum(
             "ba,ca->bc" if contract == 2 else "ba,ac->bc",
             x_BA,
-            weight_GOI[group],
+            _of_group(weight_GOI, group, x_NA.dtype),
             precision=_precision(x_NA.dtype),
         )
         # What a group's last block writes beyond its rows is not theirs; the next group's first block comes after it.
@@ -80,6 +85,12 @@ def _by_blocks(x_NA: jax.Array, weight_GOI: jax.Array, sizes_G: jax.Array, contr
 
     y_MC = jax.lax.fori_loop(0, blocks.count, body, jnp.zeros((N + blocks.rows, C), x_NA.dtype))
     return y_MC[:N]
+
+
+def _of_group(weight_GOI: Weights, group: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """One group's weight; of quantised ones, only this is turned into floats at a time."""
+    weight_OI = jax.tree.map(lambda a: a[group], weight_GOI)
+    return dequantize(weight_OI, dtype) if isinstance(weight_OI, QuantizedWeight) else weight_OI
 
 
 def _weight_gradient(x_NI: jax.Array, dy_NO: jax.Array, sizes_G: jax.Array, widen: bool) -> jax.Array:

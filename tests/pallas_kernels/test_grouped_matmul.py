@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from benchmarks.static import Request, compile_all
 from twinax.pallas_kernels import grouped_matmul as package
 from twinax.pallas_kernels.grouped_matmul import OPERATION, grouped_matmul, grouped_matmul_dweight, grouped_matmul_dx
+from twinax.pallas_kernels.quantized_matmul import dequantize, quantize
 
 ALL = pytest.mark.parametrize("implementation", OPERATION.names())
 
@@ -83,6 +84,31 @@ def test_bfloat16_is_summed_in_float32(implementation):
         assert a.dtype == jnp.bfloat16
         # One rounding of the result, and what float32 sums lose where terms cancel.
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-5)
+
+
+@ALL
+@pytest.mark.parametrize(
+    ("form", "block"), [("int8", (1, None)), ("int4", (1, 32)), ("fp8_e4m3", (None, 32)), ("mxfp4", (1, 32))]
+)
+def test_quantised_weights_are_their_floats_and_get_no_gradient(form, block, implementation):
+    if implementation == "tpu" and form != "int4":
+        pytest.skip("turned into floats before the kernel: one format will do")
+    rng = np.random.default_rng(4)
+    sizes_G = np.asarray([3, 0, 9], np.int32)
+    x_NI, dy_NO = (rng.standard_normal((14, n)).astype(np.float32) for n in (64, 6))
+    weight = quantize(rng.standard_normal((3, 6, 64)).astype(np.float32), form, block=block)
+    floats = np.asarray(dequantize(weight), np.float64)
+
+    @jax.jit
+    def function(x, weight, dy):
+        y, pullback = jax.vjp(lambda x: grouped_matmul(x, weight, sizes_G, implementation=implementation), x)
+        return y, *pullback(dy)
+
+    with pltpu.force_tpu_interpret_mode() if implementation == "tpu" else nullcontext():
+        got = jax.tree.map(np.asarray, function(x_NI, weight, dy_NO))
+    want = by_hand(x_NI.astype(np.float64), floats, dy_NO.astype(np.float64), sizes_G)
+    for name, a, b in zip(("y", "dx"), got, want, strict=False):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6 * np.abs(b).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("static", [False, True])
