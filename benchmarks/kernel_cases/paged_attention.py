@@ -28,20 +28,22 @@ def decode(target: Any, H: int, K: int, D: int, dtype: str) -> Program:
     import jax.numpy as jnp
 
     from twinax.pallas_kernels.paged_attention import tpu_block, tpu_decode
-    from twinax.pallas_kernels.paged_attention.tpu import pages_of_block
+    from twinax.pallas_kernels.paged_attention.tpu import CORES, pages_of_block
 
     N, L, S, M = REQUESTS, CONTEXT, PAGE, CONTEXT // PAGE
     kept, E = jnp.dtype(dtype), 2 * D
     quantised = kept.itemsize == 1
+    cores = CORES.get(target.chip.name, 1)
     sizes = tpu_block.Sizes(
-        K=K, S=S, n=pages_of_block(S, K * E * kept.itemsize, M), M=M, C=D, v_lane=D, V=D, scale=D**-0.5,
+        K=K // cores, S=S, n=pages_of_block(S, K // cores * E * kept.itemsize, M), M=M, N=E // 128,
+        C=D, v_lane=D, V=D, scale=D**-0.5,
         softcap=None, window=None, quantised=quantised, dtype=jnp.dtype("bfloat16"), kept=kept,
     )  # fmt: skip
 
     def step(q: Any, new: Any, news: Any, kv: Any, scale: Any, layer: Any, table: Any, lengths: Any) -> Any:
         return tpu_decode.decode(
             sizes, q, new, news, None, None, kv, scale, layer=layer, table=table, lengths_N=lengths,
-            begin_N=jnp.zeros_like(lengths), block_rows=N, cores=1, vmem_bytes=48 * 2**20, static_length=L,
+            begin_N=jnp.zeros_like(lengths), block_rows=N, cores=cores, vmem_bytes=48 * 2**20, static_length=L,
         )  # fmt: skip
 
     def array(shape: tuple[int, ...], dtype: Any, wanted: bool = True) -> Any:
@@ -51,7 +53,7 @@ def decode(target: Any, H: int, K: int, D: int, dtype: str) -> Program:
         array((N, K * max(8, H // K), D), "bfloat16"),
         array((N, K, E), "float32"),
         array((N, K, 2 * S), "float32", quantised),
-        array((2, N * M, K, S, E), kept),
+        array((2, N * M, K, E // 128, S, 128), kept),
         array((2, N * M, K, 2 * S), "float32", quantised),
         array((), "int32"),
         array((N, M), "int32"),

@@ -154,7 +154,7 @@ def pages_of_block(page_size: int, token_bytes: int, M: int) -> int:
 def tile_rows(T: int, heads: int, sizes: Sizes) -> int:
     """Token rows of a tile of a chunk: as many as fit, so that pages are read for more queries at once."""
     row = heads * (4 * sizes.V + 6 * sizes.C + 4 * sizes.V + 1024) + 12 * sizes.B
-    most = next((t for t in (256, 128, 64, 32) if t * row <= 20 * MIB), 16)
+    most = next((t for t in (128, 64, 32) if t * row <= 20 * MIB), 16)
     return min(most, -(-T // 16) * 16)
 
 

@@ -74,10 +74,10 @@ def chunk(
     ]
     if static:
         scalars = []
-    across = lambda lanes: pl.BlockSpec((tile, per_core * lanes), lambda c, i, *_: (i, c))  # noqa: E731
+    across = lambda lanes: pl.BlockSpec((per_core, tile, lanes), lambda c, i, *_: (c, i, 0))  # noqa: E731
     info = pl.BlockSpec((tile, LANES), lambda c, i, *_: (i, 0))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    inputs: list[Any] = [q_THC.reshape(T, H * C)]
+    inputs: list[Any] = [jnp.swapaxes(q_THC, 0, 1)]
     inputs += [jnp.broadcast_to(x.astype(jnp.int32)[:, None], (T, LANES)) for x in (rows.owner_T, rows.position_T)]
     specs = [across(C), info, info]
     if sinks_H is not None:
@@ -100,17 +100,17 @@ def chunk(
         specs.append(hbm)
     if writes:
         out_shape = [
-            jax.ShapeDtypeStruct((T, H * V), q_THC.dtype),
+            jax.ShapeDtypeStruct((H, T, V), q_THC.dtype),
             jax.ShapeDtypeStruct(kv.shape, kv.dtype),
         ]
         out_specs = [across(V), hbm]
     else:
-        out_shape = [jax.ShapeDtypeStruct((T, H * lanes), jnp.float32) for lanes in (LANES, LANES, V)]
+        out_shape = [jax.ShapeDtypeStruct((H, T, lanes), jnp.float32) for lanes in (LANES, LANES, V)]
         out_specs = [across(LANES), across(LANES), across(V)]
     scratch = [pltpu.VMEM((BUFFERS, sizes.n, K * sizes.N * S, LANES), kv.dtype)]
     if sizes.quantised:
         scratch.append(pltpu.VMEM((BUFFERS, sizes.n, K, 2 * S), jnp.float32))
-    scratch += [pltpu.SemaphoreType.DMA((BUFFERS,)), pltpu.VMEM((per_core, tile, C), q_THC.dtype)]
+    scratch.append(pltpu.SemaphoreType.DMA((BUFFERS,)))
     scratch += [pltpu.VMEM((per_core, tile, lanes), jnp.float32) for lanes in (LANES, LANES, V)]
     if writes:
         scratch += [
@@ -137,8 +137,8 @@ def chunk(
         name="paged_chunk" if writes else "paged_prefix",
     )(*scalars, *inputs)
     if writes:
-        return out[0].reshape(T, H, V), out[1].reshape(kv_LPKNSX.shape)
-    return tuple(x.reshape(T, H, -1) for x in out), kv_LPKNSX
+        return jnp.swapaxes(out[0], 0, 1), out[1].reshape(kv_LPKNSX.shape)
+    return tuple(jnp.swapaxes(x, 0, 1) for x in out), kv_LPKNSX
 
 
 def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: bool, *refs: Any) -> None:
@@ -146,7 +146,7 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
     layer_ref, order_ref, first_ref, stop_ref, start_ref, count_ref, length_ref, table_ref = (
         None if static else next(refs) for _ in range(8)
     )
-    q_ref, owner_ref, position_ref = next(refs), next(refs), next(refs)
+    q_HtC, owner_ref, position_ref = next(refs), next(refs), next(refs)
     sinks_ref = next(refs) if has_sinks else None
     new_hbm = next(refs) if writes else None
     kv_hbm = next(refs)
@@ -156,25 +156,25 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
         kv_hbm = next(refs)
     kv_buf = next(refs)
     scale_buf = next(refs) if sizes.quantised else None
-    sems, q_HtC, top_Ht, sum_Ht, acc_HtV = (next(refs) for _ in range(5))
+    sems, top_Ht, sum_Ht, acc_HtV = (next(refs) for _ in range(4))
     page_buf, new_buf, write_sems = refs if writes else (None, None, None)
 
-    K, B, n, S, C, V = sizes.K, sizes.B, sizes.n, sizes.S, sizes.C, sizes.V
-    t = q_ref.shape[0]
-    H = len(q_HtC)
+    K, B, n, S, V = sizes.K, sizes.B, sizes.n, sizes.S, sizes.V
+    H, t, _ = q_HtC.shape
     i = pl.program_id(1)
     core = pl.program_id(0) if cores > 1 else None
     cache = Cache(sizes, 0 if static else layer_ref[0], core, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
 
-    for h in range(H):
-        q_HtC[h] = q_ref[:, h * C : (h + 1) * C]
+    def begin_head(h: Any, _: Any) -> None:
         if sinks_ref is None:
             top_Ht[h] = jnp.full((t, LANES), MASKED, jnp.float32)
             sum_Ht[h] = jnp.zeros((t, LANES), jnp.float32)
         else:
-            top_Ht[h] = jnp.broadcast_to(sinks_ref[h : h + 1] * LOG2_E, (t, LANES))
+            top_Ht[h] = jnp.broadcast_to(sinks_ref[pl.ds(h, 1)] * LOG2_E, (t, LANES))
             sum_Ht[h] = jnp.ones((t, LANES), jnp.float32)
         acc_HtV[h] = jnp.zeros((t, V), jnp.float32)
+
+    jax.lax.fori_loop(0, H, begin_head, None)
 
     def attend(r: Any, j: Any, slot: Any, masked: bool) -> None:
         def head(h: Any, _: Any) -> None:
@@ -239,14 +239,14 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
     else:
         jax.lax.fori_loop(first_ref[i], stop_ref[i], one, None)
 
-    for h in range(H):
+    def end_head(h: Any, _: Any) -> None:
         if writes:
             total = jnp.where(sum_Ht[h] > 0, sum_Ht[h], 1)
-            out_refs[0][:, h * V : (h + 1) * V] = (acc_HtV[h] / wide(total, V)).astype(out_refs[0].dtype)
+            out_refs[0][h] = (acc_HtV[h] / wide(total, V)).astype(out_refs[0].dtype)
         else:
-            out_refs[0][:, h * LANES : (h + 1) * LANES] = top_Ht[h]
-            out_refs[1][:, h * LANES : (h + 1) * LANES] = sum_Ht[h]
-            out_refs[2][:, h * V : (h + 1) * V] = acc_HtV[h]
+            out_refs[0][h], out_refs[1][h], out_refs[2][h] = top_Ht[h], sum_Ht[h], acc_HtV[h]
+
+    jax.lax.fori_loop(0, H, end_head, None)
 
 
 def _write(
