@@ -150,18 +150,16 @@ def _kernel(plan: Plan, scores: Scores, steps: int, names: list[str], inputs: li
     b, h, i, j = (pl.program_id(axis) for axis in range(4))
     low, high = plan.keys_of(i, tables, b)
     block = jnp.minimum(jnp.maximum(jnp.maximum(high - j, low), 0), plan.nk - 1) if plan.nk > 1 else 0
-    visited = (j == 0) | (high - j >= low)
     rows = _Rows(plan, scores, x, tables, (b, h, i, block), (out_ref, lse_ref, max_ref, sum_ref, acc_ref))
 
-    full = plan.is_full(i, block, tables, b)
-    for first, is_edge in _kinds(plan, steps):
-        wanted = (j == 0) if first else ((j > 0) & visited)
-        wanted = wanted & (jnp.logical_not(full) if is_edge else full)
+    full, kinds = plan.is_full(i, block, tables, b), _kinds(plan, steps)
+    for first, is_edge in kinds:
+        # A row's first block is visited even when it is empty, for the output to be written.
+        wanted = [] if steps == 1 else [j == 0] if first else [j > 0, high - j >= low]
+        if (first, not is_edge) in kinds:
+            wanted.append(jnp.logical_not(full) if is_edge else full)
         body = functools.partial(rows.run, first=first, last=steps == 1, edge=is_edge)
-        if steps == 1 and len(_kinds(plan, steps)) == 1:
-            body()
-        else:
-            pl.when(wanted)(body)
+        pl.when(functools.reduce(jnp.logical_and, wanted))(body) if wanted else body()
     if steps > 1:
 
         @pl.when(j == steps - 1)
