@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ..chips import target_chip
-from ..flash_attention.tpu_forward import Scores
-from . import tpu_forward
+from ..flash_attention.tpu_forward import LOG2E, LOWEST, Scores
+from . import tpu_backward, tpu_forward, xla
 from .tpu_forward import LANES, Ring
 
 BLOCK = 512  # queries and keys of a tile, at most
@@ -44,7 +44,7 @@ def ring_attention(
     chunk = -(-(T // 2) // LANES) * LANES
     block = max(size for size in range(LANES, BLOCK + 1, LANES) if chunk % size == 0 and size & (size - 1) == 0)
     scores = Scores(D**-0.5 if scale is None else scale, softcap, bias=False, scaled=False)
-    limit = VMEM_BYTES.get(target_chip() or "", VMEM_ELSEWHERE)
+    limit = _limit()
     o = Ring(axis, n, H // K, chunk, block, scores, segment_ids_BT is not None or 2 * chunk != T)
     if (needed := o.vmem(D, q_BTHD.dtype.itemsize)) > limit:
         raise NotImplementedError(
@@ -73,13 +73,30 @@ def _attention_forward(o: Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: j
 
 
 def _attention_backward(o: Ring, residuals: Any, d_out: jax.Array) -> Any:
-    from . import xla
-
-    plain = xla._Ring(o.axis, o.n, residuals[0].shape[1] // 2, None, o.scores.scale, o.scores.softcap, False)
-    return xla._attention_backward(plain, residuals, d_out)
+    q, k, v, ids, out, lse = residuals
+    B, T, H, D = q.shape
+    if tpu_backward.vmem(o, D, q.dtype.itemsize) > _limit():  # it keeps more than the forward pass
+        plain = xla._Ring(o.axis, o.n, T // 2, None, o.scores.scale, o.scores.softcap, False)
+        return xla._attention_backward(plain, residuals, d_out)
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
+    lse2 = jnp.where(lse > -jnp.inf, lse * LOG2E, -LOWEST)
+    rows = {"q": _heads_first(o, q), "d_out": _heads_first(o, d_out.astype(q.dtype))}
+    rows |= {name: _row(_heads_first(o, x[..., None])) for name, x in (("lse2", lse2), ("delta", delta))}
+    dq, dkv = tpu_backward.backward(o, rows, _stacked(o, k, v), *_ids(o, ids, B, T))
+    dq = _tokens_first(o, jnp.swapaxes(dq, 2, 3), B, T) * o.scores.scale
+    dk, dv = (_tokens_first(o, dkv[:, i, None], B, T) for i in (0, 1))
+    return dq.astype(q.dtype), (dk * o.scores.scale).astype(k.dtype), dv.astype(v.dtype), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _row(x_NGT1: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x_NGT1, 2, 3)
+
+
+def _limit() -> int:
+    return VMEM_BYTES.get(target_chip() or "", VMEM_ELSEWHERE)
 
 
 def _pad(o: Ring, x_BTX: jax.Array) -> jax.Array:

@@ -55,6 +55,10 @@ class Ring:
         """Messages that arrive along the ring, and against it."""
         return self.n // 2, (self.n - 1) // 2
 
+    @property
+    def streams(self) -> int:
+        return 1 if self.n == 2 else 2
+
     def plan(self, causal: bool) -> Plan:
         """Of one tile."""
         size = self.block
@@ -69,31 +73,33 @@ class Ring:
 
 
 class Streams:
-    """Messages between neighbours, in order, through two buffers a stream. Stream 0 goes along the ring, 1 against it.
+    """Messages between devices, in order, through one or two buffers a stream.
+
+    Stream 0 goes along the ring, stream 1 against it, `hops` devices far.
 
     Attributes:
-        buffers: for each stream a ref [2, ...]. sent, arrived: DMA semaphores [streams], [streams, 2].
+        buffers: for each stream a ref [slots, ...]. sent, arrived: DMA semaphores [streams], [streams, slots].
         permits: regular semaphores [streams], of the messages that this device may send.
     """
 
-    def __init__(self, o: Ring, buffers: Any, sent: Any, arrived: Any, permits: Any):
+    def __init__(
+        self, o: Ring, buffers: Any, sent: Any, arrived: Any, permits: Any, hops: tuple[int, int] = (1, 1)
+    ):
         self.buffers, self.sent, self.arrived, self.permits, self.axis = buffers, sent, arrived, permits, o.axis
         me = lax.axis_index(o.axis)
-        ahead, behind = lax.rem(me + 1, o.n), lax.rem(me + o.n - 1, o.n)
-        self.targets, self.sources = (ahead, behind), (behind, ahead)
+        self.targets = (lax.rem(me + hops[0] + o.n, o.n), lax.rem(me - hops[1] + o.n, o.n))
+        self.sources = (lax.rem(me - hops[0] + o.n, o.n), lax.rem(me + hops[1] + o.n, o.n))
         self.used = [stream for stream in (0, 1) if o.rounds[stream]]
+        self.slots = buffers.shape[1]
 
     def enter(self) -> None:
-        barrier = pltpu.get_barrier_semaphore()
-        for neighbour in self.targets:
-            self._signal(barrier, 1, neighbour)
-        pl.semaphore_wait(barrier, 2)
+        """After the barrier: the others may send."""
         for stream in self.used:
-            self._signal(self.permits.at[stream], 2, self.sources[stream])
+            self._signal(self.permits.at[stream], self.slots, self.sources[stream])
 
     def leave(self) -> None:
         for stream in self.used:
-            pl.semaphore_wait(self.permits.at[stream], 2)
+            pl.semaphore_wait(self.permits.at[stream], self.slots)
 
     def send(self, stream: int, number: Any, source: Any) -> Any:
         """Starts message `number` of a stream once there is a permit. The copy also stands for the one that arrives."""
@@ -106,7 +112,7 @@ class Streams:
         slot = self.slot(number)
         return pltpu.make_async_remote_copy(
             src_ref=source,
-            dst_ref=self.buffers[stream].at[slot],
+            dst_ref=self.buffers.at[stream, slot],
             send_sem=self.sent.at[stream],
             recv_sem=self.arrived.at[stream, slot],
             device_id={self.axis: self.targets[stream]},
@@ -119,29 +125,42 @@ class Streams:
 
     def at(self, stream: int, number: Any) -> Any:
         """What message `number` brought."""
-        return self.buffers[stream].at[self.slot(number)]
+        return self.buffers.at[stream, self.slot(number)]
 
-    @staticmethod
-    def slot(number: Any) -> Any:
-        return lax.rem(jnp.int32(number), jnp.int32(2))
+    def slot(self, number: Any) -> Any:
+        return lax.rem(jnp.int32(number), jnp.int32(self.slots))
 
     def _signal(self, semaphore: Any, count: int, device: Any) -> None:
         pl.semaphore_signal(semaphore, count, device_id={self.axis: device}, device_id_type=pl.DeviceIdType.MESH)
 
 
+def barrier(o: Ring, hops: tuple[int, ...]) -> None:
+    """Waits until the devices so far away, on both sides, are in the kernel too."""
+    semaphore, me = pltpu.get_barrier_semaphore(), lax.axis_index(o.axis)
+    for far in hops:
+        for other in (me + far, me - far + o.n):
+            device = {o.axis: lax.rem(other, o.n)}
+            pl.semaphore_signal(semaphore, 1, device_id=device, device_id_type=pl.DeviceIdType.MESH)
+    pl.semaphore_wait(semaphore, 2 * len(hops))
+
+
+def semaphores(streams: int, slots: int) -> list[Any]:
+    """What `Streams` takes after its buffers."""
+    dma = pltpu.SemaphoreType.DMA
+    return [dma((streams,)), dma((streams, slots)), pltpu.SemaphoreType.REGULAR((streams,))]
+
+
 def travel(
-    o: Ring, streams: Streams, turn: Any, home: Any, own: Callable[[], None], meet: Callable[[Any, Any], None]
+    o: Ring, streams: Streams, turn: Any, home: Any, own: Callable[[], None], meet: Callable[[int, Any, Any], None]
 ) -> None:
-    """All rounds of one turn of the grid: `own()`, then `meet(keys and values, device that they come from)`."""
-    me = lax.axis_index(o.axis)
+    """All rounds of one turn of the grid: `own()`, then `meet(stream, round, keys and values)` for each that comes."""
     first = [turn * rounds for rounds in o.rounds]  # number of the turn's first message in each stream
 
     def one(r: Any, here: list[int], onward: list[int], compute: Callable[[], None]) -> None:
-        """Round r, with messages `here` and those sent `onward`: each is a list of streams."""
+        """Round r: what came by the streams `here` is used, and sent `onward`."""
+        sources = [streams.at(stream, first[stream] + r - 1) if here else home for stream in onward]
         copies = [
-            streams.send(stream, first[stream] + r, home if own_round else streams.at(stream, first[stream] + r - 1))
-            for stream in onward
-            for own_round in (not here,)
+            streams.send(stream, first[stream] + r, source) for stream, source in zip(onward, sources, strict=True)
         ]
         compute()
         for copy in copies:
@@ -154,8 +173,7 @@ def travel(
     def both(r: Any, here: list[int]) -> Callable[[], None]:
         def compute() -> None:
             for stream in here:
-                device = me - r if stream == 0 else me + r
-                meet(streams.at(stream, first[stream] + r - 1), lax.rem(device + o.n, o.n))
+                meet(stream, r, streams.at(stream, first[stream] + r - 1))
 
         return compute
 
@@ -164,16 +182,17 @@ def travel(
 
     one(0, [], streams_of(1), own)
     a, b = o.rounds
-
-    def turn_of_loop(r: Any, carry: Any) -> Any:
-        one(r, [0, 1], [0, 1], both(r, [0, 1]))
-        return carry
-
     if b > 1:
-        lax.fori_loop(1, b, turn_of_loop, 0)
+        loop(1, b, lambda r: one(r, [0, 1], [0, 1], both(r, [0, 1])))
     for r in range(max(b, 1), a + 1):
         here = streams_of(r)
         one(r, here, streams_of(r + 1), both(r, here))
+
+
+def origin(o: Ring, stream: int, r: Any) -> Any:
+    """The device whose keys a stream brings in round r."""
+    me = lax.axis_index(o.axis)
+    return lax.rem((me - r if stream == 0 else me + r) + o.n, o.n)
 
 
 def forward(o: Ring, q_NGTD: jax.Array, kv_N2TD: jax.Array, q_ids: Any, kv_ids: Any) -> tuple[jax.Array, jax.Array]:
@@ -189,7 +208,6 @@ def forward(o: Ring, q_NGTD: jax.Array, kv_N2TD: jax.Array, q_ids: Any, kv_ids: 
             pl.BlockSpec((None, o.n, 1, T), lambda turn: (lax.div(turn, jnp.int32(K)), 0, 0, 0)),
         ]
     dtype = q_NGTD.dtype
-    streams = sum(1 for rounds in o.rounds if rounds)
     return pl.pallas_call(
         lambda *refs: _kernel(o, *refs),
         grid=(N,),
@@ -197,13 +215,11 @@ def forward(o: Ring, q_NGTD: jax.Array, kv_N2TD: jax.Array, q_ids: Any, kv_ids: 
         out_specs=[_per_turn(G, T, D), _per_turn(G, 1, T)],
         out_shape=[jax.ShapeDtypeStruct((N, G, T, D), dtype), jax.ShapeDtypeStruct((N, G, 1, T), jnp.float32)],
         scratch_shapes=[
-            pltpu.VMEM((streams, 2, 2, T, D), dtype),
+            pltpu.VMEM((o.streams, 2, 2, T, D), dtype),
             pltpu.VMEM((G, T, LANES), jnp.float32),
             pltpu.VMEM((G, T, LANES), jnp.float32),
             pltpu.VMEM((G, T, D), jnp.float32),
-            pltpu.SemaphoreType.DMA((streams,)),
-            pltpu.SemaphoreType.DMA((streams, 2)),
-            pltpu.SemaphoreType.REGULAR((streams,)),
+            *semaphores(o.streams, 2),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
@@ -223,8 +239,13 @@ def _kernel(o: Ring, q_ref: Any, kv_ref: Any, *refs: Any) -> None:
     q_ids, kv_ids = refs[:2] if o.segments else (None, None)
     out_ref, lse_ref, buffers, max_ref, sum_ref, acc_ref, sent, arrived, permits = refs[2 * o.segments :]
     turn, me, kv_ref = pl.program_id(0), lax.axis_index(o.axis), kv_ref.at[0]
-    streams = Streams(o, [buffers.at[i] for i in range(buffers.shape[0])], sent, arrived, permits)
-    pl.when(turn == 0)(streams.enter)
+    streams = Streams(o, buffers, sent, arrived, permits)
+
+    @pl.when(turn == 0)
+    def _() -> None:
+        barrier(o, (1,))
+        streams.enter()
+
     max_ref[...] = jnp.full(max_ref.shape, LOWEST, jnp.float32)
     sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
@@ -243,9 +264,10 @@ def _kernel(o: Ring, q_ref: Any, kv_ref: Any, *refs: Any) -> None:
         rows(g, i, j, kv, device, causal).run(first=False, last=False, edge=causal or o.segments)
 
     def own() -> None:
-        for_each(o.G, 2 * per_chunk, lambda g, i: _own_keys(i, lambda j, causal: attend(g, i, j, kv_ref, me, causal)))
+        for_each(o.G, 2 * per_chunk, lambda g, i: own_keys(i, lambda j, causal: attend(g, i, j, kv_ref, me, causal)))
 
-    def meet(kv: Any, device: Any) -> None:
+    def meet(stream: int, r: Any, kv: Any) -> None:
+        device = origin(o, stream, r)
         low, high = seen(device < me, per_chunk)
         for_each(
             o.G,
@@ -287,6 +309,6 @@ def for_each(heads: int, blocks: int, body: Callable[[Any, Any], None], low: Any
     loop(0, heads, lambda g: loop(low, blocks, lambda i: body(g, i)))
 
 
-def _own_keys(i: Any, attend: Callable[[Any, bool], None]) -> None:
+def own_keys(i: Any, attend: Callable[[Any, bool], None]) -> None:
     attend(i, True)
     loop(0, i, lambda j: attend(j, False))
