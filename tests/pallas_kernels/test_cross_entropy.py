@@ -90,8 +90,15 @@ def test_the_reference_does_what_the_docstring_says(case):
         np.testing.assert_allclose(slope, np.sum(weights * (ends[0] - ends[1])) / 2e-6, rtol=1e-6, atol=1e-7)
 
 
-@ALL
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [
+        # Interpreting a kernel takes seconds.
+        pytest.param(case, name, marks=[pytest.mark.slow] * (name == "tpu" and case not in ("one word", "all of it")))
+        for case in CASES
+        for name in CANDIDATES
+    ],
+)
 def test_values_and_gradients_are_those_of_the_reference(case, implementation):
     with jax.enable_x64(True):
         wanted = run(*make(case), "reference")

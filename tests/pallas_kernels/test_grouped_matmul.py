@@ -17,6 +17,7 @@ from twinax.pallas_kernels.quantized_matmul import dequantize, quantize
 
 ALL = pytest.mark.parametrize("implementation", OPERATION.names())
 
+LONGEST = "ends inside tiles"
 # Rows of each group, rows of none, I, O.
 CASES = {
     "even": ([4, 4, 4, 4], 0, 6, 3),
@@ -25,7 +26,7 @@ CASES = {
     "all in the last": ([0, 0, 0, 40], 3, 4, 4),
     "none": ([0, 0, 0], 5, 6, 3),
     "one row": ([0, 1], 0, 1, 1),
-    "ends inside tiles": ([15, 17, 0, 33, 1, 62], 64, 130, 7),
+    LONGEST: ([15, 17, 0, 33, 1, 62], 64, 130, 7),
 }
 
 
@@ -60,8 +61,17 @@ def run(x_NI, weight_GOI, dy_NO, sizes_G, implementation):
         return jax.tree.map(np.asarray, function(x_NI, weight_GOI, dy_NO, sizes_G))
 
 
-@ALL
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [
+        # Interpreting a kernel takes seconds.
+        pytest.param(
+            case, name, marks=[pytest.mark.slow] * (name == "tpu" and case not in ("one row", "none", LONGEST))
+        )
+        for case in CASES
+        for name in OPERATION.names()
+    ],
+)
 def test_values_and_gradients_are_those_of_each_row_with_its_weight(case, implementation):
     if implementation == "tpu":
         arguments, tolerance = make(case, np.float32), 2e-6  # a TPU has no float64
@@ -86,13 +96,18 @@ def test_bfloat16_is_summed_in_float32(implementation):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-5)
 
 
-@ALL
 @pytest.mark.parametrize(
-    ("form", "block"), [("int8", (1, None)), ("int4", (1, 32)), ("fp8_e4m3", (None, 32)), ("mxfp4", (1, 32))]
+    ("form", "block", "implementation"),
+    [
+        ("int8", (1, None), "xla"),
+        ("int4", (1, 32), "xla"),
+        ("fp8_e4m3", (None, 32), "xla"),
+        ("mxfp4", (1, 32), "xla"),
+        ("mxfp4", (1, 32), "reference"),
+        pytest.param("int4", (1, 32), "tpu", marks=pytest.mark.slow),
+    ],
 )
 def test_quantised_weights_are_their_floats_and_get_no_gradient(form, block, implementation):
-    if implementation == "tpu" and form != "int4":
-        pytest.skip("turned into floats before the kernel: one format will do")
     rng = np.random.default_rng(4)
     sizes_G = np.asarray([3, 0, 9], np.int32)
     x_NI, dy_NO = (rng.standard_normal((14, n)).astype(np.float32) for n in (64, 6))
@@ -111,7 +126,7 @@ def test_quantised_weights_are_their_floats_and_get_no_gradient(form, block, imp
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6 * np.abs(b).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tpu_kernels_with_several_blocks_of_every_kind(static):
     """Terms, columns and rows are cut, the last blocks reach beyond the arrays, and pieces back over each other."""
     from twinax.pallas_kernels.grouped_matmul import blocks, tpu
