@@ -240,7 +240,9 @@ def _read_tile(refs: Any, i: Any) -> tuple[Any, Any, Any, Any]:
     return tuple(refs["tiles"][i, column] for column in range(4))  # pyright: ignore[reportReturnType]
 
 
-def _launch(name: str, kernel: Any, given: dict[str, Any], outs: dict[str, Any], grid: Any) -> list[jax.Array]:
+def _launch(
+    name: str, kernel: Any, given: dict[str, Any], outs: dict[str, Any], grid: Any, warps: int = 4
+) -> list[jax.Array]:
     def entry(*refs: Any) -> None:
         kernel(dict(zip((*given, *outs), refs, strict=True)))
 
@@ -249,7 +251,7 @@ def _launch(name: str, kernel: Any, given: dict[str, Any], outs: dict[str, Any],
         entry,
         grid=grid,
         out_shape=list(outs.values()),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
         name=name,
     )(*given.values())
 
@@ -283,7 +285,8 @@ def _prompts(plan: _Plan, q_TKGD: jax.Array, tiles: jax.Array, *common: Any) -> 
             )
 
     outs = {"out": jax.ShapeDtypeStruct((*q_TKGD.shape[:3], V), q_TKGD.dtype)}
-    return _launch("paged_attention_prompts", kernel, given, outs, (tiles.shape[0], plan.K))[0]
+    warps = 8 if max(q_TKGD.shape[3], V) > 64 else 4  # of 4, each would hold more of a tile than its registers do
+    return _launch("paged_attention_prompts", kernel, given, outs, (tiles.shape[0], plan.K), warps)[0]
 
 
 def _decode(plan: _Plan, q_NKGD: jax.Array, tiles: jax.Array, *common: Any) -> jax.Array:
