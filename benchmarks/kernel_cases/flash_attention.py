@@ -21,6 +21,9 @@ FLASH = ((512, 512, 512),)
 
 
 def cases(chip: str) -> Iterator[Case]:
+    if not chip.startswith(("v", "tpu")):
+        yield from _on_gpus()
+        return
     for B, T, H, D in SHAPES:
         for causal in (True, False):
             shape: dict[str, Any] = {"B": B, "T": T, "H": H, "D": D, "causal": causal}
@@ -43,6 +46,20 @@ def cases(chip: str) -> Iterator[Case]:
                 {"splash": tuple(Kernel("splash_backward", {**shape, "blocks": x}) for x in SPLASH_BACKWARD)},
                 1.1 if ahead else 1.0,
             )
+
+
+def _on_gpus() -> Iterator[Case]:
+    for B, T, H, D in SHAPES:
+        for causal in (True, False):
+            shape: dict[str, Any] = {"B": B, "T": T, "H": H, "D": D, "causal": causal}
+            words = f"{B} x {T} x {H} x {D}, {'causal' if causal else 'full'}"
+            for kind in ("forward", "backward"):
+                ours = Kernel(kind, {**shape, "implementation": "gpu"})
+                peers = {
+                    "cuDNN": (Kernel("cudnn", {**shape, "kind": kind}),),
+                    "pallas": (Kernel("pallas", {**shape, "kind": kind}),),
+                }
+                yield Case("flash_attention", f"{kind} {words}", ours, peers)
 
 
 def _work(B: int, T: int, H: int, D: int, causal: bool, backward: bool = False) -> tuple[float, float]:
@@ -118,6 +135,31 @@ def flash(target: Any, B: int, T: int, H: int, D: int, causal: bool, blocks: tup
         (x, x, x),
         *_work(B, T, H, D, causal),
     )
+
+
+def cudnn(target: Any, B: int, T: int, H: int, D: int, causal: bool, kind: str) -> Program:
+    """Only for a device that is here: it is not compiled ahead."""
+    import jax
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+    return _of_library(target, attend, B, T, H, D, causal, kind)
+
+
+def pallas(target: Any, B: int, T: int, H: int, D: int, causal: bool, kind: str) -> Program:
+    """The attention among jax's own kernels, through Triton."""
+    from jax.experimental.pallas.ops.gpu import attention as library
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        return library.mha(q, k, v, segment_ids=None, sm_scale=D**-0.5, causal=causal)
+
+    return _of_library(target, attend, B, T, H, D, causal, kind)
+
+
+def _of_library(target: Any, attend: Any, B: int, T: int, H: int, D: int, causal: bool, kind: str) -> Program:
+    given, work = [target.array((B, T, H, D))] * 3, _work(B, T, H, D, causal, kind == "backward")
+    return Program(attend, tuple(given), *work) if kind == "forward" else _pullback(target, attend, given, work)
 
 
 def _splash(sizes: Any, heads: int, T: int, causal: bool) -> Any:

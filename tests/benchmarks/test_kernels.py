@@ -198,3 +198,44 @@ def test_a_kernel_is_compiled_for_a_chip_that_is_not_there(tmp_path):
     assert "not this one" in broken.failed
     assert again.cycles == eight.cycles != other.cycles, "block sizes are those that the request says"
     assert eight.asked == (("op", {"n": 1}),)
+
+
+LIVE = '''
+import jax.numpy as jnp
+from benchmarks.static import Program
+
+
+def product(target, n, broken=False):
+    if broken:
+        raise NotImplementedError("not here")
+    ids = target.array((n,), "int32")
+    return Program(lambda x, w, ids: (x @ w)[ids], (target.array((n, n)), target.array((n, n)), ids), 2 * n**3, 0)
+'''
+
+
+def test_a_kernel_is_timed_where_there_is_a_device(tmp_path, monkeypatch):
+    from benchmarks import kernels_timed
+
+    monkeypatch.setattr(kernels_timed, "LEAST_SECONDS", 0.001)
+    monkeypatch.setattr(kernels_timed, "REPEATS", 3)
+    file = tmp_path / "live.py"
+    file.write_text(LIVE)
+    found = kernels_timed.time_one(f"{file}:product", {"n": 64}, V6E)
+    assert found.failed is None and found.microseconds > 0.1
+    assert found.of_limit == pytest.approx(2 * 64**3 / V6E.flops / (1e-6 * found.microseconds))
+    assert "not here" in kernels_timed.time_one(f"{file}:product", {"n": 64, "broken": True}, V6E).failed
+    with pytest.raises(RuntimeError, match="no GPU here"):
+        kernels_timed.timed((), None, None, Console(quiet=True))
+
+
+def test_timing_counts_runs(monkeypatch):
+    from benchmarks import kernels_timed
+
+    clock = [0.0]
+    monkeypatch.setattr(kernels_timed.time, "perf_counter", lambda: clock[0])
+
+    def run():
+        clock[0] += 0.002
+        return 0
+
+    assert kernels_timed.median_seconds(run) == pytest.approx(0.002)
