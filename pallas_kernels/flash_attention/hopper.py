@@ -8,6 +8,7 @@ Shapes: B batch rows, T queries, S keys, H query heads, K key/value heads, G = H
 q rows of a tile, s keys of a block.
 """
 
+import inspect
 from typing import Any
 
 import jax
@@ -208,7 +209,7 @@ def _compute_group(
     first_position = tile * i32(TILE) + group * i32(ROWS) + offset
     q_ids_q = None
     if o.segments:
-        q_ids_q = plgpu.load(given["q_ids"].at[batch, rows], (), layout=OF_ROW, optimized=False)
+        q_ids_q = read(given["q_ids"].at[batch, rows], OF_ROW)
     crowded = "columns" in scratch
     if crowded:
         scratch["columns"].at[group][...] = plgpu.broadcasted_iota(jnp.int32, (block,), 0, layout=OF_COLUMN)
@@ -237,14 +238,14 @@ def _compute_group(
         x_qs = pl.run_scoped(scores, plgpu.ACC((ROWS, block), jnp.float32))
         kv_ids_s = None
         if o.segments:
-            kv_ids_s = plgpu.load(scratch["kv_ids"].at[slot], (), layout=OF_COLUMN, optimized=False)
+            kv_ids_s = read(scratch["kv_ids"].at[slot], OF_COLUMN)
         plgpu.barrier_arrive(scratch["k_free"].at[slot])
         if o.bend is not None:
             x_qs = tanh(x_qs * o.bend)
         if masked:
             columns_s = None
             if crowded:
-                columns_s = plgpu.load(scratch["columns"].at[group], (), layout=OF_COLUMN, optimized=False)
+                columns_s = read(scratch["columns"].at[group], OF_COLUMN)
             lead, left = first_position - j * i32(block), i32(o.S) - j * i32(block)
             x_qs = jnp.where(mask(o, lead, left, x_qs.shape, (q_ids_q, kv_ids_s), columns_s), x_qs, UNSEEN)
         # The maximum is kept in units of log2, so that the exponent is one multiplication-and-addition.
@@ -303,6 +304,12 @@ def _compute_group(
     plgpu.copy_smem_to_gmem(out_smem, given["out"].at[batch, rows, head])
     plgpu.copy_smem_to_gmem(scratch["lse"].at[group], given["lse"].at[batch, head, rows])
     plgpu.wait_smem_to_gmem(0)
+
+
+def read(ref: Any, layout: Any) -> jax.Array:
+    """What a reference holds, as a vector that is laid out as the rows or columns of a product."""
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # JAX 0.10 wants one
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def tanh(x: jax.Array) -> jax.Array:

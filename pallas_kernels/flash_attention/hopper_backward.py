@@ -36,7 +36,7 @@ from .gpu_blocks import (
     round_up,
     segment_bounds,
 )
-from .hopper import GROUPS, OF_COLUMN, OF_ROW, ROWS, TILE, WGMMA, check, mask, swizzled, tanh
+from .hopper import GROUPS, OF_COLUMN, OF_ROW, ROWS, TILE, WGMMA, check, mask, read, swizzled, tanh
 
 STAGES = 2  # blocks in flight
 SHARED_MEMORY = 226 * 1024  # bytes that a block's arrays may take
@@ -217,11 +217,11 @@ def _compute_queries(
     q_smem, d_out_smem, ready = scratch["q"].at[group], scratch["d_out"].at[group], scratch["q_ready"].at[group]
     plgpu.copy_gmem_to_smem(given["q"].at[batch, rows, head], q_smem, ready)
     plgpu.copy_gmem_to_smem(given["d_out"].at[batch, rows, head], d_out_smem, ready)
-    lse_q = plgpu.load(given["lse"].at[batch, head, rows], (), layout=OF_ROW, optimized=False)
-    delta_q = plgpu.load(given["delta"].at[batch, head, rows], (), layout=OF_ROW, optimized=False)
+    lse_q = read(given["lse"].at[batch, head, rows], OF_ROW)
+    delta_q = read(given["delta"].at[batch, head, rows], OF_ROW)
     q_ids_q = None
     if o.segments:
-        q_ids_q = plgpu.load(given["q_ids"].at[batch, rows], (), layout=OF_ROW, optimized=False)
+        q_ids_q = read(given["q_ids"].at[batch, rows], OF_ROW)
     scratch["columns"].at[group][...] = plgpu.broadcasted_iota(jnp.int32, (block,), 0, layout=OF_COLUMN)
     crowded = D > 128 or o.segments or o.window is not None or o.bend is not None
     plgpu.barrier_wait(ready)
@@ -229,8 +229,8 @@ def _compute_queries(
     def masked(p_qs: Any, j: Any, slot: Any) -> Any:
         kv_ids_s = None
         if o.segments:
-            kv_ids_s = plgpu.load(scratch["kv_ids"].at[slot], (), layout=OF_COLUMN, optimized=False)
-        columns_s = plgpu.load(scratch["columns"].at[group], (), layout=OF_COLUMN, optimized=False)
+            kv_ids_s = read(scratch["kv_ids"].at[slot], OF_COLUMN)
+        columns_s = read(scratch["columns"].at[group], OF_COLUMN)
         lead, left = row + offset - j * i32(block), i32(o.S) - j * i32(block)
         return jnp.where(mask(o, lead, left, p_qs.shape, (q_ids_q, kv_ids_s), columns_s), p_qs, 0.0)
 
@@ -361,7 +361,7 @@ def _compute_keys(
     crowded = width_k + width_v > 192 and (shared or o.segments or o.window is not None or o.bend is not None)
     kv_ids_s = None
     if o.segments:
-        kv_ids_s = plgpu.load(given["kv_ids"].at[batch, keys], (), layout=OF_ROW, optimized=False)
+        kv_ids_s = read(given["kv_ids"].at[batch, keys], OF_ROW)
     # Read back where a tile is masked: computed there, they would take registers everywhere.
     scratch["columns"].at[group][...] = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=OF_COLUMN)
     plgpu.barrier_wait(scratch["kv_ready"])
@@ -369,9 +369,9 @@ def _compute_keys(
     def masked(p_sq: Any, count: Any, slot: Any) -> Any:
         q_ids_q = None
         if o.segments:
-            q_ids_q = plgpu.load(scratch["q_ids"].at[slot], (), layout=OF_COLUMN, optimized=False)
+            q_ids_q = read(scratch["q_ids"].at[slot], OF_COLUMN)
         i = low + lax.div(count, i32(o.G))
-        columns_q = plgpu.load(scratch["columns"].at[group], (), layout=OF_COLUMN, optimized=False)
+        columns_q = read(scratch["columns"].at[group], OF_COLUMN)
         lead = i * i32(ROWS) + offset - key
         sees = mask(o, lead, None, shape, (kv_ids_s, q_ids_q), columns_q, keys_first=True)
         return jnp.where(sees, p_sq, 0.0)
@@ -403,7 +403,7 @@ def _compute_keys(
             for dp_ref in dp_refs:
                 start_dp(dp_ref)
             x_sq = plgpu.wgmma_accumulator_load(x_ref, wait_n=len(dp_refs))
-            lse_q = plgpu.load(scratch["lse"].at[slot], (), layout=OF_COLUMN, optimized=False)
+            lse_q = read(scratch["lse"].at[slot], OF_COLUMN)
             p_sq, slope_sq = _probabilities(o, x_sq, lse_q, 1)
             if o.segments:
                 p_sq = masked(p_sq, count, slot)
@@ -413,7 +413,7 @@ def _compute_keys(
             return p_sq.astype(dtype), w_sq, *(dp_ref[...] for dp_ref in dp_refs)
 
         p_sq, w_sq, dp_sq = _pair(weights, start_dp, shape, together=not crowded)
-        delta_q = plgpu.load(scratch["delta"].at[slot], (), layout=OF_COLUMN, optimized=False)
+        delta_q = read(scratch["delta"].at[slot], OF_COLUMN)
         ds_sq = w_sq * (dp_sq - lax.broadcast_in_dim(delta_q, shape, [1]))
         dv_sE, dk_sD = _accumulate(
             (dv_sE, p_sq, d_out_smem.at[:, columns_v]),
