@@ -78,7 +78,7 @@ def write(
     page_T = jnp.where(good_T, page_T, pages.num_pages)  # past the end: the scatter drops it
     slot_T = rows.position_T % pages.page_size
     new = as_kept(pages, k_TKD, v_TKV)
-    k, v, kv, scale = pages.k_LPKDS, pages.v_LPKSV, pages.kv_LPKNSX, pages.scale_LPKZ
+    k, v, kv, scale = pages.k_LPKDS, pages.v_LPKSD, pages.kv_LPKNSX, pages.scale_LPKZ
     if k is not None and v is not None:
         k = k.at[layer, page_T, :, :, slot_T].set(new.k_TKD, mode="drop")
         v = v.at[layer, page_T, :, slot_T].set(new.v_TKV, mode="drop")

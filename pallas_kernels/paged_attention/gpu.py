@@ -137,7 +137,7 @@ def _check(q_THD: jax.Array, pages: Pages) -> None:
             raise NotImplementedError(f"the Triton kernel wants a {what} of 16, 32, 64, ..., got {size}")
     if max(sizes.values()) > 256:
         raise NotImplementedError(f"the Triton kernel takes heads and pages up to 256, got {sizes}")
-    count = math.prod(pages.v_LPKSV.shape) if pages.v_LPKSV is not None else 0
+    count = math.prod(pages.v_LPKSD.shape) if pages.v_LPKSD is not None else 0
     if 2**31 <= count < 2**32 and pages.dtype.itemsize == 1:
         raise NotImplementedError("Pallas addresses arrays of 2 to 4 GiB by 32 bits with a sign")
 
@@ -161,7 +161,7 @@ def _tiles(t: int, rows: int, length_R: jax.Array, start_R: jax.Array, first_R: 
 
 
 def _given(plan: _Plan, q: jax.Array, tiles: jax.Array, pages: Pages, layer: Any, table: Any, sinks_H: Any) -> Any:
-    given = {"q": q, "tiles": tiles, "layer": layer, "table": table, "k": pages.k_LPKDS, "v": pages.v_LPKSV}
+    given = {"q": q, "tiles": tiles, "layer": layer, "table": table, "k": pages.k_LPKDS, "v": pages.v_LPKSD}
     if pages.quantised:
         given["scales"] = pages.scale_LPKZ
     if sinks_H is not None:

@@ -21,7 +21,7 @@ QUANTISED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number of eac
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k_LPKDS", "v_LPKSV", "kv_LPKNSX", "scale_LPKZ"],
+    data_fields=["k_LPKDS", "v_LPKSD", "kv_LPKNSX", "scale_LPKZ"],
     meta_fields=["head_dim", "value_dim", "latent"],
 )
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Pages:
     """
 
     k_LPKDS: jax.Array | None
-    v_LPKSV: jax.Array | None
+    v_LPKSD: jax.Array | None
     kv_LPKNSX: jax.Array | None
     scale_LPKZ: jax.Array | None
     head_dim: int
@@ -55,7 +55,7 @@ class Pages:
 
     @property
     def _tokens(self) -> jax.Array:
-        found = self.v_LPKSV if self.kv_LPKNSX is None else self.kv_LPKNSX
+        found = self.v_LPKSD if self.kv_LPKNSX is None else self.kv_LPKNSX
         assert found is not None
         return found
 
@@ -96,8 +96,8 @@ class Pages:
     def take(self, layer: int | jax.Array, page_W: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys [..., K, D, S] and values [..., K, S, V] of pages, as they are kept."""
         if self.kv_LPKNSX is None:
-            assert self.k_LPKDS is not None and self.v_LPKSV is not None
-            return self.k_LPKDS[layer, page_W], self.v_LPKSV[layer, page_W]
+            assert self.k_LPKDS is not None and self.v_LPKSD is not None
+            return self.k_LPKDS[layer, page_W], self.v_LPKSD[layer, page_W]
         kv = jnp.swapaxes(self.kv_LPKNSX[layer, page_W], -2, -3)  # [..., K, S, N, X]
         kv = kv.reshape(*kv.shape[:-2], -1)
         first = self.value_lane

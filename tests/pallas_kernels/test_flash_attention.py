@@ -5,6 +5,7 @@ The reference is held against loops in numpy, one row at a time; every other can
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(xla, "BLOCK", 16)
 
 
-def make(case, dtype=np.float64):
+def make(case, dtype: Any = np.float64):
     """Inputs and options of a case; segment ids with padding in the middle, at the end, and for one whole row.
 
     A bias hides some keys, and all of one row.

@@ -25,7 +25,7 @@ def weights(*shape):
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
 
 
-@pytest.mark.parametrize("block", [(None, None), (1, 32), (16, 100)])
+@pytest.mark.parametrize("block", [(None, None), (16, 32)])
 @pytest.mark.parametrize("zero_points", [False, True])
 @pytest.mark.parametrize(("format", "levels"), [("int8", 254), ("int4", 14)])
 def test_integers_are_within_half_a_step(format, levels, zero_points, block):

@@ -51,16 +51,22 @@ CASES = {
 }
 
 
-# What runs quickly: all of them by XLA, and of what is interpreted a few.
+# What runs quickly.
 QUICK = ("int8, a channel", "int4, groups of 32", "fp8 x fp8, blocks", "mxfp4 with a rest")
-PAIRS = pytest.mark.parametrize(
-    ("case", "implementation"),
-    [
-        pytest.param(case, name, marks=() if name == "xla" or case in QUICK else SLOW)
-        for case in CASES
-        for name in CANDIDATES
-    ],
-)
+BY_XLA = (*QUICK, "int8, groups with a rest", "int8 x int8, one scale", "int4 x int8, groups", "int4, a channel")
+
+
+def pairs(by_xla):
+    """Cases and candidates, those that take long marked."""
+    quick = {"xla": by_xla}
+    return pytest.mark.parametrize(
+        ("case", "implementation"),
+        [
+            pytest.param(case, name, marks=() if case in quick.get(name, QUICK) else SLOW)
+            for case in CASES
+            for name in CANDIDATES
+        ],
+    )
 
 
 def make(case):
@@ -161,7 +167,7 @@ def test_reference_is_what_the_words_say(case):
     np.testing.assert_allclose(y, by_hand(x, weight, bias, activation_format), **close)
 
 
-@PAIRS
+@pairs(BY_XLA)
 def test_is_the_reference(case, implementation):
     x, weight, bias, options = make(case)
     check(x, weight, bias, options, run(product, implementation, x, weight, bias, **options))
@@ -177,7 +183,8 @@ def check(x, weight, bias, options, y):
     assert share.max() <= 1
 
 
-@PAIRS
+@pytest.mark.parametrize("implementation", [name for name in CANDIDATES if name != "tpu"])  # there it is XLA's
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in QUICK else SLOW) for case in CASES])
 def test_transposed_is_the_reference(case, implementation):
     x, weight, _, _ = make(case)
     dy = jnp.asarray(np.random.default_rng(1).standard_normal((len(x), weight.shape[0])), x.dtype)

@@ -27,7 +27,7 @@ CASES = {
     "blocks of float8 with a rest": ("v6e", 256, (3, 600, 40, "fp8_e4m3", (1, None), False, None, "bfloat16", None)),
     "several tiles of rows": ("v5e", 1 << 14, (150, 64, 40, "int4", (1, 64), False, None, "float32", "gelu")),
 }
-QUICK = ("scaled first", "codes as float8", "blocks of float8 with a rest")
+QUICK = ("scaled first", "codes as float8")
 
 
 @pytest.mark.parametrize("case", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in CASES])
@@ -90,7 +90,7 @@ def program(target, M, I, O, format, block, activation_format=None):
 
 
 @compiles
-@pytest.mark.parametrize("chip", ["v6e", *(pytest.param(chip, marks=SLOW) for chip in CHIPS if chip != "v6e")])
+@pytest.mark.parametrize("chip", [pytest.param(chip, marks=SLOW) for chip in CHIPS])
 def test_compiles_and_reads_int8_at_the_speed_of_memory(chip):
     """Decoding's wide product: within 1.15 of the time to read the weights, where the unit multiplies int8."""
     given = {"M": 16, "I": 4096, "O": 14336, "format": "int8", "block": (1, None)}
@@ -101,7 +101,7 @@ def test_compiles_and_reads_int8_at_the_speed_of_memory(chip):
 
 @compiles
 @SLOW
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", ["v5e", "7x"])
 def test_compiles_every_format(chip):
     kinds = [
         {"M": 3, "I": 2880, "O": 300, "format": "mxfp4", "block": (1, 32)},
