@@ -8,6 +8,7 @@ Not done: float64, and products of float8 (its numbers are exact in bfloat16, in
 Shapes: B batch rows, T queries, S keys, H query heads, K key/value heads, G = H // K, D head size, E of values.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from .tpu_plan import PADDING_K, PADDING_Q, Plan, padded_ids, tables
 
 UNSEEN = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass
 DQ_BYTES = 12 << 20  # of the queries' gradient at a time, which is held in vector memory
+PART = 2048  # queries: a longer row's backward pass is cut at multiples of this
 
 
 def blocks(chip: str | None, T: int, S: int, causal: bool, bias: bool, is_backward: bool) -> tuple[int, int]:
@@ -53,7 +55,7 @@ def flash_attention_backward(
     (B, T, H, D), (_, S, K, E) = q_BTHD.shape, v_BSKE.shape
     G = H // K
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
-    longest = max(2048, DQ_BYTES // (4 * G * max(D, LANES)) // 2048 * 2048)
+    longest = max(1, DQ_BYTES // (4 * G * max(D, LANES) * PART)) * PART
     if longest < T:  # parts of the queries, whose gradients of keys and values add up
         parts = []
         for start in range(0, T, longest):
@@ -68,7 +70,12 @@ def flash_attention_backward(
                 )
             )  # fmt: skip
         dq, dk, dv, *d_bias = zip(*parts, strict=True)
-        return jnp.concatenate(dq, 1), sum(dk), sum(dv), *(jnp.concatenate(x, 2) for x in d_bias)
+        return (
+            jnp.concatenate(dq, 1),
+            functools.reduce(jnp.add, dk),
+            functools.reduce(jnp.add, dv),
+            *(jnp.concatenate(x, 2) for x in d_bias),
+        )
 
     segments, bias = q_segment_ids_BT is not None, bias_BHTS is not None
     plan = _plan((T, S, D, E), causal, window, q_offset, segments, bias, is_backward=True)

@@ -118,7 +118,7 @@ def _kernel(plan: Plan, scores: Scores, steps: int, names: list[str], inputs: li
     refs = refs[len(names) :]
     x = dict(zip(inputs, refs[: len(inputs)], strict=True))
     outs, (dk_sum, dv_sum) = refs[len(inputs) : -2], refs[-2:]
-    b, _, j, g, t = (pl.program_id(axis) for axis in range(5))
+    b, _h, j, g, t = (pl.program_id(axis) for axis in range(5))
     low, high = plan.queries_of(j, tables, b)
     i = jnp.minimum(jnp.maximum(jnp.minimum(low + t, high), 0), plan.nq - 1) if plan.nq > 1 else 0
 
@@ -183,7 +183,7 @@ class _Pair:
         dq = None
         for n, chunk in enumerate(chunks):
             following = self._products(chunks[n + 1], firsts[n + 1]) if n + 1 < len(chunks) else None
-            term = self._pass(chunk, firsts[n], *products, edge)
+            term = self._pass(chunk, firsts[n], products, edge)
             if dq is None or firsts[n] == 0:
                 dq = term if dq is None else dq + term
             else:
@@ -199,10 +199,10 @@ class _Pair:
         x = self.x
         return dot(x["k"][chunk], x["q"][first:], (1, 1)), dot(x["v"][chunk], x["d_out"][first:], (1, 1))
 
-    def _pass(self, chunk: slice, first: int, s: jax.Array, dp: jax.Array, edge: bool) -> jax.Array:
+    def _pass(self, chunk: slice, first: int, products: Any, edge: bool) -> jax.Array:
         """Adds to dk and dv; returns the term of dq, transposed, of queries from `first` on."""
         _, dk_sum, dv_sum, *d_bias_ref = self.refs
-        x, scores, slope = self.x, self.scores, None
+        x, scores, slope, (s, dp) = self.x, self.scores, None, products
         if scores.softcap is not None:
             bent = jnp.tanh(s * (scores.scale / scores.softcap))
             slope = 1 - bent * bent
@@ -230,7 +230,9 @@ class _Pair:
         if self.plan.diagonal:
             # What is left of the chunk's own queries; later ones see it all.
             size = chunk.stop - chunk.start
-            own = jnp.where(self.plan.sees(first, chunk.start, (size, size), 1), logits[:, :size], -jnp.inf)
+            sees = self.plan.sees(first, chunk.start, (size, size), 1)
+            assert sees is not None
+            own = jnp.where(sees, logits[:, :size], -jnp.inf)
             return own if logits.shape[1] == size else jnp.concatenate([own, logits[:, size:]], 1)
         q_at = self.plan.position(i, self.tables, b) + first
         sees = self.plan.sees(q_at, j * self.plan.block_k + chunk.start, logits.shape, 1)

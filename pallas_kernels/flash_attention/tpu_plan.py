@@ -133,7 +133,7 @@ class Plan:
             result = (result and more) if isinstance(result, bool) and isinstance(more, bool) else result & more
         return result
 
-    def sees(self, first_q: Any, first_k: Any, shape: tuple[int, int], q_axis: int) -> jax.Array | None:
+    def sees(self, first_q: Any, first_k: Any, shape: tuple[int, ...], q_axis: int) -> jax.Array | None:
         """The mask of a tile by positions, without segments: where its queries begin, the offset added, and its keys.
 
         Queries lie along `q_axis` of `shape`.
