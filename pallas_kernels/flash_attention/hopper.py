@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 
 from .gpu_blocks import (
     FEW_LOADS,
@@ -235,7 +236,7 @@ def _compute_group(
             take_turn()
             return acc_ref[...]
 
-        x_qs = pl.run_scoped(scores, plgpu.ACC((ROWS, block), jnp.float32))
+        x_qs = pl.run_scoped(scores, ACC((ROWS, block), jnp.float32))
         kv_ids_s = None
         if o.segments:
             kv_ids_s = read(scratch["kv_ids"].at[slot], OF_COLUMN)
@@ -263,7 +264,7 @@ def _compute_group(
         def add_values(acc_ref: Any) -> None:
             plgpu.wgmma(acc_ref, p16_qs, scratch["v"].at[slot])
 
-        acc_qE = pl.run_state(add_values)(plgpu.ACC.init(acc_qE))
+        acc_qE = pl.run_state(add_values)(ACC.init(acc_qE))
         plgpu.barrier_arrive(scratch["v_free"].at[slot])
         return acc_qE, new_max_q, sum_q
 
@@ -318,7 +319,7 @@ def tanh(x: jax.Array) -> jax.Array:
 
 
 def mask(
-    o: Options, lead: Any, left: Any, shape: tuple[int, int], ids: Any, columns: Any, keys_first: bool = False
+    o: Options, lead: Any, left: Any, shape: tuple[int, ...], ids: Any, columns: Any, keys_first: bool = False
 ) -> Any:
     """What the rows of a tile see of its keys; with `keys_first` the tile is [keys, queries].
 

@@ -36,7 +36,7 @@ from .gpu_blocks import (
     round_up,
     segment_bounds,
 )
-from .hopper import GROUPS, OF_COLUMN, OF_ROW, ROWS, TILE, WGMMA, check, mask, read, swizzled, tanh
+from .hopper import ACC, GROUPS, OF_COLUMN, OF_ROW, ROWS, TILE, WGMMA, check, mask, read, swizzled, tanh
 
 STAGES = 2  # blocks in flight
 SHARED_MEMORY = 226 * 1024  # bytes that a block's arrays may take
@@ -123,12 +123,12 @@ def _accumulate(*products: tuple[Any, Any, Any]) -> list[Any]:
             plgpu.wgmma(acc_ref, a, b_ref)
         return [acc_ref[...] for acc_ref in acc_refs]
 
-    return pl.run_scoped(scope, *(plgpu.ACC(acc.shape, jnp.float32) for acc, _, _ in products))
+    return pl.run_scoped(scope, *(ACC(acc.shape, jnp.float32) for acc, _, _ in products))
 
 
 def _pair(weights: Any, start_dp: Any, shape: tuple[int, int], together: bool) -> Any:
     """(*weights(x_ref), dp): the products of both in flight together, or one after the other, in fewer registers."""
-    tile_ref = plgpu.ACC(shape, jnp.float32)
+    tile_ref = ACC(shape, jnp.float32)
     if together:
         return pl.run_scoped(weights, tile_ref, tile_ref)
 

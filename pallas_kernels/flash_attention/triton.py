@@ -178,7 +178,7 @@ def _bent(o: Options, x: jax.Array) -> jax.Array:
     return x if o.bend is None else 1.0 - 2.0 / (1.0 + jnp.exp2(x * (2 * LOG2E * o.bend)))
 
 
-def _mask(o: Options, first_q: Any, first_s: Any, shape: tuple[int, int], ids: Any) -> jax.Array:
+def _mask(o: Options, first_q: Any, first_s: Any, shape: tuple[int, ...], ids: Any) -> jax.Array:
     """[q, s] for queries at positions first_q and on, and keys first_s and on; `ids` of both, or None."""
     query = first_q + lax.broadcasted_iota(jnp.int32, shape, 0)
     key = first_s + lax.broadcasted_iota(jnp.int32, shape, 1)
