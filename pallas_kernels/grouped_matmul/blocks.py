@@ -15,7 +15,7 @@ MIB = 1 << 20
 PARTS = (256, 512, 768, 1024, 1536, 2048, 4096)
 # Of one product, rows times columns times terms, by the side of the chip's unit: the program of a product is unrolled,
 # and takes long to compile. Larger ones are faster.
-LARGEST_PRODUCT = {128: 1 << 30, 256: 3 << 30}
+LARGEST_PRODUCT = {128: 1 << 30, 256: 2 << 30}
 STEP_SECONDS = 0.4e-6  # what a step of the grid takes besides its products
 
 
@@ -135,7 +135,7 @@ def gradient_blocks(N: int, I: int, O: int, G: int, dtype: jnp.dtype) -> Gradien
     n, best = s[0], None
     for o, i in itertools.product(_cuts(O, PARTS, False), _cuts(I, PARTS, False)):
         held = 2 * size * (n * o + n * i + o * i) + 8 * o * i + 6 * n * (o + i)
-        if held > on.vmem * 0.8 or n * o * i > LARGEST_PRODUCT[on.unit]:
+        if held > on.vmem * 0.8 or n * o * i > LARGEST_PRODUCT[128]:
             continue
         blocks_o, blocks_i = -(-O // o), -(-I // i)
         visits = -(-N // n) + G
