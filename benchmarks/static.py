@@ -185,7 +185,8 @@ def _child(
     profiled = salvaged is None
     with tempfile.TemporaryDirectory() as folder:
         dump, errors = Path(folder), Path(folder) / "errors"
-        asked = [{**dataclasses.asdict(x), "cycles": None if profiled else salvaged[i]} for i, x in requests.items()]
+        known = salvaged or {}
+        asked = [{**dataclasses.asdict(request), "cycles": known.get(i)} for i, request in requests.items()]
         question = {"topology": str(topology), "dump": str(dump), "requests": asked}
         with errors.open("w") as stderr:
             process = subprocess.Popen(

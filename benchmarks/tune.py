@@ -106,7 +106,7 @@ def tuning_space(operation: str, chip: str, key: dict[str, Any]) -> list[Blocks]
 def tuned_name(target: str) -> str:
     """A chip as `pallas_kernels.chips.target_chip` calls it."""
     name = find_chip(target).name
-    return {"tpu7x": "7x"}.get(name, name)
+    return "7x" if name == "tpu7x" else name
 
 
 def write(choices: Sequence[Choice], chip: str, folder: Callable[[str, str], Path] = tuned.file_of) -> list[Path]:

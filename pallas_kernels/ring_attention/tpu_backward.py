@@ -95,6 +95,8 @@ def backward(
 
 
 def _kernel(o: Ring, q_ref: Any, d_out_ref: Any, lse2_ref: Any, delta_ref: Any, kv_ref: Any, *refs: Any) -> None:
+    q_ids: Any
+    kv_ids: Any
     q_ids, kv_ids = refs[:2] if o.segments else (None, None)
     dq_ref, dkv_ref, kT_ref, leaving, *rest = refs[2 * o.segments :]
     turn, me, kv_ref = pl.program_id(0), lax.axis_index(o.axis), kv_ref.at[0]

@@ -139,7 +139,7 @@ def barrier(o: Ring, hops: tuple[int, ...]) -> None:
     semaphore, me = pltpu.get_barrier_semaphore(), lax.axis_index(o.axis)
     for far in hops:
         for other in (me + far, me - far + o.n):
-            device = {o.axis: lax.rem(other, o.n)}
+            device: dict[Any, Any] = {o.axis: lax.rem(other, o.n)}
             pl.semaphore_signal(semaphore, 1, device_id=device, device_id_type=pl.DeviceIdType.MESH)
     pl.semaphore_wait(semaphore, 2 * len(hops))
 
@@ -236,6 +236,8 @@ def _per_turn(*shape: int) -> pl.BlockSpec:
 
 
 def _kernel(o: Ring, q_ref: Any, kv_ref: Any, *refs: Any) -> None:
+    q_ids: Any
+    kv_ids: Any
     q_ids, kv_ids = refs[:2] if o.segments else (None, None)
     out_ref, lse_ref, buffers, max_ref, sum_ref, acc_ref, sent, arrived, permits = refs[2 * o.segments :]
     turn, me, kv_ref = pl.program_id(0), lax.axis_index(o.axis), kv_ref.at[0]
