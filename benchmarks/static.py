@@ -40,7 +40,7 @@ from twinax.planner.topology import Topology
 from .dumps import read_tpu
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TIMEOUT = 300.0  # seconds, for one kernel
+TIMEOUT = 900.0  # seconds, for one kernel on a busy machine
 LAST = ".*final.*"  # of the many stages that a program for TPUs goes through, what is read here
 # The smallest machine that a chip comes in; kernels of one device are compiled for its first.
 SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
