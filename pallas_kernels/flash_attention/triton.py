@@ -35,8 +35,8 @@ def blocks(D: int, E: int, itemsize: int, backward: bool) -> tuple[int, int, int
     """(queries, keys, warps) of a tile: what shared memory and registers of an A100 hold."""
     narrow = max(D, E) <= 128 and itemsize == 2
     if backward:
-        return (64, 32, 4) if narrow else (32, 32, 4)
-    return (128, 64, 4 if max(D, E) <= 64 else 8) if narrow else (64, 32, 4)
+        return (64 if narrow else 32, 32, 4 if max(D, E) <= 64 else 8)
+    return (128, 64, 4 if max(D, E) <= 64 else 8) if narrow else (64, 32, 8)
 
 
 def check(q: jax.Array, v: jax.Array) -> None:
