@@ -12,7 +12,7 @@ group is the same. Rows of others are zeroed on both sides: they may hold anythi
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -103,7 +103,7 @@ def _parts(size: int, part: int, body: Callable[[Any], None]) -> None:
 def product(
     x_NA: jax.Array,
     weight_GOI: jax.Array,
-    sizes_G: jax.Array | Sequence[int],
+    sizes_G: jax.Array | tuple[int, ...],
     *,
     contract: int,
     blocks: ProductBlocks | None = None,
@@ -209,7 +209,7 @@ def product(
 
 
 def gradient(
-    x_NI: jax.Array, dy_NO: jax.Array, sizes_G: jax.Array | Sequence[int], *, blocks: GradientBlocks | None = None
+    x_NI: jax.Array, dy_NO: jax.Array, sizes_G: jax.Array | tuple[int, ...], *, blocks: GradientBlocks | None = None
 ) -> jax.Array:
     """`dy.T @ x` of each group's rows, [G, O, I]; a tuple of sizes is static."""
     _check(x_NI.dtype)
@@ -217,12 +217,13 @@ def gradient(
     if not N:
         return jnp.zeros((G, O, I), x_NI.dtype)
     b = blocks or gradient_blocks(N, I, O, G, x_NI.dtype)
-    known = Known(sizes_G, N, b.n, rest=False) if isinstance(sizes_G, tuple) else None
-    if known is None:
+    known = None
+    if isinstance(sizes_G, tuple):
+        known = Known(sizes_G, N, b.n, rest=False)
+        count, scalars = known.count, ()
+    else:
         found = visits(sizes_G, N, b.n, rest=False)
         count, scalars = found.count, (found.table_6V,)
-    else:
-        count, scalars = known.count, ()
 
     def kernel(*refs: Any) -> None:
         table, (x_ni, dy_no, dweight_1oi, sum_oi) = (refs[0], refs[1:]) if known is None else (known, refs)
@@ -277,7 +278,7 @@ def gradient(
     return call(*scalars, x_NI, dy_NO)
 
 
-def _parameters(*semantics: str) -> Any:
+def _parameters(*semantics: Any) -> Any:
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes())
 
 
