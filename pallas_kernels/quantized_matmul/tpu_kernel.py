@@ -171,7 +171,8 @@ def _spread(layout: Layout, words: jax.Array) -> tuple[jax.Array, jax.Array]:
         if layout.operand.dtype == FLOAT8:
             return pltpu.bitcast(low, FLOAT8), pltpu.bitcast(high, FLOAT8)
         # Less 8 in each byte, without a carry: 0 to 15 and 0x78 is 0x78 to 0x87, of which the top bit is turned.
-        return tuple(pltpu.bitcast((x + 0x78787878) ^ TOP, jnp.int8) for x in (low, high))
+        low, high = (low + 0x78787878) ^ TOP, (high + 0x78787878) ^ TOP
+        return pltpu.bitcast(low, jnp.int8), pltpu.bitcast(high, jnp.int8)
     low = ((words << 4) & TOP) | ((words << 2) & 0x1C1C1C1C)
     high = (words & TOP) | ((words >> 2) & 0x1C1C1C1C)
     return pltpu.bitcast(low, FLOAT8), pltpu.bitcast(high, FLOAT8)

@@ -120,7 +120,7 @@ def _floats(weight: QuantizedWeight, start: jax.Array, size: int, wide: jnp.dtyp
     def by_element(blocks_GP: jax.Array, first: int) -> jax.Array:
         blocks_GO = _by_output(blocks_GP, weight)
         blocks_GC = lax.dynamic_slice_in_dim(blocks_GO, start, size, 1) if blocks_GO.shape[1] > 1 else blocks_GO
-        elements_IC = jnp.repeat(blocks_GC, weight.block[1], axis=0)[:I]
+        elements_IC = jnp.repeat(blocks_GC, weight.block_sizes[1], axis=0)[:I]
         return elements_IC[first::2] if packed else elements_IC.T
 
     for first, value in enumerate(values):
