@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ..chips import target_chip
 
 MIB = 1 << 20
-PARTS = (256, 512, 768, 1024, 1536, 2048, 4096)
+PARTS = (256, 384, 512, 768, 1024, 1536, 2048, 4096)
 # Of one product, rows times columns times terms, by the side of the chip's unit: the program of a product is unrolled,
 # and takes long to compile. Larger ones are faster.
 LARGEST_PRODUCT = {128: 1 << 30, 256: 2 << 30}
