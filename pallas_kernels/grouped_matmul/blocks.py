@@ -100,11 +100,9 @@ def product_blocks(N: int, A: int, C: int, G: int, dtype: jnp.dtype, contract: i
     """For rows [N, A] times weights to [N, C]."""
     on, size = chip(), jnp.dtype(dtype).itemsize
     s = pieces(N)
-    best = None
-    rows = sorted({min(_up(N, s[0]), n) for n in (512, 1024)})
-    for n, a, c in itertools.product(
-        rows, _cuts(A, (), True), _cuts(C, (256, 512, 768, 1024, 1536, 2048, 4096), False)
-    ):
+    # Tiles of about a group: in smaller ones weights are less used, in larger ones most are shared.
+    n, best = min(_up(N, s[0]), 1024 if N // G >= 1024 else 512), None
+    for a, c in itertools.product(_cuts(A, (), True), _cuts(C, PARTS, False)):
         held = 2 * size * (n * a + a * c + n * c) + 4 * n * c * (a < A) + 4 * s[0] * c
         if held > on.vmem * 0.8:
             continue
@@ -120,10 +118,10 @@ def product_blocks(N: int, A: int, C: int, G: int, dtype: jnp.dtype, contract: i
         if columns % on.cores:
             seconds *= 1 + 1 / columns
         if best is None or seconds < best[0] * 0.999:
-            best = seconds, n, a, c
+            best = seconds, a, c
     if best is None:
         raise NotImplementedError(f"no blocks of {A} terms by {C} columns fit the chip's {on.vmem} bytes")
-    _, n, a, c = best
+    _, a, c = best
     wide = max(256, LARGEST_PRODUCT[on.unit] // (s[0] * a))
     return ProductBlocks(n, c, a, s, _chunk(c, max(256, wide // 2)), _chunk(c, wide))
 
