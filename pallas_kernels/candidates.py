@@ -65,7 +65,7 @@ class Operation:
         }
         known = known_platform()
         if known is not None or not special:
-            return self._first(special.get(known, elsewhere), args, kwargs)
+            return self._first(special.get(known or "", elsewhere), args, kwargs)
         # A process with an accelerator may run a program on its CPU, which is known only when it is lowered. So every
         # platform's choice is traced and the compiler keeps one: arrays reach the branches as closures.
         branches = {

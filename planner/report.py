@@ -98,7 +98,7 @@ def _work(table: Table, verdict: Verdict) -> None:
         if abs(own - compiled.flops) > DIFFERS * compiled.flops:
             _row(table, "  TFLOP, by the compiler", f"{own / 1e12:,.1f}", "", "each loop counted once")
     moved = f"{compiled.hbm_bytes / 1e9:,.0f}" if compiled else None
-    inside = f"{compiled.attend[1] / 1e9:,.0f} of it in XLA's attention" if compiled and compiled.attend[1] else ""
+    inside = f"{compiled.attend[1] / 1e9:,.0f} of it in attention" if compiled and compiled.attend[1] else ""
     _row(table, "  HBM traffic, GB", moved, f"{estimate.work.hbm_bytes / 1e9:,.0f}", inside)
     theirs: dict[Key, Traffic] = compiled.collectives if compiled else {}
     for key in sorted({*estimate.work.collectives, *theirs}, key=lambda key: (key[1], key[0])):

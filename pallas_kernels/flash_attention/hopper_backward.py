@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 
 from .gpu_blocks import (
     CLOSED,
@@ -36,7 +37,7 @@ from .gpu_blocks import (
     round_up,
     segment_bounds,
 )
-from .hopper import ACC, GROUPS, OF_COLUMN, OF_ROW, ROWS, TILE, WGMMA, check, mask, read, swizzled, tanh
+from .hopper import GROUPS, OF_COLUMN, OF_ROW, ROWS, TILE, WGMMA, check, mask, read, swizzled, tanh
 
 STAGES = 2  # blocks in flight
 SHARED_MEMORY = 226 * 1024  # bytes that a block's arrays may take

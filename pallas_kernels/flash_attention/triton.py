@@ -120,7 +120,8 @@ def _padded(o: Options, of_tile: Any, arrays: Any, segments: Any, offset_B: Any)
         x = pad_rows(x, T if name in ("q", "d_out") else S)
         given[name] = pad_rows(x, max(16, pl.next_power_of_2(x.shape[3])), 3)
     if segments is not None:
-        given["q_ids"], given["kv_ids"] = pad_ids(*segments, T, S)
+        q_ids, kv_ids = segments
+        given["q_ids"], given["kv_ids"] = pad_ids(q_ids, kv_ids, T, S)
     if offset_B is not None:
         given["offset"] = offset_B.astype(jnp.int32)
     return given

@@ -82,6 +82,7 @@ def paged_attention(
     q_THC = jnp.pad(q_THD, ((0, 0), (0, 0), (0, sizes.C - D)))
     is_decode_R = (query_length_R == 1) & (query_start_R == jnp.arange(R)) & (query_start_R < decode_rows)
     kv, scales = pages.kv_LPKNSX, pages.scale_LPKZ
+    assert kv is not None
     outs = []
 
     if decode_rows:
@@ -90,12 +91,14 @@ def paged_attention(
         more = -N % step
         pad = lambda x: jnp.pad(x[:N], ((0, more),) + ((0, 0),) * (x.ndim - 1))  # noqa: E731
         lengths_N = pad(jnp.where(is_decode_R, lengths_R, 0))
-        state, begin_N = None, jnp.zeros_like(lengths_N)
+        state: Any = None
+        begin_N = jnp.zeros_like(lengths_N)
         if prefixes is not None:
             state, begin_N = _read_prefixes(sizes, q_THC[:N], lengths_N[:N], sinks_H, kv, scales, prefixes, common)
             state, begin_N = tuple(pad(x) for x in state), pad(begin_N)
         new_scale_NKZ = None
         if scales is not None:
+            assert kept.k_scale_TK is not None and kept.v_scale_TK is not None
             new_scale_NKZ = jnp.repeat(jnp.stack([kept.k_scale_TK, kept.v_scale_TK], -1)[:N], sizes.S, -1)
             new_scale_NKZ = pad(new_scale_NKZ)
         q_NrC = pad(_by_key_head(q_THC[:N], K))

@@ -12,6 +12,7 @@ Shapes: as in tpu_block; T token rows, t of a tile, H query heads (of one core).
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -142,22 +143,22 @@ def chunk(
 
 
 def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: bool, *refs: Any) -> None:
-    refs = iter(refs)
-    layer_ref, order_ref, first_ref, stop_ref, start_ref, count_ref, length_ref, table_ref = (
-        None if static else next(refs) for _ in range(8)
-    )
-    q_HtC, owner_ref, position_ref = next(refs), next(refs), next(refs)
-    sinks_ref = next(refs) if has_sinks else None
-    new_hbm = next(refs) if writes else None
-    kv_hbm = next(refs)
-    scale_hbm = next(refs) if sizes.quantised else None
-    out_refs = [next(refs)] if writes else [next(refs) for _ in range(3)]
+    given: Iterator[Any] = iter(refs)
+    scalars: list[Any] = [None if static else next(given) for _ in range(8)]
+    layer_ref, order_ref, first_ref, stop_ref, start_ref, count_ref, length_ref, table_ref = scalars
+    q_HtC, owner_ref, position_ref = next(given), next(given), next(given)
+    sinks_ref = next(given) if has_sinks else None
+    new_hbm = next(given) if writes else None
+    kv_hbm = next(given)
+    scale_hbm = next(given) if sizes.quantised else None
+    out_refs = [next(given)] if writes else [next(given) for _ in range(3)]
     if writes:
-        kv_hbm = next(refs)
-    kv_buf = next(refs)
-    scale_buf = next(refs) if sizes.quantised else None
-    sems, top_Ht, sum_Ht, acc_HtV = (next(refs) for _ in range(4))
-    page_buf, new_buf, write_sems = refs if writes else (None, None, None)
+        kv_hbm = next(given)
+    kv_buf = next(given)
+    scale_buf = next(given) if sizes.quantised else None
+    sems, top_Ht, sum_Ht, acc_HtV = (next(given) for _ in range(4))
+    of_writes: tuple[Any, ...] = tuple(given) if writes else (None, None, None)
+    page_buf, new_buf, write_sems = of_writes
 
     K, B, n, S, V = sizes.K, sizes.B, sizes.n, sizes.S, sizes.V
     H, t, _ = q_HtC.shape

@@ -12,6 +12,7 @@ Shapes: as in tpu_block; N request rows of a program, r rows of a key head: its 
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -138,19 +139,22 @@ def decode(
 def _kernel(
     sizes: Sizes, cores: int, block_rows: int, has: dict[str, bool], static_length: int | None, *refs: Any
 ) -> None:
-    refs = iter(refs)
-    take = lambda name: next(refs) if has[name] else None  # noqa: E731
+    given: Iterator[Any] = iter(refs)
+
+    def take(name: str) -> Any:
+        return next(given) if has[name] else None
+
     known = static_length is not None
-    layer_ref, order_ref, count_ref, length_ref, begin_ref, table_ref = (
-        None if known else next(refs) for _ in range(6)
-    )
-    q_ref, new_ref, new_scale_ref, sinks_ref = next(refs), next(refs), take("scales"), take("sinks")
+    scalars: list[Any] = [None if known else next(given) for _ in range(6)]
+    layer_ref, order_ref, count_ref, length_ref, begin_ref, table_ref = scalars
+    q_ref, new_ref, new_scale_ref, sinks_ref = next(given), next(given), take("scales"), take("sinks")
     top_in, sum_in, acc_in = take("state"), take("state"), take("state")
-    next(refs), take("scales")  # the cache as an input, which its output is
-    out_ref, kv_hbm, scale_hbm = next(refs), next(refs), take("scales")
-    kv_buf, scale_buf, sems = next(refs), take("scales"), next(refs)
-    write_buf, scale_write_buf, write_sem = next(refs), take("scales"), next(refs)
-    top_ref, sum_ref, acc_ref = refs
+    next(given)  # the cache as an input, which its output is
+    take("scales")
+    out_ref, kv_hbm, scale_hbm = next(given), next(given), take("scales")
+    kv_buf, scale_buf, sems = next(given), take("scales"), next(given)
+    write_buf, scale_write_buf, write_sem = next(given), take("scales"), next(given)
+    top_ref, sum_ref, acc_ref = given
 
     K, B, n = sizes.K, sizes.B, sizes.n
     per_head = q_ref.shape[1] // K

@@ -77,7 +77,7 @@ def quantized_matmul(
     if activation_scale is not None:
         activation_scale = jnp.asarray(activation_scale, jnp.float32)
     x_MI = x.reshape(-1, x.shape[-1])
-    y_MO = _product(tuple(options.items()), activation, x_MI, weight, bias, activation_scale)
+    y_MO: Any = _product(tuple(options.items()), activation, x_MI, weight, bias, activation_scale)
     return y_MO.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -135,7 +135,7 @@ def quantize(
         codes = jnp.clip(values, -largest, largest).astype(FLOAT8)
     else:
         codes = jnp.clip(jnp.round(values), -largest - zero_points, largest).astype(jnp.int8)
-    return from_values(codes, stored.swapaxes(-1, -2), _turn(zeros), format=format, block=block)
+    return from_values(codes, stored.swapaxes(-1, -2), _turn_any(zeros), format=format, block=block)
 
 
 def dequantize(weight: QuantizedWeight, dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -160,7 +160,7 @@ def from_values(
         if values.shape[-1] % 2:
             raise ValueError(f"{format} puts two inputs into a byte: I must be even, got {values.shape}")
         values = pack((values + 8 if format == "int4" else values).astype(jnp.uint8))
-    weight = QuantizedWeight(values.astype(STORED[format]), _turn(scales_PG), _turn(zeros_PG), format, block)
+    weight = QuantizedWeight(values.astype(STORED[format]), _turn(scales_PG), _turn_any(zeros_PG), format, block)
     weight.check()
     return weight
 
@@ -168,10 +168,10 @@ def from_values(
 def to_values(weight: QuantizedWeight) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """What `from_values` takes: values [..., O, I] (codes of e2m1 for "mxfp4"), scales and zero points [..., P, G]."""
     if weight.format not in PACKED:
-        return weight.values, _turn(weight.scales), _turn(weight.zeros)
+        return weight.values, _turn(weight.scales), _turn_any(weight.zeros)
     codes = unpack(weight.values)
     values = codes if weight.format == "mxfp4" else codes.astype(jnp.int8) - jnp.int8(8)
-    return values, _turn(weight.scales), _turn(weight.zeros)
+    return values, _turn(weight.scales), _turn_any(weight.zeros)
 
 
 def from_mxfp4_blocks(blocks_OGB: jax.Array, scales_OG: jax.Array) -> QuantizedWeight:
@@ -220,11 +220,11 @@ def scales_of(scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.where(exponent == 255, jnp.nan, power).astype(dtype)
 
 
-def expand(blocks_GP: jax.Array, block: Block, shape: tuple[int, int]) -> jax.Array:
+def expand(blocks_GP: jax.Array, block: Block, shape: tuple[int, ...]) -> jax.Array:
     """One number a block [..., G, P] to one an element [..., O, I]; a dimension of one block stays 1."""
     for axis, size, step in ((-1, shape[0], block[0]), (-2, shape[1], block[1])):
         if blocks_GP.shape[axis] > 1 and step != 1:
-            blocks_GP = lax.slice_in_dim(jnp.repeat(blocks_GP, step, axis=axis), 0, size, axis=axis)
+            blocks_GP = lax.slice_in_dim(jnp.repeat(blocks_GP, step or size, axis=axis), 0, size, axis=axis)
     return blocks_GP.swapaxes(-1, -2)
 
 
@@ -249,12 +249,18 @@ def _to_e2m1(values: jax.Array) -> jax.Array:
     """The nearest code, halves to the even one, beyond 6 to 6."""
     size = jnp.abs(values)
     ties_up = (0.75, 1.75, 3.5)
-    codes = sum((size >= edge if edge in ties_up else size > edge) for edge in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
-    return codes.astype(jnp.uint8) | (jnp.signbit(values).astype(jnp.uint8) << 3)
+    codes = jnp.zeros(values.shape, jnp.uint8)
+    for edge in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0):
+        codes += (size >= edge if edge in ties_up else size > edge).astype(jnp.uint8)
+    return codes | (jnp.signbit(values).astype(jnp.uint8) << 3)
 
 
-def _turn(x: jax.Array | None) -> jax.Array | None:
-    return None if x is None else jnp.asarray(x).swapaxes(-1, -2)
+def _turn(x: jax.Array) -> jax.Array:
+    return jnp.asarray(x).swapaxes(-1, -2)
+
+
+def _turn_any(x: jax.Array | None) -> jax.Array | None:
+    return None if x is None else _turn(x)
 
 
 def _is_float(x: jax.Array) -> bool:

@@ -185,10 +185,12 @@ def quantized_matmul(
         arguments.append(jnp.pad(x_scales_MG, fill))
         specs.append(whole((cut.rows, 1), lambda o, n, k: (n, 0)))
     if layout.shifted:
+        assert shift_GO is not None
         arguments.append(shift_GO)
         specs.append(whole((shift_GO.shape[0] if not cut.scaled_first else G_step, BO),
                            (lambda o, n, k: (k, o)) if cut.scaled_first else (lambda o, n, k: (0, o))))  # fmt: skip
         if not cut.scaled_first:
+            assert totals_MG is not None
             arguments.append(totals_MG)
             specs.append(whole((cut.rows, G_all), lambda o, n, k: (n, 0)))
     if bias_O is not None:

@@ -49,12 +49,12 @@ class Layout:
 
 
 def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, x_scales_ref: Any, *refs: Any) -> None:
-    refs = iter(refs)
-    shift_ref = next(refs) if layout.shifted else None
-    totals_ref = next(refs) if layout.shifted and not layout.scaled_first else None
-    bias_ref = next(refs) if layout.bias else None
-    y_ref = next(refs)
-    sums_ref = next(refs) if layout.steps > 1 else None
+    given: Iterator[Any] = iter(refs)
+    shift_ref = next(given) if layout.shifted else None
+    totals_ref = next(given) if layout.shifted and not layout.scaled_first else None
+    bias_ref = next(given) if layout.bias else None
+    y_ref = next(given)
+    sums_ref = next(given) if layout.steps > 1 else None
     # Some outputs at a time, so that their sums stay in registers.
     for first in range(0, y_ref.shape[1], OUTPUTS):
         lanes = pl.ds(first, min(OUTPUTS, y_ref.shape[1] - first))
@@ -112,7 +112,7 @@ def _sums(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, x_scales_ref:
     """Sums over the block's inputs [R, O]; already scaled by block of inputs if those are summed apart."""
     taken, T = layout.operand, layout.tile
     contract = 0 if layout.format in PACKED else 1
-    total_RO = None
+    total_RO: Any = None
     for n in range(layout.inputs // T):
         w_T = _weights(layout, w_ref, n, scales_ref, shift_ref)
         sums_JRO = lax.dot_general(
@@ -124,7 +124,8 @@ def _sums(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, x_scales_ref:
         for first, sums_RO in _groups(layout, n, sums_JRO):
             sums_RO = sums_RO.astype(jnp.float32) * (_scales(scales_ref[first : first + 1]) * layout.unit)
             if layout.by_block:
-                g = first if layout.steps == 1 else first + pl.program_id(2) * (layout.inputs // layout.size)
+                in_step = layout.inputs // (layout.size or layout.inputs)
+                g = first if layout.steps == 1 else first + pl.program_id(2) * in_step
                 sums_RO = sums_RO * _column(x_scales_ref, g, layout.steps)
             total_RO = sums_RO if total_RO is None else total_RO + sums_RO
     return total_RO
@@ -132,7 +133,7 @@ def _sums(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, x_scales_ref:
 
 def _groups(layout: Layout, tile: int, sums_JRO: jax.Array) -> Iterator[tuple[int, jax.Array]]:
     """Each block of inputs of a tile: its number in the block, and its sums."""
-    groups = max(1, layout.tile // layout.size)
+    groups = max(1, layout.tile // (layout.size or layout.tile))
     R = sums_JRO.shape[0] // groups
     for j in range(groups):
         yield tile * groups + j, sums_JRO[j * R : (j + 1) * R]
@@ -154,7 +155,8 @@ def _weights(layout: Layout, w_ref: Any, n: int, scales_ref: Any, shift_ref: Any
     if not layout.scaled_first:
         return jnp.concatenate([low.astype(dtype), high.astype(dtype)], axis=0)
     # [T / 2, O] each, of which size / 2 rows share a scale.
-    scales_GO, half = _scales(scales_ref[...]) * UNITS.get((layout.format, low.dtype), 1.0), layout.size // 2
+    scales_GO = _scales(scales_ref[...]) * UNITS.get((layout.format, low.dtype), 1.0)
+    half = (layout.size or layout.inputs) // 2
     parts = []
     for codes in (low, high):
         values_GBO = codes.astype(jnp.float32).reshape(-1, half, codes.shape[1])
