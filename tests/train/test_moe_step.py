@@ -45,7 +45,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "plan", "accumulation", "remat"), thorough(LAYOUTS, 2))
+@pytest.mark.parametrize(("name", "plan", "accumulation", "remat"), thorough(LAYOUTS))
 def test_any_layout_gives_the_gradients_and_statistics_of_one_device_in_float64(name, plan, accumulation, remat):
     with jax.enable_x64(True):
         want = mean_gradients(config(MOES[name]))
@@ -128,6 +128,7 @@ def loads(moe: MoEConfig, **options):
     return [metrics["load_imbalance"] for metrics in found], state
 
 
+@pytest.mark.slow
 def test_the_load_balancing_loss_evens_the_load():
     none = dataclasses.replace(SOFTMAX, balance_loss=0.0, z_loss=0.0)
     without, _ = loads(none, lr=1e-3)

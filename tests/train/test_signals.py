@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.thorough import thorough
 from tests.train.helpers import small_recipe
 from twinax.checkpoints.load import load_model
 from twinax.train.loop import train
@@ -29,7 +30,7 @@ print("result", result.step, result.interrupted)
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", thorough(["SIGTERM", "SIGINT"]))
 def test_a_signal_finishes_the_step_saves_and_leaves(name, tmp_path, repository):
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path)],
