@@ -132,7 +132,7 @@ class Module:
         """Reads `compiled.as_text()` or a dump of it. ValueError without an ENTRY computation."""
         computations: dict[str, Computation] = {}
         entry = current = None
-        for line in text.splitlines():
+        for line in _whole_lines(text):
             if line.startswith(" "):
                 if current is not None and " = " in line:
                     instruction = _instruction(line)
@@ -142,11 +142,24 @@ class Module:
             if header:
                 current = computations[header[2]] = Computation(header[2], {})
                 entry = current if header[1] else entry
-            elif line.startswith("}"):
+            elif line == "}":
                 current = None
         if entry is None:
             raise ValueError("This text is not an HLO module: it has no ENTRY computation.")
         return cls(computations, entry)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """The text's lines; an instruction's attributes may go on over several, as a kernel's metadata do."""
+    pending = ""
+    for line in text.splitlines():
+        if pending.startswith(" ") and not line.startswith(" ") and line.strip() != "}" and not _HEADER.match(line):
+            pending += line
+            continue
+        if pending:
+            yield pending
+        pending = line.rstrip()
+    yield pending
 
 
 def leaf_shapes(text: str) -> tuple[Shape, ...]:

@@ -25,6 +25,7 @@ from .tpu_forward import (
     Ring,
     Streams,
     barrier,
+    cost,
     for_each,
     loop,
     origin,
@@ -90,6 +91,7 @@ def backward(
             collective_id=COLLECTIVE_ID + 1,
             has_side_effects=True,
         ),
+        cost_estimate=cost(o, N * G, T, D, products=5, arrays=tuple(inputs)),
         name="ring_attention_backward",
     )(*inputs)
 

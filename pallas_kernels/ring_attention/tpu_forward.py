@@ -227,8 +227,16 @@ def forward(o: Ring, q_NGTD: jax.Array, kv_N2TD: jax.Array, q_ids: Any, kv_ids: 
             collective_id=COLLECTIVE_ID,
             has_side_effects=True,
         ),
+        cost_estimate=cost(o, N * G, T, D, products=2, arrays=(q_NGTD, kv_N2TD, q_NGTD)),
         name="ring_attention_forward",
     )(*inputs)
+
+
+def cost(o: Ring, heads: int, T: int, D: int, products: int, arrays: tuple[jax.Array, ...]) -> pl.CostEstimate:
+    """Of one device: half of the pairs of its queries with the whole row's keys, as all have equal shares of them."""
+    pairs = heads * T * (o.n * T + 1) // 2
+    moved = sum(x.size * x.dtype.itemsize for x in arrays)
+    return pl.CostEstimate(flops=2 * products * pairs * D, transcendentals=pairs, bytes_accessed=moved)
 
 
 def _per_turn(*shape: int) -> pl.BlockSpec:

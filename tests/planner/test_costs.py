@@ -174,3 +174,21 @@ def test_attention_is_counted_apart():
     found = costs(f, (N, K), (K, K))
     assert found.flops == 2 * N * K * K + 2 * N * K * N
     assert found.attend[0] == 2 * N * K * N
+
+
+def test_a_kernel_s_metadata_may_go_on_over_several_lines():
+    """As libtpu prints them; what comes after is still of the same computation."""
+    module = Module.parse(
+        """HloModule test
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %kernel = f32[4]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"mesh_axes":"[\\"sequence\\"]"
+}}, metadata={op_name="attend/kernel"}
+  ROOT %last = f32[4]{0} add(%kernel, %x)
+}
+"""
+    )
+    assert module.entry.root.name == "last"
+    assert module.entry["kernel"].op_name == "attend/kernel"
