@@ -11,7 +11,7 @@ from .workload import Layout, Workload
 
 # Of the memory that weights leave, the share that pages may take; the rest is for what a step computes.
 CACHE_SHARE = 0.95
-MOST_REQUESTS = 4096  # at once, however small they are: beyond it the host cannot keep up with a step
+MOST_REQUESTS = 4096  # at once, however small they are: a bound on the programs that are compiled
 
 
 def serve_work(workload: Workload, layout: Layout) -> Work:

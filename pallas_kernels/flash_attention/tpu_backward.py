@@ -138,7 +138,7 @@ def _kernel(plan: Plan, scores: Scores, steps: int, names: list[str], inputs: li
     def _() -> None:
         dk_sum[...], dv_sum[...] = jnp.zeros_like(dk_sum), jnp.zeros_like(dv_sum)
 
-    pair = _Pair(plan, scores, x, tables, (b, i, j, g), (outs[0], dk_sum, dv_sum, *outs[3:]))
+    pair = Pair(plan, scores, x, tables, (b, i, j, g), (outs[0], dk_sum, dv_sum, *outs[3:]))
     visited = low + t <= high
     full = plan.is_full(i, j, tables, b)
     kinds = _kinds(plan)
@@ -163,7 +163,7 @@ def _kinds(plan: Plan) -> list[bool]:
 
 
 @dataclasses.dataclass
-class _Pair:
+class Pair:
     """A block of queries that meets a block of keys."""
 
     plan: Plan

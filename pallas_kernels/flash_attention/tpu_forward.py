@@ -150,7 +150,7 @@ def _kernel(plan: Plan, scores: Scores, steps: int, names: list[str], inputs: li
     b, h, i, j = (pl.program_id(axis) for axis in range(4))
     low, high = plan.keys_of(i, tables, b)
     block = jnp.minimum(jnp.maximum(jnp.maximum(high - j, low), 0), plan.nk - 1) if plan.nk > 1 else 0
-    rows = _Rows(plan, scores, x, tables, (b, h, i, block), (out_ref, lse_ref, max_ref, sum_ref, acc_ref))
+    rows = Rows(plan, scores, x, tables, (b, h, i, block), (out_ref, lse_ref, max_ref, sum_ref, acc_ref))
 
     full, kinds = plan.is_full(i, block, tables, b), _kinds(plan, steps)
     for first, is_edge in kinds:
@@ -184,7 +184,7 @@ def _kinds(plan: Plan, steps: int) -> list[tuple[bool, bool]]:
 
 
 @dataclasses.dataclass
-class _Rows:
+class Rows:
     """A block of queries that meets a block of keys."""
 
     plan: Plan

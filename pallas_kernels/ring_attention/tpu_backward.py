@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..flash_attention.tpu_backward import _Pair
+from ..flash_attention.tpu_backward import Pair
 from ..flash_attention.tpu_forward import LANES
 from .tpu_forward import (
     COLLECTIVE_ID,
@@ -121,7 +121,7 @@ def _kernel(o: Ring, q_ref: Any, d_out_ref: Any, lse2_ref: Any, delta_ref: Any, 
         if o.segments:
             x |= {"q_ids": q_ids.at[:, at], "kv_ids": kv_ids.at[device, :, part]}
         outputs = dq_ref.at[:, :, at], into.at[0, part], into.at[1, part]
-        _Pair(o.plan(causal), o.scores, x, {}, (0, 0, 0, g), outputs).run(edge=causal or o.segments)
+        Pair(o.plan(causal), o.scores, x, {}, (0, 0, 0, g), outputs).run(edge=causal or o.segments)
 
     def begin(kv: Any, into: Any) -> None:
         def each(j: Any) -> None:

@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..flash_attention.tpu_forward import LANES, LOWEST, Scores, _Rows
+from ..flash_attention.tpu_forward import LANES, LOWEST, Rows, Scores
 from ..flash_attention.tpu_plan import Plan
 
 COLLECTIVE_ID = 7
@@ -261,14 +261,14 @@ def _kernel(o: Ring, q_ref: Any, kv_ref: Any, *refs: Any) -> None:
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
     per_chunk = o.chunk // o.block
 
-    def rows(g: Any, i: Any, j: Any, kv: Any, device: Any, causal: bool) -> _Rows:
+    def rows(g: Any, i: Any, j: Any, kv: Any, device: Any, causal: bool) -> Rows:
         at, keys = tile(o, i), tile(o, j)
         x = {"q": q_ref.at[g, at], "k": kv.at[0, keys], "v": kv.at[1, keys]}
         if o.segments:
             x |= {"q_ids": q_ids.at[:, at], "kv_ids": kv_ids.at[device, :, keys]}
         outputs = out_ref.at[g, at], lse_ref.at[g, :, at]
         state = max_ref.at[g, at], sum_ref.at[g, at], acc_ref.at[g, at]
-        return _Rows(o.plan(causal), o.scores, x, {}, (0, 0, 0, 0), (*outputs, *state))
+        return Rows(o.plan(causal), o.scores, x, {}, (0, 0, 0, 0), (*outputs, *state))
 
     def attend(g: Any, i: Any, j: Any, kv: Any, device: Any, causal: bool = False) -> None:
         rows(g, i, j, kv, device, causal).run(first=False, last=False, edge=causal or o.segments)
