@@ -15,7 +15,9 @@ from twinax.pallas_kernels import grouped_matmul as package
 from twinax.pallas_kernels.grouped_matmul import OPERATION, grouped_matmul, grouped_matmul_dweight, grouped_matmul_dx
 from twinax.pallas_kernels.quantized_matmul import dequantize, quantize
 
-ALL = pytest.mark.parametrize("implementation", OPERATION.names())
+# test_grouped_matmul_gpu.py runs "gpu".
+NAMES = [name for name in OPERATION.names() if name != "gpu"]
+ALL = pytest.mark.parametrize("implementation", NAMES)
 
 LONGEST = "ends inside tiles"
 # Rows of each group, rows of none, I, O.
@@ -69,7 +71,7 @@ def run(x_NI, weight_GOI, dy_NO, sizes_G, implementation):
             case, name, marks=[pytest.mark.slow] * (name == "tpu" and case not in ("one row", "none", LONGEST))
         )
         for case in CASES
-        for name in OPERATION.names()
+        for name in NAMES
     ],
 )
 def test_values_and_gradients_are_those_of_each_row_with_its_weight(case, implementation):

@@ -1,0 +1,57 @@
+"""Products with quantised weights on NVIDIA GPUs: the first of these kernels that takes the arguments.
+
+| chip | kernel | what |
+|---|---|---|
+| any | `gpu_triton.py` | every format, any rows; quantised rows where XLA's own product would not do |
+
+Quantised rows with one scale a row, and weights of whole bytes, are XLA's: cuBLAS multiplies int8 and float8 itself.
+So is the product with the transposed weight, which is a large one (training), beside which dequantising is little.
+
+There was no GPU when this was written: numbers are those of Pallas's interpreter, registers and spills are ptxas's, and
+nothing has been timed.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ..chips import known_platform
+from .formats import PACKED, QuantizedWeight
+from .quantize_rows import quantize_rows
+
+# Not a kernel: see above.
+from .xla import quantized_matmul_transposed as quantized_matmul_transposed
+
+
+def quantized_matmul(
+    x_MI: jax.Array,
+    weight: QuantizedWeight,
+    bias_O: jax.Array | None,
+    scale: jax.Array | None,
+    *,
+    activation: str | None,
+    activation_format: str | None,
+    out_dtype: jnp.dtype,
+) -> jax.Array:
+    check_platform()
+    check_rows(x_MI.dtype)
+    from .gpu_triton import product
+
+    rows, x_scales_MG = x_MI, None
+    if activation_format is not None:
+        if weight.scales.shape[0] == 1 and weight.format not in PACKED:
+            raise NotImplementedError(f"{activation_format} rows with one scale each are XLA's, by cuBLAS")
+        x_MGB, x_scales_MG = quantize_rows(x_MI, activation_format, weight.block_sizes[1], scale)
+        rows = x_MGB.reshape(len(x_MI), -1)
+    options = {"bias_C": bias_O, "activation": activation, "out_dtype": out_dtype}
+    return product(rows, weight, x_scales_MG=x_scales_MG, **options)
+
+
+def check_platform() -> None:
+    platform = known_platform()
+    if platform not in (None, "cuda"):
+        raise NotImplementedError(f"these kernels are for NVIDIA GPUs, and this program is for a {platform}")
+
+
+def check_rows(dtype: jnp.dtype) -> None:
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise NotImplementedError(f"the GPU kernels take rows of bfloat16, float16 and float32, got {dtype}")

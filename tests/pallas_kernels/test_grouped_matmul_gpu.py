@@ -1,0 +1,113 @@
+"""grouped_matmul's GPU kernels: in Pallas's interpreter, or on a GPU where there is one, and through the compiler."""
+
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from benchmarks.static import Program, Request, compile_all
+from tests.pallas_kernels.test_grouped_matmul import CASES, LONGEST, by_hand, make, run
+from twinax.pallas_kernels.grouped_matmul import gpu_triton, grouped_matmul
+from twinax.pallas_kernels.quantized_matmul import dequantize, gpu, quantize
+from twinax.pallas_kernels.quantized_matmul import gpu_triton as products
+from twinax.planner.devices import has_cuda_plugin
+
+GPU = jax.default_backend() == "gpu"
+SLOW = pytest.mark.slow
+QUICK = ("none", LONGEST)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Triton's kernels run in Pallas's interpreter, where there is no GPU."""
+    if not GPU:
+        monkeypatch.setattr(gpu, "known_platform", lambda: "cuda")
+        for module in (products, gpu_triton):
+            monkeypatch.setattr(module.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+
+
+@pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=SLOW) for case in CASES])
+def test_values_and_gradients_are_those_of_each_row_with_its_weight(case):
+    arguments = make(case, np.float32)
+    got = run(*arguments, "gpu")
+    want = by_hand(*(a.astype(np.float64) for a in arguments[:3]), arguments[3])
+    for name, a, b in zip(("y", "dx", "dweight"), got, want, strict=True):
+        scale = max(1, np.abs(b).max(initial=0))
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6 * scale, err_msg=name)
+
+
+def test_bfloat16_is_summed_in_float32():
+    arguments = [jnp.asarray(a, jnp.bfloat16) if a.dtype != np.int32 else a for a in make("uneven, more than a block")]
+    got = run(*arguments, "gpu")
+    want = by_hand(*(np.asarray(a, np.float64) for a in arguments[:3]), arguments[3])
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "block", "zeros"),
+    [
+        ("int4", (1, 32), True),
+        pytest.param("int8", (1, None), True, marks=SLOW),
+        pytest.param("fp8_e4m3", (None, 32), False, marks=SLOW),
+        pytest.param("mxfp4", (1, 32), False, marks=SLOW),
+    ],
+)
+def test_quantised_weights_are_their_floats(form, block, zeros):
+    rng = np.random.default_rng(4)
+    sizes_G = np.asarray([3, 0, 9], np.int32)
+    x_NI, dy_NO = (rng.standard_normal((14, n)).astype(np.float32) for n in (64, 6))
+    weight = quantize(rng.standard_normal((3, 6, 64)).astype(np.float32), form, block=block, zero_points=zeros)
+    floats = np.asarray(dequantize(weight), np.float64)
+
+    @jax.jit
+    def function(x, weight, dy):
+        y, pullback = jax.vjp(lambda x: grouped_matmul(x, weight, sizes_G, implementation="gpu"), x)
+        return y, *pullback(dy)
+
+    got = function(x_NI, weight, dy_NO)
+    want = by_hand(x_NI.astype(np.float64), floats, dy_NO.astype(np.float64), sizes_G)
+    for name, a, b in zip(("y", "dx"), got, want, strict=False):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6 * np.abs(b).max(), err_msg=name)
+
+
+def build(target, N, G, I, O, dtype="bfloat16", form=None, block=None):
+    """For `benchmarks.static`: all three products, or of quantised weights the product of rows."""
+    x, dy, sizes = target.array((N, I), dtype), target.array((N, O), dtype), target.array((G,), "int32")
+    forward = partial(grouped_matmul, implementation="gpu")
+    if form is not None:
+        plain = jax.ShapeDtypeStruct((G, O, I), jnp.float32)
+        made = jax.eval_shape(lambda w: quantize(w, form, block=(1, block)), plain)
+        return Program(forward, (x, jax.tree.map(lambda a: target.array(a.shape, a.dtype), made), sizes), 0.0, 1.0)
+
+    def products(x, weight, dy, sizes):
+        y, pullback = jax.vjp(lambda x, w: forward(x, w, sizes), x, weight)
+        return y, *pullback(dy)
+
+    return Program(products, (x, target.array((G, O, I), dtype), dy, sizes), 0.0, 1.0)
+
+
+COMPILED = [
+    {"N": 4096, "G": 8, "I": 2048, "O": 768},
+    {"N": 64, "G": 8, "I": 2048, "O": 768},
+    {"N": 500, "G": 3, "I": 200, "O": 72},
+    {"N": 500, "G": 3, "I": 200, "O": 72, "dtype": "float32"},
+    {"N": 4096, "G": 8, "I": 2048, "O": 768, "form": "int8"},
+    {"N": 64, "G": 8, "I": 2048, "O": 768, "form": "int4", "block": 64},
+    {"N": 4096, "G": 8, "I": 2048, "O": 768, "form": "mxfp4", "block": 32},
+]
+
+
+@SLOW
+@pytest.mark.skipif(not has_cuda_plugin() or not shutil.which("ptxas"), reason="wants JAX's CUDA plug-in and ptxas")
+@pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
+def test_compiles_without_spills_or_serialised_products(chip):
+    found = compile_all([Request(chip, f"{__file__}:build", case) for case in COMPILED])
+    for case, one in zip(COMPILED, found, strict=True):
+        assert one.failed is None, (case, one.failed)
+        assert (one.spills, one.warnings) == (0, ()), (case, one)
