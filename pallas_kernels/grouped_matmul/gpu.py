@@ -36,7 +36,7 @@ def grouped_matmul_dweight(x_NI: jax.Array, dy_NO: jax.Array, sizes_G: jax.Array
 
 def _product(x_NA: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array, contract: int) -> jax.Array:
     check_platform()
-    check_rows(x_NA.dtype)
+    check_rows(x_NA.dtype, weight_GOI.format if isinstance(weight_GOI, QuantizedWeight) else None)
     from ..quantized_matmul.gpu_triton import product
 
     return product(x_NA, weight_GOI, sizes_E=sizes_G, contract=contract)

@@ -45,9 +45,7 @@ def dweight(x_NI: jax.Array, dy_NO: jax.Array, sizes_E: jax.Array) -> jax.Array:
             dy_no, x_ni = load(dy, own_o, O, row_n), load(x, own_i, I, row_n)
             precision = lax.Precision.HIGHEST if wide else lax.Precision.DEFAULT
             dims = (((0,), (0,)), ((), ()))
-            return sums_oi + lax.dot_general(
-                dy_no, x_ni, dims, precision=precision, preferred_element_type=jnp.float32
-            )
+            return sums_oi + lax.dot_general(dy_no, x_ni, dims, precision=precision, preferred_element_type=jnp.float32)
 
         steps = lax.div(end - first + (n - 1), jnp.int32(n))
         sums_oi = lax.fori_loop(0, steps, step, jnp.zeros((o, i), jnp.float32))

@@ -14,7 +14,7 @@ nothing has been timed.
 import jax
 import jax.numpy as jnp
 
-from ..chips import known_platform
+from ..chips import known_platform, target_chip
 from .formats import PACKED, QuantizedWeight
 from .quantize_rows import quantize_rows
 
@@ -33,7 +33,7 @@ def quantized_matmul(
     out_dtype: jnp.dtype,
 ) -> jax.Array:
     check_platform()
-    check_rows(x_MI.dtype)
+    check_rows(x_MI.dtype, weight.format)
     from .gpu_triton import product
 
     rows, x_scales_MG = x_MI, None
@@ -52,6 +52,8 @@ def check_platform() -> None:
         raise NotImplementedError(f"these kernels are for NVIDIA GPUs, and this program is for a {platform}")
 
 
-def check_rows(dtype: jnp.dtype) -> None:
+def check_rows(dtype: jnp.dtype, weight_format: str | None = None) -> None:
+    if weight_format == "fp8_e4m3" and target_chip() == "a100":
+        raise NotImplementedError("an A100 converts no float8")
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"the GPU kernels take rows of bfloat16, float16 and float32, got {dtype}")

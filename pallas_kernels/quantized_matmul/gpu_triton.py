@@ -1,8 +1,8 @@
 """Products of rows with weights of any kind on NVIDIA GPUs, by Pallas's Triton backend: one kernel for all.
 
 Weights are read once, as they are kept, and become what is multiplied in registers. Quantised ones with one block of
-inputs are multiplied bare (their values are exact in 16 bits) and scaled at the end; with several, they are scaled first
-and rounded to the rows' dtype. Quantised rows meet quantised weights exactly: integers as integers, float8 as bfloat16
+inputs are multiplied bare (their values are exact in 16 bits) and scaled at the end; with several, they are scaled
+first and rounded to the rows' dtype. Quantised rows meet quantised weights exactly: integers as integers, float8 as bfloat16
 (the unit's own sums of float8 keep 14 bits), each block scaled in float32.
 
 The inputs of a byte that packs two are even and odd ones: rows come in these halves, so nothing is put side by side.
@@ -77,7 +77,7 @@ class Kind:
 
 def tile_of(kind: Kind) -> Tile:
     """In closed form; raises NotImplementedError for blocks of inputs that no step divides."""
-    rows = kind.M if kind.E is None else -(-kind.M // kind.E)
+    rows = max(1, kind.M) if kind.E is None else -(-kind.M // kind.E)
     m = min(128, max(16, pl.next_power_of_2(rows)))
     wide = kind.dtype.itemsize == 4
     few = m <= 32
@@ -87,12 +87,14 @@ def tile_of(kind: Kind) -> Tile:
         k = min(k, size & -size)
         if k < (32 if kind.packed else 16):
             raise NotImplementedError(f"the Triton kernel wants blocks of 32, 64, ... inputs, got {size}")
-    c = 64 if few or wide else 128
-    m = min(m, 64) if wide else m
+    c = 32 if wide else 64 if m <= 64 else 128
+    m = min(m, 32) if wide else m
     splits = 1
     if kind.E is None:
         programs = pl.cdiv(kind.M, m) * pl.cdiv(kind.C, c)
-        splits = max(1, min(PROGRAMS // programs, pl.cdiv(kind.A, k) // LEAST_STEPS))
+        # Writing and reading parts in float32 is to cost half of what the weights do.
+        cheap = (kind.A // 2 if kind.packed else kind.A) // (8 * max(1, kind.M))
+        splits = max(1, min(PROGRAMS // programs, cheap, pl.cdiv(kind.A, k) // LEAST_STEPS))
         splits = 1 << (splits.bit_length() - 1)
     large = m * c >= 128 * 128
     return Tile(m, c, k, splits, 8 if large else 4, 3 if large or wide else 4)

@@ -66,9 +66,7 @@ def build(target, M, I, O, form, block=(1, None), rows=None, zeros=False, dtype=
     weight = jax.tree.map(lambda a: target.array(a.shape, a.dtype), made)
 
     def silu(x, weight, bias):
-        return quantized_matmul(
-            x, weight, bias=bias, activation="silu", activation_format=rows, implementation="gpu"
-        )
+        return quantized_matmul(x, weight, bias=bias, activation="silu", activation_format=rows, implementation="gpu")
 
     return Program(silu, (target.array((M, I), dtype), weight, target.array((O,), "float32")), 0.0, 1.0)
 
