@@ -2,8 +2,18 @@
 
 Splash attention reads from prefetched tables which tiles to skip, which the static profiler cannot follow. It is
 compiled here without the tables, so that it computes every tile and masks as it would, and the share of its tiles that
-are not empty is counted: what skipping costs is given to it for nothing. Libraries get their own order of dimensions,
-[B, H, T, D]; the batch is folded into the heads, which for them is the same grid.
+are not empty is counted: what skipping costs is given to it for nothing.
+
+All get their own order of dimensions in memory, heads before tokens, for ours too: the copies that another order takes
+are the surroundings' (between projections, rotary positions and the output's projection, XLA makes no copy of its own
+for our kernels: the products write that order).
+
+The profiler runs every step of the grid, so its time and memory grow with the heads, which are all alike, and with
+the square of the length. It is given `_heads` of them (all on a length of 1,024, else two) and for lengths of 16,384 an
+eighth of the queries (of the keys, for a backward pass) against all the others: with all tiles computed those are all
+alike too, and under our causal kernels' diagonal the two in the middle are the mean of all, as their grid pairs a long
+row with a short one. Cycles are multiplied accordingly, for ours and the peers alike, and so what begins and ends a
+kernel is counted more than once, for all alike.
 """
 
 import math
@@ -18,6 +28,7 @@ SHAPES = ((4, 4096, 16, 128), (1, 16384, 16, 128), (4, 1024, 16, 128), (4, 4096,
 SPLASH = ((512, 512, 512), (1024, 1024, 512), (1024, 1024, 1024))
 SPLASH_BACKWARD = ((512, 512, 512, True), (1024, 1024, 512, True), (512, 512, 512, False), (1024, 1024, 512, False))
 FLASH = ((512, 512, 512),)
+LONG = 16384  # tokens, of which an eighth is profiled
 
 
 def cases(chip: str) -> Iterator[Case]:
@@ -35,7 +46,8 @@ def cases(chip: str) -> Iterator[Case]:
                 Kernel("forward", shape),
                 {
                     "splash": tuple(Kernel("splash", {**shape, "blocks": x}) for x in SPLASH),
-                    "flash": tuple(Kernel("flash", {**shape, "blocks": x}) for x in FLASH),
+                    # Of a part of the queries it knows no mask; shorter rows show that splash attention is faster.
+                    **({} if T == LONG else {"flash": tuple(Kernel("flash", {**shape, "blocks": x}) for x in FLASH)}),
                 },
                 1.15 if ahead else 1.0,
             )
@@ -68,36 +80,76 @@ def _work(B: int, T: int, H: int, D: int, causal: bool, backward: bool = False) 
     return flops, 2.0 * (8 if backward else 4) * B * T * H * D
 
 
+def _heads(B: int, T: int, H: int) -> int:
+    return B * H if T < 2048 else min(B * H, 2)
+
+
 def forward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implementation: str = "tpu") -> Program:
     from twinax.pallas_kernels.flash_attention import flash_attention
 
-    x = target.array((B, T, H, D))
+    if target.chip.platform != "tpu":
+
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return flash_attention(q, k, v, causal=causal, implementation=implementation)
+
+        return _of_library(target, attend, B, T, H, D, causal, "forward")
+    heads, rows = _heads(B, T, H), T // 8 if T == LONG else T
+    options = {"causal": causal, "q_offset": (T - rows) // 2 if causal else 0, "implementation": implementation}
     return Program(
-        lambda q, k, v: flash_attention(q, k, v, causal=causal, implementation=implementation),
-        (x, x, x),
+        _heads_first(lambda q, k, v: flash_attention(q, k, v, **options)),
+        (target.array((1, heads, rows, D)), *[target.array((1, heads, T, D))] * 2),
         *_work(B, T, H, D, causal),
+        share=B * H / heads * T / rows,
     )
 
 
 def backward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implementation: str = "tpu") -> Program:
-    from twinax.pallas_kernels.flash_attention import flash_attention
+    import jax.numpy as jnp
 
-    def attend(q: Any, k: Any, v: Any) -> Any:
-        return flash_attention(q, k, v, causal=causal, implementation=implementation)
+    from twinax.pallas_kernels.flash_attention import flash_attention, flash_attention_backward
 
     work = _work(B, T, H, D, causal, backward=True)
-    return _pullback(target, attend, [target.array((B, T, H, D))] * 3, work)
+    if target.chip.platform != "tpu":
+
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return flash_attention(q, k, v, causal=causal, implementation=implementation)
+
+        return _pullback(target, attend, [target.array((B, T, H, D))] * 3, work)
+    heads, keys = _heads(B, T, H), T // 8 if T == LONG else T
+    options = {"causal": causal, "q_offset": -(T - keys) // 2 if causal else 0, "implementation": implementation}
+
+    def back(q: Any, k: Any, v: Any, out: Any, d_out: Any, lse: Any) -> Any:
+        """As the gradient of `flash_attention` does it."""
+        delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
+        gradients = flash_attention_backward(q, k, v, d_out, lse, delta, **options)
+        return tuple(x.astype(q.dtype) for x in gradients)
+
+    q, k = target.array((1, heads, T, D)), target.array((1, heads, keys, D))
+    lse = target.array((1, heads, T), "float32")
+    return Program(_heads_first(back), (q, k, k, q, q, lse), *work, share=B * H / heads * T / keys)
+
+
+def _heads_first(function: Any) -> Any:
+    """The same of arrays [B, H, T, ...]."""
+    import jax
+    import jax.numpy as jnp
+
+    def swap(x: Any) -> Any:
+        return jnp.swapaxes(x, 1, 2)
+
+    return lambda *given: jax.tree.map(swap, function(*map(swap, given)))
 
 
 def splash(target: Any, B: int, T: int, H: int, D: int, causal: bool, blocks: tuple[int, int, int]) -> Program:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 
+    heads, length = _heads(B, T, H), T // 8 if T == LONG else T
     rows, keys, part = (min(size, T) for size in blocks)
     sizes = library.BlockSizes(block_q=rows, block_kv=keys, block_kv_compute=part)
-    kernel = _splash(sizes, B * H, T, causal)
-    x = target.array((B * H, T, D))
-    share = _not_empty(T, rows, keys) if causal else 1.0
-    return Program(lambda q, k, v: kernel(q, k, v), (x, x, x), *_work(B, T, H, D, causal), share=share)
+    kernel = _splash(sizes, heads, (length, T), causal)
+    q, k = target.array((heads, length, D)), target.array((heads, T, D))
+    share = (_not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * T / length
+    return Program(lambda q, k, v: kernel(q, k, v), (q, k, k), *_work(B, T, H, D, causal), share=share)
 
 
 def splash_backward(
@@ -105,6 +157,7 @@ def splash_backward(
 ) -> Program:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 
+    heads, length = _heads(B, T, H), T // 8 if T == LONG else T
     rows, keys, part = (min(size, T) for size in blocks[:3])
     fused = blocks[3]
     other = {} if fused else {"block_q_dq": rows, "block_kv_dq": keys}
@@ -118,22 +171,25 @@ def splash_backward(
         use_fused_bwd_kernel=fused,
         **other,
     )
-    kernel = _splash(sizes, B * H, T, causal)
-    share = _not_empty(T, rows, keys) if causal else 1.0
+    kernel = _splash(sizes, heads, (T, length), causal)
+    share = (_not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * T / length
     work = _work(B, T, H, D, causal, backward=True)
-    return _pullback(target, lambda q, k, v: kernel(q, k, v), [target.array((B * H, T, D))] * 3, work, share)
+    q, k = target.array((heads, T, D)), target.array((heads, length, D))
+    return _pullback(target, lambda q, k, v: kernel(q, k, v), [q, k, k], work, share)
 
 
 def flash(target: Any, B: int, T: int, H: int, D: int, causal: bool, blocks: tuple[int, int, int]) -> Program:
     from jax.experimental.pallas.ops.tpu import flash_attention as library
 
+    heads = _heads(B, T, H)
     rows, keys, part = (min(size, T) for size in blocks)
     sizes = library.BlockSizes(block_q=rows, block_k_major=keys, block_k=part, block_b=1)
-    x = target.array((B, H, T, D))
+    x = target.array((1, heads, T, D))
     return Program(
         lambda q, k, v: library.flash_attention(q, k, v, causal=causal, block_sizes=sizes),
         (x, x, x),
         *_work(B, T, H, D, causal),
+        share=B * H / heads,
     )
 
 
@@ -162,13 +218,13 @@ def _of_library(target: Any, attend: Any, B: int, T: int, H: int, D: int, causal
     return Program(attend, tuple(given), *work) if kind == "forward" else _pullback(target, attend, given, work)
 
 
-def _splash(sizes: Any, heads: int, T: int, causal: bool) -> Any:
+def _splash(sizes: Any, heads: int, shape: tuple[int, int], causal: bool) -> Any:
     """The kernel without its tables; see the module."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-    mask = (masks.CausalMask if causal else masks.FullMask)((T, T))
+    mask = (masks.CausalMask if causal else masks.FullMask)(shape)
     several = masks.MultiHeadMask([mask] * heads)
     kernel = library.make_splash_mha(mask=several, head_shards=1, q_seq_shards=1, block_sizes=sizes)
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .. import tuned
 from ..chips import target_chip
 from .gradient import differentiable
 from .tpu_backward import backward
@@ -32,6 +33,18 @@ def blocks(chip: str | None, T: int, S: int, causal: bool, bias: bool, is_backwa
     if is_backward:
         return 1024, 1024
     return (1024, 1024) if causal else (2048, 1024)
+
+
+def tuning_space(chip: str, key: dict[str, Any]) -> list[dict[str, int]]:
+    """Block sizes worth trying (see `benchmarks.tune`); the first is the closed form."""
+    is_backward, causal, T, S = key["kernel"] == "backward", key["causal"], key["T"], key["S"]
+    first = (*blocks(chip, T, S, causal, False, is_backward), Plan.chunk)
+    more = [(1024, 1024, 512), (1024, 1024, 128), (512, 512, 256), (512, 512, 128), (512, 1024, 256), (1024, 512, 256)]
+    more += [] if is_backward else [(2048, 2048, 256), (1024, 2048, 256), (512, 512, 512), (2048, 1024, 256)]
+    fitting = [(min(q, T), min(k, S), chunk) for q, k, chunk in (first, *more)]
+    if causal and T == S and not is_backward:  # other blocks have more edges than a diagonal
+        fitting = [fitting[0], *(x for x in fitting[1:] if x[0] == x[1])]
+    return [dict(zip(("block_q", "block_k", "chunk"), x, strict=True)) for x in dict.fromkeys(fitting)]
 
 
 def flash_attention_backward(
@@ -175,11 +188,22 @@ def _plan(
     T, S, D, E = sizes
     offset = q_offset if isinstance(q_offset, int) else None
     most_q, most_k = blocks(target_chip(), T, S, causal, bias, is_backward)
+    chunk = Plan.chunk
+    if window is None and not bias:
+        kernel = "backward" if is_backward else "forward"
+        key = {"kernel": kernel, "T": _power(T), "S": _power(S), "D": _power(D), "causal": causal}
+        if found := tuned.best("flash_attention", target_chip(), key):
+            most_q, most_k, chunk = found["block_q"], found["block_k"], found["chunk"]
     if window is not None:  # blocks much larger than the window are mostly edge
         fit = max(256, 1 << (window - 1).bit_length())
         most_q, most_k = min(most_q, fit), min(most_k, fit)
     block_q, block_k = _fit(T, most_q), _fit(S, most_k)
-    return Plan(T, S, block_q, block_k, causal, window, offset, segments, D, E, every_pair=bias and is_backward)
+    return Plan(T, S, block_q, block_k, causal, window, offset, segments, D, E, bias and is_backward, is_backward, chunk)
+
+
+def _power(size: int) -> int:
+    """Rounded up to a power of two: what is close is tuned alike."""
+    return max(LANES, 1 << max(0, size - 1).bit_length())
 
 
 def _fit(length: int, most: int) -> int:

@@ -21,7 +21,6 @@ from jax.experimental.pallas import tpu as pltpu
 from .tpu_forward import LANES, LOG2E, VMEM_BYTES, Scores, across, dot
 from .tpu_plan import Plan
 
-CHUNK = 256  # keys
 ZEROED = 512  # queries whose gradient is set to zero at a time
 
 
@@ -39,32 +38,35 @@ def backward(
     """
     B, K, G, T, D = arrays["q"].shape
     S, E = arrays["v"].shape[2:]
-    bq, bk, steps = plan.block_q, plan.block_k, plan.steps(per_key_block=True)
+    bq, bk, (grid_rows, steps) = plan.block_q, plan.block_k, plan.grid
     names = list(tables)
 
-    def query_block(b: Any, j: Any, t: Any, refs: Any) -> Any:
-        low, high = plan.queries_of(j, dict(zip(names, refs, strict=True)), b)
-        return jnp.minimum(jnp.maximum(jnp.minimum(low + t, high), 0), plan.nq - 1) if plan.nq > 1 else 0
+    def key_block(n: Any, t: Any) -> Any:
+        return plan.place(n, t)[0]
 
-    def q_map(b: Any, h: Any, j: Any, g: Any, t: Any, *refs: Any) -> Any:
-        return b, h, g, query_block(b, j, t, refs), 0
+    def query_block(b: Any, n: Any, t: Any, refs: Any) -> Any:
+        j, t = plan.place(n, t)
+        return _query_block(plan, *plan.queries_of(j, dict(zip(names, refs, strict=True)), b), t)
 
-    def row_map(b: Any, h: Any, j: Any, g: Any, t: Any, *refs: Any) -> Any:
-        return b, h, g, 0, query_block(b, j, t, refs)
+    def q_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
+        return b, h, g, query_block(b, n, t, refs), 0
 
-    def k_map(b: Any, h: Any, j: Any, g: Any, t: Any, *refs: Any) -> Any:
-        return b, h, j, 0
+    def row_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
+        return b, h, g, 0, query_block(b, n, t, refs)
+
+    def k_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
+        return b, h, key_block(n, t), 0
 
     specs = {
         "q": pl.BlockSpec((None, None, None, bq, D), q_map),
         "k": pl.BlockSpec((None, None, bk, D), k_map),
         "v": pl.BlockSpec((None, None, bk, E), k_map),
-        "kT": pl.BlockSpec((None, None, D, bk), lambda b, h, j, *_: (b, h, 0, j)),
+        "kT": pl.BlockSpec((None, None, D, bk), lambda b, h, n, t, *_: (b, h, 0, key_block(n, t))),
         "d_out": pl.BlockSpec((None, None, None, bq, E), q_map),
         "lse2": pl.BlockSpec((None, None, None, 1, bq), row_map),
         "delta": pl.BlockSpec((None, None, None, 1, bq), row_map),
-        "q_ids": pl.BlockSpec((None, 1, bq), lambda b, h, j, g, t, *refs: (b, 0, query_block(b, j, t, refs))),
-        "kv_ids": pl.BlockSpec((None, 1, bk), lambda b, h, j, *_: (b, 0, j)),
+        "q_ids": pl.BlockSpec((None, 1, bq), lambda b, h, n, t, g, *refs: (b, 0, query_block(b, n, t, refs))),
+        "kv_ids": pl.BlockSpec((None, 1, bk), lambda b, h, n, t, *_: (b, 0, key_block(n, t))),
         "factors": pl.BlockSpec(memory_space=pltpu.SMEM),
     }
     out_specs = [
@@ -76,14 +78,15 @@ def backward(
     if "bias" in arrays:
         shared = [n == 1 for n in arrays["bias"].shape[:3]]
 
-        def bias_map(b: Any, h: Any, j: Any, g: Any, t: Any, *refs: Any) -> Any:
+        def bias_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
             own = (0 if alone else at for alone, at in zip(shared, (b, h, g), strict=True))
-            return *own, j, query_block(b, j, t, refs)
+            return *own, key_block(n, t), query_block(b, n, t, refs)
 
         specs["bias"] = pl.BlockSpec((None, None, None, bk, bq), bias_map)
         out_specs.append(
             pl.BlockSpec(
-                (None, None, None, bk, bq), lambda b, h, j, g, t, *refs: (b, h, g, j, query_block(b, j, t, refs))
+                (None, None, None, bk, bq),
+                lambda b, h, n, t, g, *refs: (b, h, g, key_block(n, t), query_block(b, n, t, refs)),
             )
         )
         out_shapes.append((B, K, G, S, T))
@@ -97,7 +100,7 @@ def backward(
             functools.partial(_kernel, plan, scores, steps, names, list(arrays)),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(names),
-                grid=(B, K, plan.nk, G, steps),
+                grid=(B, K, grid_rows, steps, G),
                 in_specs=[specs[name] for name in arrays],
                 out_specs=out_specs,
                 scratch_shapes=[pltpu.VMEM((bk, D), jnp.float32), pltpu.VMEM((bk, E), jnp.float32)],
@@ -113,16 +116,23 @@ def backward(
     )
 
 
+def _query_block(plan: Plan, low: Any, high: Any, t: Any) -> Any:
+    if plan.folded:  # folded: no step is without a block
+        return low + t
+    return jnp.minimum(jnp.maximum(jnp.minimum(low + t, high), 0), plan.nq - 1) if plan.nq > 1 else 0
+
+
 def _kernel(plan: Plan, scores: Scores, steps: int, names: list[str], inputs: list[str], *refs: Any) -> None:
     tables = dict(zip(names, refs[: len(names)], strict=True))
     refs = refs[len(names) :]
     x = dict(zip(inputs, refs[: len(inputs)], strict=True))
     outs, (dk_sum, dv_sum) = refs[len(inputs) : -2], refs[-2:]
-    b, _h, j, g, t = (pl.program_id(axis) for axis in range(5))
+    b, _h, n, step, g = (pl.program_id(axis) for axis in range(5))
+    j, t = plan.place(n, step)
     low, high = plan.queries_of(j, tables, b)
-    i = jnp.minimum(jnp.maximum(jnp.minimum(low + t, high), 0), plan.nq - 1) if plan.nq > 1 else 0
+    i = _query_block(plan, low, high, t)
 
-    @pl.when((j == 0) & (g == 0) & (t == 0))
+    @pl.when((n == 0) & (g == 0) & (step == 0))
     def _() -> None:
         G, D, T = outs[0].shape
         size = min(ZEROED, plan.block_q)
@@ -139,13 +149,15 @@ def _kernel(plan: Plan, scores: Scores, steps: int, names: list[str], inputs: li
         dk_sum[...], dv_sum[...] = jnp.zeros_like(dk_sum), jnp.zeros_like(dv_sum)
 
     pair = Pair(plan, scores, x, tables, (b, i, j, g), (outs[0], dk_sum, dv_sum, *outs[3:]))
-    visited = low + t <= high
+    visited = True if plan.folded else low + t <= high
     full = plan.is_full(i, j, tables, b)
     kinds = _kinds(plan)
     for is_edge in kinds:
         pl.when(visited & (jnp.logical_not(full) if is_edge else full))(functools.partial(pair.run, edge=is_edge))
 
-    @pl.when((g == pl.num_programs(3) - 1) & (t == steps - 1))
+    last = low + t == high if plan.folded else t == steps - 1
+
+    @pl.when((g == pl.num_programs(4) - 1) & last)
     def _() -> None:
         outs[1][...], outs[2][...] = dk_sum[...], dv_sum[...]
 
@@ -175,7 +187,7 @@ class Pair:
 
     def run(self, edge: bool) -> None:
         diagonal = edge and self.plan.diagonal
-        size = min(CHUNK, self.plan.block_k)
+        size = min(self.plan.chunk, self.plan.block_k)
         chunks = [slice(start, start + size) for start in range(0, self.plan.block_k, size)]
         # On the diagonal, earlier queries see nothing of a chunk.
         firsts = [chunk.start if diagonal else 0 for chunk in chunks]

@@ -26,7 +26,6 @@ from jax.experimental.pallas import tpu as pltpu
 from .tpu_plan import Plan
 
 LANES = 128
-CHUNK = 256  # queries
 LOWEST = -1e30  # a running maximum's start: finite, so that what is hidden, -inf, has no weight beside it
 SMALLEST = 1e-30
 LOG2E = math.log2(math.e)
@@ -73,21 +72,25 @@ def forward(
     `extras` may hold q_ids and kv_ids [B, 1, length], bias [B or 1, H or 1, T, S], sinks [H] and factors [H].
     """
     (B, H, T, D), (_, K, _, E) = q_BHTD.shape, v_BKSE.shape
-    bq, bk, steps, G = plan.block_q, plan.block_k, plan.steps(per_key_block=False), H // K
+    bq, bk, G = plan.block_q, plan.block_k, H // K
+    grid_rows, steps = plan.grid
     names = list(tables)
 
     def of(refs: Any) -> Any:
         return dict(zip(names, refs, strict=True))
 
-    def key_block(b: Any, i: Any, j: Any, refs: Any) -> Any:
-        low, high = plan.keys_of(i, of(refs), b)
-        return jnp.minimum(jnp.maximum(jnp.maximum(high - j, low), 0), plan.nk - 1) if plan.nk > 1 else 0
+    def row(n: Any, t: Any) -> Any:
+        return plan.place(n, t)[0]
 
-    def q_map(b: Any, h: Any, i: Any, j: Any, *refs: Any) -> Any:
-        return b, h, i, 0
+    def key_block(b: Any, n: Any, t: Any, refs: Any) -> Any:
+        i, j = plan.place(n, t)
+        return _key_block(plan, *plan.keys_of(i, of(refs), b), j)
 
-    def kv_map(b: Any, h: Any, i: Any, j: Any, *refs: Any) -> Any:
-        return b, lax.div(h, jnp.int32(G)), key_block(b, i, j, refs), 0
+    def q_map(b: Any, h: Any, n: Any, t: Any, *refs: Any) -> Any:
+        return b, h, row(n, t), 0
+
+    def kv_map(b: Any, h: Any, n: Any, t: Any, *refs: Any) -> Any:
+        return b, lax.div(h, jnp.int32(G)), key_block(b, n, t, refs), 0
 
     specs = {
         "q": pl.BlockSpec((None, None, bq, D), q_map),
@@ -96,14 +99,14 @@ def forward(
     }
     inputs = {"q": q_BHTD, "k": k_BKSD, "v": v_BKSE, **extras}
     if "q_ids" in extras:
-        specs["q_ids"] = pl.BlockSpec((None, 1, bq), lambda b, h, i, j, *_: (b, 0, i))
-        specs["kv_ids"] = pl.BlockSpec((None, 1, bk), lambda b, h, i, j, *refs: (b, 0, key_block(b, i, j, refs)))
+        specs["q_ids"] = pl.BlockSpec((None, 1, bq), lambda b, h, n, t, *_: (b, 0, row(n, t)))
+        specs["kv_ids"] = pl.BlockSpec((None, 1, bk), lambda b, h, n, t, *refs: (b, 0, key_block(b, n, t, refs)))
     if "bias" in extras:
         shared_b, shared_h = (n == 1 for n in extras["bias"].shape[:2])
 
-        def bias_map(b: Any, h: Any, i: Any, j: Any, *refs: Any) -> Any:
-            block = key_block(b, i, j, refs)
-            return 0 if shared_b else b, 0 if shared_h else h, i, block
+        def bias_map(b: Any, h: Any, n: Any, t: Any, *refs: Any) -> Any:
+            block = key_block(b, n, t, refs)
+            return 0 if shared_b else b, 0 if shared_h else h, row(n, t), block
 
         specs["bias"] = pl.BlockSpec((None, None, bq, bk), bias_map)
     for name in ("sinks", "factors"):
@@ -118,11 +121,11 @@ def forward(
         functools.partial(_kernel, plan, scores, steps, names, list(inputs)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(names),
-            grid=(B, H, plan.nq, steps),
+            grid=(B, H, grid_rows, steps),
             in_specs=[specs[name] for name in inputs],
             out_specs=[
                 pl.BlockSpec((None, None, bq, E), q_map),
-                pl.BlockSpec((None, None, 1, bq), lambda b, h, i, j, *_: (b, h, 0, i)),
+                pl.BlockSpec((None, None, 1, bq), lambda b, h, n, t, *_: (b, h, 0, row(n, t))),
             ],
             scratch_shapes=[
                 pltpu.VMEM((bq, LANES), jnp.float32),
@@ -142,27 +145,35 @@ def forward(
     )(*(tables[name] for name in names), *inputs.values())
 
 
+def _key_block(plan: Plan, low: Any, high: Any, j: Any) -> Any:
+    """The last comes first; a step without a block of its own names one that is there."""
+    if plan.folded:
+        return high - j
+    return jnp.minimum(jnp.maximum(jnp.maximum(high - j, low), 0), plan.nk - 1) if plan.nk > 1 else 0
+
+
 def _kernel(plan: Plan, scores: Scores, steps: int, names: list[str], inputs: list[str], *refs: Any) -> None:
     tables = dict(zip(names, refs[: len(names)], strict=True))
     refs = refs[len(names) :]
     x = dict(zip(inputs, refs[: len(inputs)], strict=True))
     out_ref, lse_ref, max_ref, sum_ref, acc_ref = refs[len(inputs) :]
-    b, h, i, j = (pl.program_id(axis) for axis in range(4))
+    b, h, n, t = (pl.program_id(axis) for axis in range(4))
+    i, j = plan.place(n, t)
     low, high = plan.keys_of(i, tables, b)
-    block = jnp.minimum(jnp.maximum(jnp.maximum(high - j, low), 0), plan.nk - 1) if plan.nk > 1 else 0
+    block = _key_block(plan, low, high, j)
     rows = Rows(plan, scores, x, tables, (b, h, i, block), (out_ref, lse_ref, max_ref, sum_ref, acc_ref))
 
     full, kinds = plan.is_full(i, block, tables, b), _kinds(plan, steps)
     for first, is_edge in kinds:
         # A row's first block is visited even when it is empty, for the output to be written.
-        wanted = [] if steps == 1 else [j == 0] if first else [j > 0, high - j >= low]
+        wanted = [] if steps == 1 else [j == 0] if first else [j > 0] if plan.folded else [j > 0, high - j >= low]
         if (first, not is_edge) in kinds:
             wanted.append(jnp.logical_not(full) if is_edge else full)
         body = functools.partial(rows.run, first=first, last=steps == 1, edge=is_edge)
         pl.when(functools.reduce(jnp.logical_and, wanted))(body) if wanted else body()
     if steps > 1:
 
-        @pl.when(j == steps - 1)
+        @pl.when(j == high if plan.folded else j == steps - 1)
         def _() -> None:
             for chunk in rows.chunks():
                 rows.finish(chunk, max_ref[chunk], sum_ref[chunk], acc_ref[chunk])
@@ -195,7 +206,7 @@ class Rows:
     refs: tuple[Any, Any, Any, Any, Any]
 
     def chunks(self) -> list[slice]:
-        size = min(CHUNK, self.plan.block_q)
+        size = min(self.plan.chunk, self.plan.block_q)
         return [slice(start, start + size) for start in range(0, self.plan.block_q, size)]
 
     def run(self, first: bool, last: bool, edge: bool) -> None:

@@ -22,7 +22,7 @@ PADDING_Q, PADDING_K = -2, -1  # ids of segment 0, that equal nothing
 class Plan:
     """The static part of a call. `offset` is None when it differs by batch row or is traced.
 
-    `block_q` and `block_k` are powers of two; T, S, D and E are without padding.
+    `block_q`, `block_k` and `chunk` are powers of two; T, S, D and E are without padding.
     """
 
     T: int
@@ -36,6 +36,8 @@ class Plan:
     D: int = 0
     E: int = 0
     every_pair: bool = False  # visits the empty pairs too: a gradient of a bias has to be written everywhere
+    per_key_block: bool = False  # rows of the grid are blocks of keys: the backward kernel
+    chunk: int = 256  # of a block, at a time: queries forward, keys backward
 
     @property
     def nq(self) -> int:
@@ -72,11 +74,48 @@ class Plan:
     @property
     def diagonal(self) -> bool:
         """Whether the only edges are blocks on the diagonal, which begin at the same position on both sides."""
-        if self.block_q != self.block_k or self.offset is None or self.offset < 0 or self.offset % self.block_q:
+        if self.block_q != self.block_k or self.offset is None or self.offset % self.block_q:
+            return False
+        if self.offset < 0 and not self.per_key_block:  # rows that see nothing are visited all the same
             return False
         return (
             not self.every_pair and self.causal and self.window is None and not self.segments and self.hides_padded_keys
         )
+
+    @property
+    def folded(self) -> bool:
+        """Whether each row of the grid takes two rows of blocks, number n and n before the last.
+
+        Under the diagonal every such pair meets as many blocks of the other side, so no step of the grid is without.
+        """
+        if not self.diagonal or self._rows % 2:
+            return False
+        first, last = self._meets(0), self._meets(self._rows - 1)
+        return min(first, last) >= 1 and max(first, last) <= (self.nq if self.per_key_block else self.nk)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows, over blocks of queries (of keys, if `per_key_block`), and the steps of each, over what these meet."""
+        if self.folded:
+            return self._rows // 2, self._meets(0) + self._meets(self._rows - 1)
+        return self._rows, self.steps(self.per_key_block)
+
+    def place(self, n: Any, t: Any) -> tuple[Any, Any]:
+        """The row's block at step t of the grid's row n, and the number of the block that it meets."""
+        if not self.folded:
+            return n, t
+        is_first = t < self._meets(n)
+        return jnp.where(is_first, n, self._rows - 1 - n), jnp.where(is_first, t, t - self._meets(n))
+
+    @property
+    def _rows(self) -> int:
+        return self.nk if self.per_key_block else self.nq
+
+    def _meets(self, n: Any) -> Any:
+        """How many blocks row n meets, if it is `diagonal`."""
+        assert self.offset is not None
+        behind = self.offset // self.block_k
+        return self.nq - n + behind if self.per_key_block else n + 1 + behind
 
     def keys_of(self, i: Any, tables: Any, b: Any) -> tuple[Any, Any]:
         """The first and the last key block that query block i may see; last < first if there is none."""

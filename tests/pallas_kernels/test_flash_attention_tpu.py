@@ -19,7 +19,7 @@ from twinax.pallas_kernels.flash_attention.tpu_plan import Plan
 
 # B, T, S, H, K, D, options: as in the contract.
 QUICK = {
-    "causal, grouped, a rest": (1, 290, 290, 2, 1, 8, {}),
+    "causal, grouped, a rest": (1, 390, 390, 2, 1, 8, {}),
     "segments, sinks, softcap": (2, 300, 300, 1, 1, 8, {"segments": True, "sinks": True, "softcap": 2.0}),
     "window, offsets by row": (2, 140, 390, 1, 1, 8, {"q_offset": (250, -20), "window": 100}),
     "bias of every row, other values": (2, 130, 200, 2, 2, 8, {"bias": (1, 2), "causal": False, "value_size": 5}),
@@ -27,6 +27,9 @@ QUICK = {
 SLOW = {
     "one query": (2, 1, 390, 2, 1, 8, {"q_offset": 389, "window": 200}),
     "all keys": (1, 200, 333, 2, 2, 8, {"causal": False}),
+    "causal, three blocks": (1, 290, 290, 2, 1, 8, {}),
+    "the middle of a row": (1, 256, 512, 1, 1, 8, {"q_offset": 128}),
+    "late queries": (1, 512, 256, 1, 1, 8, {"q_offset": -128}),
     "not on the diagonal": (1, 200, 400, 1, 1, 8, {"q_offset": 77, "sinks": True}),
     "rows before the first key": (1, 300, 140, 1, 1, 8, {"q_offset": -150, "sinks": True}),
     "window both sides": (1, 260, 400, 1, 1, 8, {"causal": False, "window": 60, "q_offset": 70}),
@@ -130,6 +133,20 @@ def test_the_blocks_that_meet_are_those_that_the_mask_leaves(causal, window, off
                 assert i == plan.nq - 1
             if plan.is_full(i, j, None, 0):
                 assert part.all() and j * 256 + 256 <= 900
+
+
+@pytest.mark.parametrize(("T", "S", "offset"), [(512, 512, 0), (500, 512, 0), (256, 768, 256), (768, 256, -256)])
+@pytest.mark.parametrize("per_key_block", [False, True])
+def test_under_the_diagonal_every_step_of_the_grid_has_a_pair_and_each_pair_a_step(T, S, offset, per_key_block):
+    plan = Plan(T, S, 128, 128, True, None, offset, segments=False, per_key_block=per_key_block)
+    of, rows = (plan.queries_of, plan.nk) if per_key_block else (plan.keys_of, plan.nq)
+    wanted = [(row, n) for row in range(rows) for n in range(of(row, None, 0)[1] - of(row, None, 0)[0] + 1)]
+    got = [tuple(int(x) for x in plan.place(n, t)) for n in range(plan.grid[0]) for t in range(plan.grid[1])]
+    if plan.folded:
+        assert sorted(got) == wanted and len(set(np.diff([row for row, _ in got]).nonzero()[0])) == rows - 1
+    else:  # the other kernel's part of a longer row
+        assert (offset < 0) != per_key_block or rows % 2
+        assert set(wanted) <= set(got)
 
 
 def test_blocks_of_other_segments_are_not_loaded():
