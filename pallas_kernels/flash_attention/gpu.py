@@ -3,6 +3,7 @@
 | chip | kernel | dtypes | head sizes |
 |---|---|---|---|
 | H100, H200 | `hopper.py`, `hopper_backward.py` (Mosaic GPU) | bfloat16, float16 | multiples of 16, up to 256 |
+| B200, GB200 | `blackwell.py` (Mosaic GPU), Triton's backward pass | bfloat16, float16 | multiples of 16, up to 256 |
 | any | `triton.py` (Pallas's Triton backend, as long as JAX has it) | and float32 | any up to 256 |
 
 No kernel takes a bias, float8 or float64.
@@ -20,24 +21,28 @@ from ..chips import known_platform, target_chip
 from .gpu_blocks import options_of
 from .gradient import differentiable
 
-HOPPER = ("h100", "h200")
+HOPPER, BLACKWELL = ("h100", "h200"), ("b200", "gb200", "b300", "gb300")
 Kernel = Callable[..., Any]
 
 
 def _kernels() -> list[tuple[str, Kernel, Kernel]]:
     """(name, forward, backward) of those for the chip that is traced for, best first."""
-    platform, found = known_platform(), []
+    platform, chip, found = known_platform(), target_chip(), []
     if platform not in (None, "cuda"):
         raise NotImplementedError(f"these kernels are for NVIDIA GPUs, and this program is for a {platform}")
-    if target_chip() in HOPPER:
-        from . import hopper, hopper_backward
-
-        found.append(("hopper", hopper.forward, hopper_backward.backward))
     try:
         from . import triton
     except ImportError:  # JAX deprecates its Triton backend
-        return found
-    return [*found, ("triton", triton.forward, triton.backward)]
+        triton = None
+    if chip in HOPPER:
+        from . import hopper, hopper_backward
+
+        found.append(("hopper", hopper.forward, hopper_backward.backward))
+    if chip in BLACKWELL and triton is not None:
+        from . import blackwell
+
+        found.append(("blackwell", blackwell.forward, triton.backward))
+    return found if triton is None else [*found, ("triton", triton.forward, triton.backward)]
 
 
 def _split(options: dict[str, Any]) -> tuple[Any, Any]:

@@ -247,7 +247,8 @@ def _compute_group(
             columns_s = None
             if crowded:
                 columns_s = read(scratch["columns"].at[group], OF_COLUMN)
-            lead, left = first_position - j * i32(block), i32(o.S) - j * i32(block)
+            lead = first_position - j * i32(block)
+            left = i32(o.S) - j * i32(block) if o.S % block else None
             x_qs = jnp.where(mask(o, lead, left, x_qs.shape, (q_ids_q, kv_ids_s), columns_s), x_qs, UNSEEN)
         # The maximum is kept in units of log2, so that the exponent is one multiplication-and-addition.
         new_max_q = jnp.maximum(max_q, x_qs.max(axis=1) * o.base2)
@@ -319,18 +320,26 @@ def tanh(x: jax.Array) -> jax.Array:
 
 
 def mask(
-    o: Options, lead: Any, left: Any, shape: tuple[int, ...], ids: Any, columns: Any, keys_first: bool = False
+    o: Options,
+    lead: Any,
+    left: Any,
+    shape: tuple[int, ...],
+    ids: Any,
+    columns: Any,
+    keys_first: bool = False,
+    layout: Any = WGMMA,
 ) -> Any:
     """What the rows of a tile see of its keys; with `keys_first` the tile is [keys, queries].
 
     Args:
-      lead: the first query's position less the first key's. left: how many keys there are from the first one on.
+      lead: the first query's position less the first key's. left: how many keys there are from the first one on;
+        None where there are enough.
       ids: (of rows, of columns), segment ids. columns: 0, 1, ... as OF_COLUMN, or None to compute them: then they and
         what follows from them are kept in registers, one for each of a thread's columns.
     """
-    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
     if columns is None:
-        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
     else:
         column = lax.broadcast_in_dim(columns, shape, [1])
     # key - query, but for `lead`, is column - row, or with the keys first row - column.
@@ -343,7 +352,7 @@ def mask(
         if not o.causal:
             far = lead + i32(o.window)
             sees.append(row < column + far if keys_first else column < row + far)
-    if left is not None and o.S % shape[1]:
+    if left is not None:
         sees.append(column < left)
     if o.segments:
         of_row, of_column = (lax.broadcast_in_dim(x, shape, [axis]) for axis, x in enumerate(ids))

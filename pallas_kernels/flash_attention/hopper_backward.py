@@ -232,7 +232,8 @@ def _compute_queries(
         if o.segments:
             kv_ids_s = read(scratch["kv_ids"].at[slot], OF_COLUMN)
         columns_s = read(scratch["columns"].at[group], OF_COLUMN)
-        lead, left = row + offset - j * i32(block), i32(o.S) - j * i32(block)
+        lead = row + offset - j * i32(block)
+        left = i32(o.S) - j * i32(block) if o.S % block else None
         return jnp.where(mask(o, lead, left, p_qs.shape, (q_ids_q, kv_ids_s), columns_s), p_qs, 0.0)
 
     def step(j: Any, dq_qD: Any) -> Any:

@@ -1,19 +1,19 @@
 """Runs Mosaic GPU kernels on a CPU, warpgroups interleaved at random, so that numbers, races and deadlocks show.
 
 `emulate(f, seed)(*args)` evaluates f, and each Mosaic GPU kernel in it one block after another. In a block:
-- A warpgroup runs until it waits; who goes on, and when copies and products in flight happen, is drawn from the seed.
+- A warpgroup runs until it waits; who goes on, and when copies and products in flight happen, is drawn from the seed,
+  and so is, for each block, what is slow and what is fast.
 - Memory starts as nan. A copy to shared memory makes its target nan at once and fills it later, arriving then; a copy
   to global memory reads its source later; so does a product, unless waited for. What is reused too early, or read
   before it was waited for, gives nan or wrong numbers.
 - A product that is added to something is rounded before or not, as the compiler may fuse the two.
 - A barrier that a warpgroup waits for with two phases behind it is an error, as its parity bit then lies; so are
   shared memory that is written and then copied without `commit_smem`, and a block where all wait.
+- Blackwell's tensor memory and products are those of `gpu_tensor_core.py`.
 
 Layouts, swizzles and the shapes of instructions are not checked here: the compiler does that.
 """
 
-import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, Var
+
+from .gpu_memory import Ref, allocate, part_of, pick, product, unflatten, uninitialized
+from .gpu_tensor_core import TensorCore
 
 CONTROL = {"jit", "pjit", "closed_call", "core_call", "custom_vmap_call", "custom_jvp_call", "custom_vjp_call"}
 
@@ -135,42 +138,27 @@ class _Environment:
 
 
 @dataclass
-class _Ref:
-    """An array in some memory, in its logical order: tiles and swizzles are left out."""
-
-    array: np.ndarray
-    written_by: set[int] = field(default_factory=set)  # warpgroups whose stores no commit_smem has followed
-
-
-@dataclass
-class _Barrier:
-    arrivals: int
-    count: int = 0
-    phases: int = 0
-    seen: dict[int, int] = field(default_factory=dict)  # phases that each warpgroup has waited for
-
-    def arrive(self) -> None:
-        self.count += 1
-        if self.count == self.arrivals:
-            self.count, self.phases = 0, self.phases + 1
-
-
-@dataclass
 class _Block:
     """What the warpgroups of one block share."""
 
     place: dict[str, int]
     rng: np.random.Generator
     shared: dict[Any, list[Any]] = field(default_factory=dict)
-    in_flight: list["_Flight"] = field(default_factory=list)
+    in_flight: list["Flight"] = field(default_factory=list)
+    runs: dict[Any, Iterator[Callable[[], bool]]] = field(default_factory=dict)  # of warpgroups and warps
+    pace: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """In some blocks loads are slow, in others products are, or whoever computes."""
+        self.pace = {kind: 30.0 ** self.rng.integers(-1, 2) for kind in ("run", "load", "stor", "prod", "tens")}
 
 
 @dataclass
-class _Flight:
+class Flight:
     """A copy or product that has been issued and happens later."""
 
     act: Callable[[], None]
-    owner: int
+    owner: Any
     kind: str
     group: int = 0
 
@@ -178,23 +166,25 @@ class _Flight:
 def _kernel(eqn: Any, inputs: list[Any], rng: np.random.Generator) -> list[Any]:
     (jaxpr,), (mesh,) = eqn.params["jaxprs"], eqn.params["meshes"]
     assert not mesh.cluster, "clusters are not emulated"
-    outs = [_uninitialized(aval.shape, aval.dtype) for aval in eqn.params["out_avals"]]
-    refs = [_Ref(np.asarray(x)) for x in inputs] + [_Ref(x) for x in outs]
+    outs = [uninitialized(aval.shape, aval.dtype) for aval in eqn.params["out_avals"]]
+    refs = [Ref(np.asarray(x)) for x in inputs] + [Ref(x) for x in outs]
     for place in rng.permutation(list(np.ndindex(*mesh.grid))):
         block = _Block(dict(zip(mesh.grid_names, map(int, place), strict=True)), rng)
         _run_block(block, [_Warpgroup(block, mesh.thread_name, i) for i in range(mesh.num_threads or 1)], jaxpr, refs)
     return [jnp.asarray(x) for x in outs]
 
 
-def _run_block(block: _Block, groups: list["_Warpgroup"], jaxpr: Any, refs: list[_Ref]) -> None:
-    runs = {group.index: group.run(getattr(jaxpr, "jaxpr", jaxpr), refs) for group in groups}
-    waiting: dict[int, Callable[[], bool]] = {}
+def _run_block(block: _Block, groups: list["_Warpgroup"], jaxpr: Any, refs: list[Ref]) -> None:
+    runs = block.runs
+    runs.update({group.key: group.run(getattr(jaxpr, "jaxpr", jaxpr), refs) for group in groups})
+    waiting: dict[Any, Callable[[], bool]] = {}
     while runs or block.in_flight:
         ready = [i for i in runs if i not in waiting or waiting[i]()]
         choices = [("run", i) for i in ready] + [("land", i) for i in range(len(block.in_flight))]
         if not choices:
-            raise AssertionError(f"deadlock: all of {sorted(runs)} wait at {block.place}")
-        what, i = choices[block.rng.integers(len(choices))]
+            raise AssertionError(f"deadlock: all of {list(runs)} wait at {block.place}")
+        paces = np.cumsum([block.pace["run" if what == "run" else block.in_flight[i].kind[:4]] for what, i in choices])
+        what, i = choices[int(np.searchsorted(paces, block.rng.random() * paces[-1], side="right"))]
         if what == "land":
             _land(block, block.in_flight[i])
             continue
@@ -205,7 +195,7 @@ def _run_block(block: _Block, groups: list["_Warpgroup"], jaxpr: Any, refs: list
             del runs[i]
 
 
-def _land(block: _Block, flight: _Flight) -> None:
+def _land(block: _Block, flight: Flight) -> None:
     """Products of one warpgroup happen in order, and so does what it copies; kinds pass each other."""
     for earlier in list(block.in_flight):
         if earlier.owner == flight.owner and earlier.kind == flight.kind:
@@ -215,51 +205,13 @@ def _land(block: _Block, flight: _Flight) -> None:
             return
 
 
-def _uninitialized(shape: Any, dtype: Any) -> np.ndarray:
-    dtype = np.dtype(dtype)
-    if jnp.issubdtype(dtype, jnp.floating):
-        return np.full(shape, np.nan, dtype)
-    return np.full(shape, jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else True, dtype)
+class _Warpgroup(TensorCore):
+    """A warpgroup, or a warp of it. Its `run` is a generator of conditions: it goes on when the last one holds."""
 
-
-def _view(ref: Any, transforms: Any) -> np.ndarray:
-    """The part of a reference's array that `transforms` name; writes to it reach the reference."""
-    array = ref.array
-    for transform in transforms:
-        match type(transform).__name__:
-            case "NDIndexer":
-                index = []
-                for i, size in zip(transform.indices, array.shape, strict=True):
-                    if hasattr(i, "size") and hasattr(i, "start"):
-                        start = int(i.start)
-                        assert start >= 0 and start + i.size * i.stride <= size, f"{start}+{i.size} outside {size}"
-                        index.append(slice(start, start + i.size * i.stride, i.stride))
-                    else:
-                        assert 0 <= int(i) < size, f"{int(i)} outside {size}"
-                        index.append(slice(int(i), int(i) + 1))
-                kept = [not hasattr(i, "start") or not hasattr(i, "size") for i in transform.indices]
-                array = array[tuple(index)]
-                shape = [n for n, scalar in zip(array.shape, kept, strict=True) if not scalar]
-                array = array.reshape(shape, copy=False)
-            case "TransposeTransform":
-                array = array.transpose(transform.permutation)
-            case "UnswizzleRef" | "UntilingTransform":
-                pass
-            case other:
-                raise NotImplementedError(other)
-    return array
-
-
-def _unflatten(trees: list[Any], leaves: list[Any]) -> list[Any]:
-    it = iter(leaves)
-    return [() if t is None else jax.tree.unflatten(t, list(itertools.islice(it, t.num_leaves))) for t in trees]
-
-
-class _Warpgroup:
-    """One warpgroup. Its `run` is a generator of conditions: it wants to go on when the last one holds."""
-
-    def __init__(self, block: _Block, axis: str | None, index: int) -> None:
-        self.block, self.axis, self.index = block, axis, index
+    def __init__(self, block: _Block, axis: str | None, index: int, warp: tuple[Any, int] | None = None) -> None:
+        self.block, self.axis, self.index, self.warp = block, axis, index, warp
+        self.key = index if warp is None else (index, warp[1])
+        self.loaded, self.stored = [], []
         self.scopes: dict[Any, int] = {}
         self.group = 0
 
@@ -313,40 +265,51 @@ class _Warpgroup:
         jaxpr = eqn.params["jaxpr"]
         transforms = eqn.params.get("ref_transforms") or ((),) * len(jaxpr.invars)
         if not eqn.params["collective_axes"]:
-            refs = [_allocate(v.aval, t) for v, t in zip(jaxpr.invars, transforms, strict=True)]
+            refs = [allocate(v.aval, t) for v, t in zip(jaxpr.invars, transforms, strict=True)]
         else:
             key = (id(eqn), self.scopes.setdefault(id(eqn), 0))
             self.scopes[id(eqn)] += 1
             if key not in self.block.shared:
-                self.block.shared[key] = [_allocate(v.aval, t) for v, t in zip(jaxpr.invars, transforms, strict=True)]
+                self.block.shared[key] = [allocate(v.aval, t) for v, t in zip(jaxpr.invars, transforms, strict=True)]
             refs = self.block.shared[key]
         return (yield from self.run(jaxpr, refs, values))
 
     def _run_state(self, eqn: Any, values: list[Any]) -> Any:
-        refs = [v if isinstance(v, _Ref | list) else _Ref(np.array(v)) for v in values]
+        refs = [v if isinstance(v, Ref | list) else Ref(np.array(v)) for v in values]
         yield from self.run(eqn.params["jaxpr"], refs)
         yield from self._wait_for("product", 0)
         return [v if v is ref else ref.array for v, ref in zip(values, refs, strict=True)]
 
     def _axis_index(self, eqn: Any, values: list[Any]) -> Any:
         name = eqn.params["axis_name"]
+        if self.warp is not None and name == self.warp[0]:
+            return [np.int32(self.warp[1])]
         return [np.int32(self.index if name == self.axis else self.block.place[name])]
         yield
+
+    def _core_map(self, eqn: Any, values: list[Any]) -> Any:
+        """The four warps, each on its own, and then the warpgroup again."""
+        jaxpr, name = eqn.params["jaxpr"], eqn.params["mesh"].axis_name
+        warps = [_Warpgroup(self.block, self.axis, self.index, (name, i)) for i in range(4)]
+        for warp in warps:
+            self.block.runs[warp.key] = warp.run(jaxpr, [], values)
+        yield lambda: not any(warp.key in self.block.runs for warp in warps)
+        return []
 
     # Memory
 
     def _get(self, eqn: Any, values: list[Any]) -> Any:
-        (transforms,) = _unflatten([eqn.params["tree"]], values[1:])
-        return [_view(values[0], transforms).reshape(eqn.outvars[0].aval.shape).copy()]
+        (transforms,) = unflatten([eqn.params["tree"]], values[1:])
+        return [part_of(values[0], transforms).reshape(eqn.outvars[0].aval.shape).copy()]
         yield
 
     _load = _get
 
     def _swap(self, eqn: Any, values: list[Any]) -> Any:
-        (transforms,) = _unflatten([eqn.params["tree"]], values[2:])
-        view = _view(values[0], transforms)
-        old = view.reshape(eqn.outvars[0].aval.shape).copy()
-        view[...] = np.asarray(values[1]).reshape(view.shape)
+        (transforms,) = unflatten([eqn.params["tree"]], values[2:])
+        target = part_of(values[0], transforms)
+        old = target.reshape(eqn.outvars[0].aval.shape).copy()
+        target[...] = np.asarray(values[1]).reshape(target.shape)
         values[0].written_by.add(self.index)
         return [old]
         yield
@@ -364,7 +327,7 @@ class _Warpgroup:
     def _commit_smem(self, eqn: Any, values: list[Any]) -> Any:
         for refs in self.block.shared.values():
             for ref in refs:
-                if isinstance(ref, _Ref):
+                if isinstance(ref, Ref):
                     ref.written_by.discard(self.index)
         return []
         yield
@@ -373,27 +336,28 @@ class _Warpgroup:
 
     def _copy_gmem_to_smem(self, eqn: Any, values: list[Any]) -> Any:
         names = ("src_transforms_treedef", "dst_transforms_treedef", "barrier_transforms_treedef")
-        of_source, of_target, of_barrier = _unflatten([eqn.params[name] for name in names], values[3:])
-        source, target, barrier = _view(values[0], of_source), _view(values[1], of_target), _pick(values[2], of_barrier)
+        of_source, of_target, of_barrier = unflatten([eqn.params[name] for name in names], values[3:])
+        source, target = part_of(values[0], of_source), part_of(values[1], of_target)
+        barrier = pick(values[2], of_barrier)
         assert source.shape == target.shape, (source.shape, target.shape)
         assert not values[1].written_by, "shared memory was written and is overwritten by a copy without commit_smem"
-        target[...] = _uninitialized(target.shape, target.dtype)
+        target[...] = uninitialized(target.shape, target.dtype)
 
         def land() -> None:
             target[...] = source
             barrier.arrive()
 
-        self.block.in_flight.append(_Flight(land, self.index, f"load {len(self.block.in_flight)} {id(target)}"))
+        self.block.in_flight.append(Flight(land, self.key, f"load {len(self.block.in_flight)} {id(target)}"))
         return []
         yield
 
     def _copy_smem_to_gmem(self, eqn: Any, values: list[Any]) -> Any:
         names = ("src_transforms_treedef", "dst_transforms_treedef")
         leaves = values[2:-1] if eqn.params["has_user_predicate"] else values[2:]
-        of_source, of_target = _unflatten([eqn.params[name] for name in names], leaves)
+        of_source, of_target = unflatten([eqn.params[name] for name in names], leaves)
         assert not values[0].written_by, "shared memory was written and is copied without commit_smem"
         assert eqn.params["reduction_op"] is None
-        source, target = _view(values[0], of_source), _view(values[1], of_target)
+        source, target = part_of(values[0], of_source), part_of(values[1], of_target)
         assert source.shape == target.shape, (source.shape, target.shape)
         if eqn.params["has_user_predicate"] and not values[-1]:
             return []
@@ -402,7 +366,7 @@ class _Warpgroup:
             target[...] = source
 
         self.group += eqn.params["commit_group"]
-        self.block.in_flight.append(_Flight(land, self.index, "store", self.group))
+        self.block.in_flight.append(Flight(land, self.key, "store", self.group))
         return []
         yield
 
@@ -419,7 +383,7 @@ class _Warpgroup:
         """Until at most n of this warpgroup's groups of `kind` are in flight."""
 
         def pending() -> int:
-            flights = (f for f in self.block.in_flight if f.owner == self.index and f.kind == kind)
+            flights = (f for f in self.block.in_flight if f.owner == self.key and f.kind == kind)
             return len({f.group for f in flights})
 
         if pending() > n:
@@ -428,36 +392,39 @@ class _Warpgroup:
     # Barriers
 
     def _barrier_arrive(self, eqn: Any, values: list[Any]) -> Any:
-        (transforms,) = _unflatten([eqn.params["transforms_treedef"]], values[1:])
-        _pick(values[0], transforms).arrive()
+        (transforms,) = unflatten([eqn.params["transforms_treedef"]], values[1:])
+        barrier = pick(values[0], transforms)
+        given_early = barrier.ordered and self.loaded
+        assert not given_early, "tensor memory was loaded and is given away without wait_load_tmem"
+        barrier.arrive()
         return []
         yield
 
     def _barrier_wait(self, eqn: Any, values: list[Any]) -> Any:
-        (transforms,) = _unflatten([eqn.params["transforms_treedef"]], values[1:])
-        barrier = _pick(values[0], transforms)
-        seen = barrier.seen.get(self.index, 0)
+        (transforms,) = unflatten([eqn.params["transforms_treedef"]], values[1:])
+        barrier = pick(values[0], transforms)
+        seen = barrier.seen.get(self.key, 0)
         assert barrier.phases <= seen + 1, "a barrier went on by two phases before it was waited for"
         yield lambda: barrier.phases > seen
         assert barrier.phases == seen + 1, "a barrier went on by two phases before it was waited for"
-        barrier.seen[self.index] = seen + 1
+        barrier.seen[self.key] = seen + 1
         return []
 
     # Products
 
     def _wgmma_ref(self, eqn: Any, values: list[Any]) -> Any:
         trees = [eqn.params[name + "_transforms_tree"] for name in ("acc", "a", "b")]
-        transforms = _unflatten(trees, values[3:])
-        acc = _view(values[0], transforms[0])
+        transforms = unflatten(trees, values[3:])
+        acc = part_of(values[0], transforms[0])
         operands = zip(values[1:3], transforms[1:], strict=True)
-        a, b = (_view(x, t) if isinstance(x, _Ref) else np.asarray(x) for x, t in operands)
-        assert not any(x.written_by for x in values[1:3] if isinstance(x, _Ref)), "a product of what was not committed"
+        a, b = (part_of(x, t) if isinstance(x, Ref) else np.asarray(x) for x, t in operands)
+        assert not any(x.written_by for x in values[1:3] if isinstance(x, Ref)), "a product of what was not committed"
 
         def land() -> None:
-            acc[...] += np.asarray(_product(a, b, acc.dtype))
+            acc[...] += np.asarray(product(a, b, acc.dtype))
 
         self.group += 1
-        self.block.in_flight.append(_Flight(land, self.index, "product", self.group))
+        self.block.in_flight.append(Flight(land, self.key, "product", self.group))
         return []
         yield
 
@@ -474,28 +441,3 @@ class _Warpgroup:
         yield from self._wait_for("product", 0)
         values[0].array[...] = np.asarray(values[1])
         return values[1:2]
-
-
-def _product(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
-    wide = np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.int64
-    return (a.astype(wide) @ b.astype(wide)).astype(dtype)
-
-
-def _pick(barriers: list[_Barrier], transforms: Any) -> _Barrier:
-    if not transforms:
-        (barrier,) = barriers
-        return barrier
-    return barriers[int(transforms[0].indices[0])]
-
-
-def _allocate(aval: Any, transforms: Any) -> Any:
-    inner, shape = aval.inner_aval, aval.inner_aval.shape
-    if hasattr(inner.dtype, "num_arrivals"):
-        return [_Barrier(inner.dtype.num_arrivals) for _ in range(math.prod(shape))]
-    for transform in transforms:
-        if type(transform).__name__ == "UntilingTransform":
-            tiled = len(transform.tiling)
-            outer, tiles = shape[: -2 * tiled], shape[-2 * tiled : -tiled]
-            shape = (*outer, *(n * t for n, t in zip(tiles, transform.tiling, strict=True)))
-    registers = str(aval.memory_space) == "regs"
-    return _Ref(np.zeros(shape, inner.dtype) if registers else _uninitialized(shape, inner.dtype))

@@ -18,6 +18,7 @@ from tests.pallas_kernels.gpu_emulator import emulate
 from twinax.pallas_kernels.flash_attention import (
     OPERATION,
     _check_options,
+    blackwell,
     flash_attention,
     gpu,
     hopper,
@@ -41,11 +42,14 @@ CASES = {
     "rows before the first key": (1, 150, 140, 1, 1, 16, 16, {"q_offset": -70, "sinks": True}),
     "latent": (1, 130, 130, 1, 1, 192, 128, {"softcap": 5.0}),
     "wide": (1, 130, 130, 1, 1, 256, 256, {}),
+    "steep": (1, 300, 400, 1, 1, 32, 32, {"causal": False, "scale": 1.5}),
 }
 QUICK = {
     ("hopper", "one token"),
     ("hopper", "segments, sinks, softcap"),
     ("hopper", "a window, offsets by row"),
+    ("blackwell", "segments, sinks, softcap"),
+    ("blackwell", "wide"),
     ("triton", "causal, grouped, a rest"),
 }
 
@@ -76,6 +80,7 @@ def attention(forward, backward):
 
 KERNELS = {
     "hopper": attention(hopper.forward, hopper_backward.backward),
+    "blackwell": attention(blackwell.forward, triton.backward),
     "triton": attention(triton.forward, triton.backward),
 }
 
@@ -108,8 +113,9 @@ def close(got, wanted, what):
 )
 def test_output_and_gradients(kernel, case):
     inputs, d_out, options = make(case)
-    if GPU and kernel == "hopper" and gpu.target_chip() not in gpu.HOPPER:
-        pytest.skip("a kernel for Hopper")
+    chips = {"hopper": gpu.HOPPER, "blackwell": gpu.BLACKWELL}
+    if GPU and gpu.target_chip() not in chips.get(kernel, gpu.target_chip()):
+        pytest.skip("a kernel for another GPU")
     reference = OPERATION.load("reference")
     with jax.enable_x64(True):
         wide = tuple(x.astype(jnp.float64) for x in inputs)
@@ -169,7 +175,11 @@ COMPILED = [
 @pytest.mark.skipif(not has_cuda_plugin() or not shutil.which("ptxas"), reason="wants JAX's CUDA plug-in and ptxas")
 @pytest.mark.parametrize(
     ("chip", "cases"),
-    [("h200", COMPILED), ("a100", [{"D": 128, "E": 128, "segments": True}, {"D": 64, "E": 64, "window": 100}])],
+    [
+        ("h200", COMPILED),
+        ("b200", COMPILED),
+        ("a100", [{"D": 128, "E": 128, "segments": True}, {"D": 64, "E": 64, "window": 100}]),
+    ],
 )
 def test_compiles_without_spills_or_serialised_products(chip, cases):
     builder = f"{__file__}:build"

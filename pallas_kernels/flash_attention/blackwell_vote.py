@@ -1,0 +1,35 @@
+"""Whether anything holds in a warp: the one thing that Pallas has no word for and the Blackwell kernel needs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+OF_ROW = plgpu.Layout.TCGEN05_TMEM_NATIVE.reduce(1)
+EVERY_LANE = -1
+
+
+def any_of_warp(holds_q: jax.Array) -> jax.Array:
+    """A condition that is the same in a warp but not in the warpgroup: what hangs on it may not wait for other warps.
+
+    Args:
+      holds_q: bool, one element a thread.
+    """
+    from jax.experimental.mosaic import gpu as mgpu  # jaxlib may have been built without
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, nvvm
+
+    @plgpu.inline_mgpu(
+        arg_types=(OF_ROW,),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
+    )
+    def vote(_: Any, x: Any) -> Any:
+        i1, i32 = ir.IntegerType.get_signless(1), ir.IntegerType.get_signless(32)
+        every = arith.constant(i32, EVERY_LANE)
+        own = llvm.extractelement(x.registers.item(), arith.constant(i32, 0))
+        holds = arith.cmpi(arith.CmpIPredicate.ne, own, arith.constant(i32, 0))
+        found = nvvm.vote_sync(every, holds, nvvm.VoteSyncKind.any, results=[i1])
+        return mgpu.FragmentedArray.splat(arith.extui(i32, found), (), is_signed=True)
+
+    return vote(holds_q.astype(jnp.int32)) > 0
