@@ -2,18 +2,22 @@
 
 | chip | kernel | what |
 |---|---|---|
-| any | `gpu_triton.py`, `../quantized_matmul/gpu_triton.py` | floats and quantised weights |
+| H100, H200 | `gpu_hopper.py`, `gpu_hopper_dweight.py` (Mosaic GPU) | bfloat16, float16; I and O multiples of 64 |
+| any | `gpu_triton.py`, `../quantized_matmul/gpu_triton.py` | and float32, quantised weights, any sizes |
 
 The gradient of rows takes quantised weights as floats, all of them in memory (training over quantised experts).
 
-There was no GPU when this was written: numbers are those of Pallas's interpreter, registers and spills are ptxas's, and
-nothing has been timed.
+There was no GPU when this was written: numbers are those of an emulated one (in `tests/pallas_kernels/`) and of
+Pallas's interpreter, registers and spills are ptxas's, and nothing has been timed.
 """
+
+from collections.abc import Callable
 
 import jax
 
+from ..chips import target_chip
 from ..quantized_matmul import QuantizedWeight, dequantize
-from ..quantized_matmul.gpu import check_platform, check_rows
+from ..quantized_matmul.gpu import HOPPER, check_platform, check_rows
 
 
 def grouped_matmul(x_NI: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array) -> jax.Array:
@@ -29,14 +33,47 @@ def grouped_matmul_dx(dy_NO: jax.Array, weight_GOI: jax.Array | QuantizedWeight,
 def grouped_matmul_dweight(x_NI: jax.Array, dy_NO: jax.Array, sizes_G: jax.Array) -> jax.Array:
     check_platform()
     check_rows(x_NI.dtype)
-    from .gpu_triton import dweight
 
-    return dweight(x_NI, dy_NO, sizes_G)
+    def hopper() -> jax.Array:
+        from .gpu_hopper_dweight import dweight
+
+        return dweight(x_NI, dy_NO, sizes_G)
+
+    def triton() -> jax.Array:
+        from .gpu_triton import dweight
+
+        return dweight(x_NI, dy_NO, sizes_G)
+
+    return _first(hopper, triton)
 
 
 def _product(x_NA: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array, contract: int) -> jax.Array:
     check_platform()
     check_rows(x_NA.dtype, weight_GOI.format if isinstance(weight_GOI, QuantizedWeight) else None)
-    from ..quantized_matmul.gpu_triton import product
 
-    return product(x_NA, weight_GOI, sizes_E=sizes_G, contract=contract)
+    def hopper() -> jax.Array:
+        from .gpu_hopper import product
+
+        if isinstance(weight_GOI, QuantizedWeight):
+            raise NotImplementedError("the Hopper kernel takes float weights")
+        return product(x_NA, weight_GOI, sizes_G, contract)
+
+    def triton() -> jax.Array:
+        from ..quantized_matmul.gpu_triton import product
+
+        return product(x_NA, weight_GOI, sizes_E=sizes_G, contract=contract)
+
+    return _first(hopper, triton)
+
+
+def _first(hopper: Callable[[], jax.Array], triton: Callable[[], jax.Array]) -> jax.Array:
+    """Of the first kernel that does not refuse."""
+    reasons = []
+    for name, run in (("hopper", hopper), ("triton", triton)):
+        if name == "hopper" and target_chip() not in HOPPER:
+            continue
+        try:
+            return run()
+        except (NotImplementedError, ImportError) as error:  # JAX deprecates its Triton backend
+            reasons.append(f"{name}: {error}")
+    raise NotImplementedError("; ".join(reasons))

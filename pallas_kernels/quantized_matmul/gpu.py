@@ -21,6 +21,8 @@ from .quantize_rows import quantize_rows
 # Not a kernel: see above.
 from .xla import quantized_matmul_transposed as quantized_matmul_transposed
 
+HOPPER = ("h100", "h200")
+
 
 def quantized_matmul(
     x_MI: jax.Array,

@@ -2,8 +2,8 @@
 
 Weights are read once, as they are kept, and become what is multiplied in registers. Quantised ones with one block of
 inputs are multiplied bare (their values are exact in 16 bits) and scaled at the end; with several, they are scaled
-first and rounded to the rows' dtype. Quantised rows meet quantised weights exactly: integers as integers, float8 as bfloat16
-(the unit's own sums of float8 keep 14 bits), each block scaled in float32.
+first and rounded to the rows' dtype. Quantised rows meet quantised weights exactly: integers as integers, float8 as
+bfloat16 (the unit's own sums of float8 keep 14 bits), each block scaled in float32.
 
 The inputs of a byte that packs two are even and odd ones: rows come in these halves, so nothing is put side by side.
 Few rows leave most of a GPU idle, so their sums are split over several programs, and XLA adds the parts.

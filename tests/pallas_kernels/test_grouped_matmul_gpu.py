@@ -10,8 +10,9 @@ import pytest
 from jax.experimental import pallas as pl
 
 from benchmarks.static import Program, Request, compile_all
+from tests.pallas_kernels.gpu_emulator import emulate
 from tests.pallas_kernels.test_grouped_matmul import CASES, LONGEST, by_hand, make, run
-from twinax.pallas_kernels.grouped_matmul import gpu_triton, grouped_matmul
+from twinax.pallas_kernels.grouped_matmul import gpu_hopper, gpu_hopper_dweight, gpu_triton, grouped_matmul
 from twinax.pallas_kernels.quantized_matmul import dequantize, gpu, quantize
 from twinax.pallas_kernels.quantized_matmul import gpu_triton as products
 from twinax.planner.devices import has_cuda_plugin
@@ -74,6 +75,47 @@ def test_quantised_weights_are_their_floats(form, block, zeros):
     want = by_hand(x_NI.astype(np.float64), floats, dy_NO.astype(np.float64), sizes_G)
     for name, a, b in zip(("y", "dx"), got, want, strict=False):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6 * np.abs(b).max(), err_msg=name)
+
+
+# Rows of each group, rows of none, I, O, and a plan of three processors: warpgroups down and across, columns, stages.
+HOPPERS = {
+    "ends inside tiles": ([70, 0, 130, 5], 30, 128, 192, (2, 1, 128, 2)),
+    "few rows": ([3, 0, 2], 4, 64, 64, (1, 2, 64, 3)),
+    "overlapping columns": ([1, 90, 0, 37, 64], 8, 192, 192, (1, 2, 64, 2)),
+    "whole tiles": ([128, 256], 0, 64, 128, (2, 1, 64, 4)),
+    "none": ([0, 0], 70, 64, 64, (2, 1, 64, 2)),
+}
+
+
+@pytest.mark.parametrize("case", [case if case == LONGEST else pytest.param(case, marks=SLOW) for case in HOPPERS])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=SLOW) for seed in (1, 2))])
+def test_hopper(case, seed):
+    """On an emulated GPU, where there is none."""
+    sizes, rest, I, O, plan = HOPPERS[case]
+    rng = np.random.default_rng(len(case))
+    N, plan = sum(sizes) + rest, gpu_hopper.Plan(*plan, processors=3)
+    shapes = (N, I), (len(sizes), O, I), (N, O)
+    x, weight, dy = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    # What the rows of no group hold would show.
+    x, dy = x.at[N - rest :].set(jnp.nan), dy.at[N - rest :].set(jnp.inf)
+    of_gradient = gpu_hopper.Plan(2, 1, min(plan.c, I), 2, processors=3)
+
+    def products(x, weight, dy, sizes):
+        y, dx = (gpu_hopper.product(a, weight, sizes, c, plan) for a, c in ((x, 1), (dy, 0)))
+        return y, dx, gpu_hopper_dweight.dweight(x, dy, sizes, of_gradient)
+
+    run = jax.jit(products) if GPU else emulate(products, seed)
+    got = run(x, weight, dy, jnp.asarray(sizes, jnp.int32))
+    want = by_hand(*(np.asarray(a, np.float64) for a in (x, weight, dy)), np.asarray(sizes, np.int32))
+    for name, a, b in zip(("y", "dx", "dweight"), got, want, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-4, err_msg=name)
+
+
+def test_plans_fit():
+    for N, G, size in ((8192, 8, 14336), (64, 8, 768), (4096, 128, 2880), (7, 1, 64)):
+        plan = gpu_hopper.plan_of(N, G, size)
+        assert plan.stages >= 3 and plan.c * plan.across <= 256 and plan.c <= size
+        assert gpu_hopper_dweight.plan_of(size).stages >= 3
 
 
 def build(target, N, G, I, O, dtype="bfloat16", form=None, block=None):
