@@ -1,8 +1,7 @@
 """Grouped products for Hopper: Mosaic GPU with wgmma, TMA and a warpgroup that only loads.
 
-As many programs as there are processors each go through tiles of the result. Two warpgroups compute: with many rows a
-group, each has 64 rows of a tile and all of its columns; with few, the same rows and half of the columns. The third
-keeps steps of rows and weights coming, also the next tile's while this one is stored.
+On the frame of `gpu_steps.py`. With many rows a group, each of two warpgroups has 64 rows of a tile and all of its
+columns; with few, both have the same rows, and half of the columns.
 
 Tiles of rows begin where groups do. What a tile reads beyond its group's rows it computes and does not store: its own
 rows go out in pieces of 32, 16, ... 1, as a copy's shape is static. Columns are not a multiple of a tile's: the last
@@ -12,7 +11,6 @@ Shapes: N rows, sorted by group, G groups, A terms of a sum, C columns of the re
 warpgroup has of them, k: terms of a step.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,38 +18,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 
-ROWS = 64  # of a warpgroup: what one wgmma takes
+from ..gpu_steps import (
+    CHUNK,
+    MOST_STAGES,
+    ROWS,
+    SHARED_MEMORY,
+    Plan,
+    chosen,
+    divided,
+    i32,
+    in_bands,
+    launch,
+    swizzled,
+)
+
 STEP = 64  # terms of a step: a swizzled line of 128 bytes
-CHUNK = 64  # columns that are stored at a time
-PROCESSORS = 132
-BAND = 8  # tiles of rows that share weights in the cache
-SHARED_MEMORY = 227 * 1024 - 2048  # bytes a block may have, less barriers
-REGISTERS = (240, 24)  # of a thread that computes, and of one that loads: 2 x 240 + 24 = 3 x 168
-MOST_STAGES = 6
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many warpgroups are below and beside each other, columns of one, and steps in flight."""
-
-    down: int
-    across: int
-    c: int
-    stages: int
-    processors: int = PROCESSORS
-
-
-def i32(x: int) -> jax.Array:
-    return jnp.array(x, jnp.int32)
-
-
-def swizzled(width: int, dtype: Any) -> tuple[Any, Any]:
-    """The layout in shared memory that wgmma reads, for rows of `width`."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(width * itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
 def check(dtype: jnp.dtype, summed: int, columns: int) -> None:
@@ -141,13 +123,13 @@ def product(
             plgpu.copy_gmem_to_smem(part, refs["w_smem"].at[slot, g], ready)
 
     def multiply(refs: Any, t: Any, s: Any, slot: Any, group: Any, acc_ref: Any) -> None:
-        down, across = _divided(group, i32(p.across))
+        down, across = divided(group, i32(p.across))
         x, w = refs["x_smem"].at[slot, down], refs["w_smem"].at[slot, across]
         plgpu.wgmma(acc_ref, x, plgpu.transpose_ref(w, (1, 0)) if contract == 1 else w)
 
     def store(refs: Any, t: Any, group: Any, acc_nc: jax.Array) -> None:
-        down, across = _divided(group, i32(p.across))
-        row, column = _chosen(t["rows"], down), _chosen(t["columns"], across)
+        down, across = divided(group, i32(p.across))
+        row, column = chosen(t["rows"], down), chosen(t["columns"], across)
         low = t["first"] + down * i32(ROWS) - row
         high = jnp.minimum(low + t["left"] - down * i32(ROWS), i32(ROWS))
         whole = (low == 0) & (high == ROWS)
@@ -186,134 +168,3 @@ def product(
 
     name = "grouped_matmul" if contract == 1 else "grouped_matmul_dx"
     return launch(name, p, given, out, scratch, count_tiles, tile, load, multiply, store, idle if p.down > 1 else None)
-
-
-def launch(
-    name: str,
-    p: Plan,
-    given: dict[str, jax.Array],
-    out: jax.ShapeDtypeStruct,
-    scratch: dict[str, Any],
-    count_tiles: Any,
-    tile: Any,
-    load: Any,
-    multiply: Any,
-    store: Any,
-    idle: Any = None,
-) -> jax.Array:
-    """Runs tiles of steps on two warpgroups that compute and one that loads; what they do is in the functions.
-
-    A `ready` barrier holds what `load` loads of a step; `free` comes when both warpgroups have multiplied it.
-    """
-
-    def entry(*refs: Any) -> None:
-        of_call = dict(zip((*given, "y"), refs, strict=True))
-
-        def scope(*allocated: Any) -> None:
-            of_name = dict(zip(scratch, allocated, strict=True))
-            own = {name + ("_smem" if name in of_call else ""): ref for name, ref in of_name.items()}
-            _run(p, {**of_call, **own}, count_tiles, tile, load, multiply, store, idle)
-
-        pl.run_scoped(scope, *scratch.values(), collective_axes="warpgroup")
-
-    entry.__name__ = name  # what profilers show
-    return plgpu.kernel(
-        entry,
-        out_type=out,
-        grid=(p.processors,),
-        grid_names=("processor",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*given.values())
-
-
-def _run(p: Plan, refs: Any, count_tiles: Any, tile: Any, load: Any, multiply: Any, store: Any, idle: Any) -> None:
-    processor, group = lax.axis_index("processor"), lax.axis_index("warpgroup")
-    turns = lax.div(count_tiles(refs) + i32(p.processors - 1) - processor, i32(p.processors))
-    ready, free = refs["ready"], refs["free"]
-
-    @pl.when(group < 2)
-    def _compute() -> None:
-        plgpu.set_max_registers(REGISTERS[0], action="increase")
-
-        def turn(i: Any, done: Any) -> Any:
-            t = tile(refs, processor + i * i32(p.processors))
-
-            def scope(acc_ref: Any) -> Any:
-                def step(s: Any, _: None) -> None:
-                    slot = lax.rem(done + s, i32(p.stages))
-                    plgpu.barrier_wait(ready.at[slot])
-                    multiply(refs, t, s, slot, group, acc_ref)
-                    plgpu.wgmma_wait(1)
-
-                    @pl.when(s > 0)  # the step before is multiplied
-                    def _() -> None:
-                        plgpu.barrier_arrive(free.at[lax.rem(done + s - i32(1), i32(p.stages))])
-
-                lax.fori_loop(i32(0), t["steps"], step, None)
-                return acc_ref[...]
-
-            def work() -> None:
-                acc = pl.run_scoped(scope, ACC((ROWS, p.c), jnp.float32))
-
-                @pl.when(t["steps"] > 0)
-                def _() -> None:
-                    plgpu.barrier_arrive(free.at[lax.rem(done + t["steps"] - i32(1), i32(p.stages))])
-
-                store(refs, t, group, acc)
-
-            def rest() -> None:
-                def step(s: Any, _: None) -> None:
-                    slot = lax.rem(done + s, i32(p.stages))
-                    plgpu.barrier_wait(ready.at[slot])
-                    plgpu.barrier_arrive(free.at[slot])
-
-                lax.fori_loop(i32(0), t["steps"], step, None)
-
-            if idle is None:
-                work()
-            else:
-                has_none = idle(t, group)
-                pl.when(~has_none)(work)
-                pl.when(has_none)(rest)
-            return done + t["steps"]
-
-        lax.fori_loop(i32(0), turns, turn, i32(0))
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(group == 2)
-    def _load() -> None:
-        plgpu.set_max_registers(REGISTERS[1], action="decrease")
-
-        def turn(i: Any, done: Any) -> Any:
-            t = tile(refs, processor + i * i32(p.processors))
-
-            def step(s: Any, _: None) -> None:
-                slot = lax.rem(done + s, i32(p.stages))
-
-                @pl.when(done + s >= p.stages)
-                def _() -> None:
-                    plgpu.barrier_wait(free.at[slot])
-
-                load(refs, t, s, slot, ready.at[slot])
-
-            lax.fori_loop(i32(0), t["steps"], step, None)
-            return done + t["steps"]
-
-        lax.fori_loop(i32(0), turns, turn, i32(0))
-
-
-def in_bands(nth: Any, rows: Any, columns: int) -> tuple[Any, Any]:
-    """(row, column) of the nth tile, so that tiles that are computed together share rows and columns."""
-    band, rest = _divided(nth, i32(BAND * columns))
-    column, below = _divided(rest, jnp.minimum(i32(BAND), rows - band * i32(BAND)))
-    return band * i32(BAND) + below, column
-
-
-def _divided(x: Any, by: Any) -> tuple[Any, Any]:
-    return lax.div(x, by), lax.rem(x, by)
-
-
-def _chosen(values: list[Any], at: Any) -> Any:
-    return values[0] if len(values) == 1 else jnp.where(at == 0, values[0], values[1])

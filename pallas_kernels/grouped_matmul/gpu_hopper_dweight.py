@@ -1,4 +1,4 @@
-"""The gradient of the weights for Hopper, on the frame of `gpu_hopper.py`: each group's `dy.T @ x`.
+"""The gradient of the weights for Hopper, on the frame of `gpu_steps.py`: each group's `dy.T @ x`.
 
 A tile is 128 outputs, 64 of each warpgroup, by some inputs. Its steps are 64 of the group's rows; in the last one, rows
 of others are zeroed where they lie, in x and dy: they may hold anything, and 0 times infinity is not 0.
@@ -14,13 +14,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .gpu_hopper import CHUNK, PROCESSORS, ROWS, Plan, check, i32, in_bands, launch, stages_of, swizzled
+from ..gpu_steps import CHUNK, ROWS, Plan, i32, in_bands, launch, swizzled
+from .gpu_hopper import check, stages_of
 
 
 def plan_of(I: int) -> Plan:
     fitting = [c for c in (256, 192, 128, 64) if c <= I]
     c = min(fitting, key=lambda c: pl.cdiv(I, c) * (c + 2 * ROWS))
-    return Plan(2, 1, c, stages_of(2 * ROWS * (2 * ROWS + c)), PROCESSORS)
+    return Plan(2, 1, c, stages_of(2 * ROWS * (2 * ROWS + c)))
 
 
 def dweight(x_NI: jax.Array, dy_NO: jax.Array, sizes_G: jax.Array, plan: Plan | None = None) -> jax.Array:

@@ -2,13 +2,14 @@
 
 | chip | kernel | what |
 |---|---|---|
+| H100, H200 | `gpu_hopper.py` (Mosaic GPU) | int8 and float8 weights, 16-bit rows; I multiples of 128, O of 64 |
 | any | `gpu_triton.py` | every format, any rows; quantised rows where XLA's own product would not do |
 
 Quantised rows with one scale a row, and weights of whole bytes, are XLA's: cuBLAS multiplies int8 and float8 itself.
 So is the product with the transposed weight, which is a large one (training), beside which dequantising is little.
 
-There was no GPU when this was written: numbers are those of Pallas's interpreter, registers and spills are ptxas's, and
-nothing has been timed.
+There was no GPU when this was written: numbers are those of an emulated one (in `tests/pallas_kernels/`) and of
+Pallas's interpreter, registers and spills are ptxas's, and nothing has been timed.
 """
 
 import jax
@@ -36,16 +37,26 @@ def quantized_matmul(
 ) -> jax.Array:
     check_platform()
     check_rows(x_MI.dtype, weight.format)
-    from .gpu_triton import product
-
     rows, x_scales_MG = x_MI, None
     if activation_format is not None:
         if weight.scales.shape[0] == 1 and weight.format not in PACKED:
             raise NotImplementedError(f"{activation_format} rows with one scale each are XLA's, by cuBLAS")
         x_MGB, x_scales_MG = quantize_rows(x_MI, activation_format, weight.block_sizes[1], scale)
         rows = x_MGB.reshape(len(x_MI), -1)
+    reasons = []
+    if target_chip() in HOPPER and activation_format is None:
+        from . import gpu_hopper
+
+        try:
+            return gpu_hopper.product(x_MI, weight, bias_O, activation, out_dtype)
+        except NotImplementedError as error:
+            reasons.append(f"hopper: {error}")
+    try:
+        from . import gpu_triton
+    except ImportError as error:  # JAX deprecates its Triton backend
+        raise NotImplementedError("; ".join([*reasons, str(error)])) from error
     options = {"bias_C": bias_O, "activation": activation, "out_dtype": out_dtype}
-    return product(rows, weight, x_scales_MG=x_scales_MG, **options)
+    return gpu_triton.product(rows, weight, x_scales_MG=x_scales_MG, **options)
 
 
 def check_platform() -> None:
