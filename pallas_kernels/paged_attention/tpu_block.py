@@ -8,6 +8,7 @@ Shapes: K key/value heads (of one core), n pages a block, S slots a page, B = n 
 in tiles of X = 128, Z = 2 S scales of a page, C lanes of a key that are multiplied, V lanes of a value, N rows.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -142,13 +143,14 @@ class Cache:
 
         They may hold anything, even nan, which a weight of 0 would not hide.
         """
-        S = self.sizes.S
-        for nth in range(self.sizes.n):
-            at = j * self.sizes.n + nth
+        S, n = self.sizes.S, self.sizes.n
+
+        def page(nth: Any, _: Any = None) -> None:
+            at = j * n + nth
             whole = both(at >= low, (at + 1) * S <= length)
 
             @when(not whole if isinstance(whole, bool) else jnp.logical_not(whole))
-            def _(nth: int = nth, at: Any = at) -> None:
+            def _() -> None:
                 page = self.kv_buf[slot, nth]
                 # 32 bits: masks of packed numbers are not for every chip.
                 row = jax.lax.broadcasted_iota(jnp.int32, page.shape, 0)
@@ -160,6 +162,12 @@ class Cache:
                     lane = jax.lax.broadcasted_iota(jnp.int32, scales.shape, 1)
                     keep = (jnp.where(lane >= S, lane - S, lane) < length - at * S) & (at >= low)
                     self.scale_buf[slot, nth] = jnp.where(keep, scales, 0)
+
+        if isinstance(j, int) and isinstance(length, int):  # for the profiler
+            for nth in range(n):
+                page(nth)
+        else:
+            jax.lax.fori_loop(0, n, page, None)
 
     def key(self, slot: Any, head: Any) -> jax.Array:
         """[B, C]"""
@@ -212,25 +220,49 @@ def product(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def row_sum(p_NB: jax.Array) -> jax.Array:
-    """[N, 1]"""
-    return jnp.sum(p_NB, 1, keepdims=True)
-
-
 def wide(x_N128: jax.Array, lanes: int) -> jax.Array:
     """[N, lanes] of an array whose lanes are all alike."""
     return jnp.concatenate([x_N128] * -(-lanes // x_N128.shape[1]), 1)[:, :lanes]
 
 
+def one_in_all(N: int) -> jax.Array:
+    """[N, 128] whose sum over the lanes is 1."""
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (N, LANES), 1) == 0, 1.0, 0.0)
+
+
+def over_lanes(x_N128: jax.Array) -> jax.Array:
+    """The sum over the lanes, in each of them: a tree, so that its order is the same on every chip and in every kernel.
+
+    (Of two numbers, either order of a sum has the same bits.)
+    """
+    shift = LANES // 2
+    while shift:
+        x_N128 = x_N128 + pltpu.roll(x_N128, shift, 1)
+        shift //= 2
+    return x_N128
+
+
+def _by_lane(p_NB: jax.Array) -> jax.Array:
+    """[N, 128]: the sum of what is in each lane of B / 128 tiles."""
+    N, B = p_NB.shape
+    tiles = [p_NB[:, at : at + LANES] for at in range(0, B, LANES)]
+    if B % LANES:
+        tiles[-1] = jnp.concatenate([tiles[-1], jnp.zeros((N, LANES - B % LANES), p_NB.dtype)], 1)
+    return functools.reduce(jnp.add, tiles)
+
+
 def softmax_step(
     s_NB: jax.Array, mask_NB: jax.Array | None, top_N128: jax.Array, sum_N128: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Weights [N, B], the new maxima and sums, and the factor for what was summed before; lanes of these are alike."""
-    if mask_NB is not None:
-        s_NB = jnp.where(mask_NB, s_NB, MASKED)
-    new_top_N128 = jnp.maximum(top_N128, jnp.max(s_NB, 1, keepdims=True))
+    """Weights [N, B], the new maxima, sums of each lane, and the factor for what was summed before.
+
+    With a mask or without, the same numbers are subtracted and exponentiated: where a compiler joins the product
+    before and this difference into one instruction that rounds once, it does so in both.
+    """
+    seen_NB = s_NB if mask_NB is None else jnp.where(mask_NB, s_NB, MASKED)
+    new_top_N128 = jnp.maximum(top_N128, jnp.max(seen_NB, 1, keepdims=True))
     p_NB = jnp.exp2(s_NB - wide(new_top_N128, s_NB.shape[1]))
     if mask_NB is not None:
         p_NB = jnp.where(mask_NB, p_NB, 0)
     keep_N128 = jnp.exp2(top_N128 - new_top_N128)
-    return p_NB, new_top_N128, sum_N128 * keep_N128 + row_sum(p_NB), keep_N128
+    return p_NB, new_top_N128, sum_N128 * keep_N128 + _by_lane(p_NB), keep_N128

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .pages import LANES
-from .tpu_block import LOG2_E, MASKED, Cache, Sizes, softmax_step, when, wide
+from .tpu_block import LOG2_E, MASKED, Cache, Sizes, one_in_all, over_lanes, softmax_step, when, wide
 
 BUFFERS = 2
 ALIGN = 8  # rows of 32-bit numbers that a copy begins at multiples of
@@ -82,8 +82,10 @@ def chunk(
     inputs += [jnp.broadcast_to(x.astype(jnp.int32)[:, None], (T, LANES)) for x in (rows.owner_T, rows.position_T)]
     specs = [across(C), info, info]
     if sinks_H is not None:
-        inputs.append(jnp.broadcast_to(sinks_H[:, None].astype(jnp.float32), (H, LANES)))
-        specs.append(pl.BlockSpec((per_core, LANES), lambda c, i, *_: (c, 0)))
+        sinks = jnp.broadcast_to(sinks_H[:, None].astype(jnp.float32), (H, LANES))
+        # An axis for the cores: a block may be a whole axis of few heads, not half of one.
+        inputs.append(sinks.reshape(cores, per_core, LANES))
+        specs.append(pl.BlockSpec((None, per_core, LANES), lambda c, i, *_: (c, 0, 0)))
     window = -(-(S + ALIGN) // ALIGN) * ALIGN
     most = (tile + S - 2) // S + 1  # pages that the rows of a tile may lie in
     writes = new_TKE is not None
@@ -172,7 +174,7 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
             sum_Ht[h] = jnp.zeros((t, LANES), jnp.float32)
         else:
             top_Ht[h] = jnp.broadcast_to(sinks_ref[pl.ds(h, 1)] * LOG2_E, (t, LANES))
-            sum_Ht[h] = jnp.ones((t, LANES), jnp.float32)
+            sum_Ht[h] = one_in_all(t)
         acc_HtV[h] = jnp.zeros((t, V), jnp.float32)
 
     jax.lax.fori_loop(0, H, begin_head, None)
@@ -242,8 +244,8 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
 
     def end_head(h: Any, _: Any) -> None:
         if writes:
-            total = jnp.where(sum_Ht[h] > 0, sum_Ht[h], 1)
-            out_refs[0][h] = (acc_HtV[h] / wide(total, V)).astype(out_refs[0].dtype)
+            total = over_lanes(sum_Ht[h])
+            out_refs[0][h] = (acc_HtV[h] / wide(jnp.where(total > 0, total, 1), V)).astype(out_refs[0].dtype)
         else:
             out_refs[0][h], out_refs[1][h], out_refs[2][h] = top_Ht[h], sum_Ht[h], acc_HtV[h]
 

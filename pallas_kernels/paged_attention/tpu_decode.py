@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .pages import LANES
-from .tpu_block import LOG2_E, MASKED, Cache, Sizes, softmax_step, when, wide
+from .tpu_block import LOG2_E, MASKED, Cache, Sizes, one_in_all, over_lanes, softmax_step, when, wide
 
 IN_FLIGHT = 8 * 2**20  # bytes of blocks that are on the chip or on the way to it
 BUFFERS = (2, 6)
@@ -211,23 +211,23 @@ def _kernel(
             top_ref[...], sum_ref[...], acc_ref[...] = top_in[row], sum_in[row], acc_in[row]
         else:
             top_ref[...] = jnp.full_like(top_ref, MASKED) if sinks_ref is None else sinks_ref[...] * LOG2_E
-            sum_ref[...] = jnp.zeros_like(sum_ref) if sinks_ref is None else jnp.ones_like(sum_ref)
+            sum_ref[...] = jnp.zeros_like(sum_ref) if sinks_ref is None else one_in_all(len(sum_ref))
             acc_ref[...] = jnp.zeros_like(acc_ref)
 
         def attend(j: Any, slot: Any, masked: bool) -> None:
-            s = [cache.scores(q_ref[row, pl.ds(h * per_head, per_head)], slot, h) for h in range(K)]
-            s = jnp.concatenate(s, 0) if K > 1 else s[0]
             mask = None
             if masked:
-                at = j * B + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+                at = j * B + jax.lax.broadcasted_iota(jnp.int32, (per_head, B), 1)
                 mask = at < length
                 if sizes.window is not None:
                     mask &= at >= length - sizes.window
-            p, top, total, keep = softmax_step(s, mask, top_ref[...], sum_ref[...])
-            top_ref[...], sum_ref[...] = top, total
-            mixed = [cache.mix(p[h * per_head : (h + 1) * per_head], slot, h) for h in range(K)]
-            mixed = jnp.concatenate(mixed, 0) if K > 1 else mixed[0]
-            acc_ref[...] = acc_ref[...] * wide(keep, sizes.V) + mixed
+            # Head by head as in a chunk, but each stage for all: they wait for nothing of one another.
+            rows = [pl.ds(h * per_head, per_head) for h in range(K)]
+            s = [cache.scores(q_ref[row, rows[h]], slot, h) for h in range(K)]
+            found = [softmax_step(s[h], mask, top_ref[rows[h]], sum_ref[rows[h]]) for h in range(K)]
+            for h, (p, top, total, keep) in enumerate(found):
+                top_ref[rows[h]], sum_ref[rows[h]] = top, total
+                acc_ref[rows[h]] = acc_ref[rows[h]] * wide(keep, sizes.V) + cache.mix(p, slot, h)
 
         def block(j: Any, carry: Any) -> Any:
             """A block before the last: its pages are full."""
@@ -252,7 +252,7 @@ def _kernel(
         writes = _insert(cache, r, length - 1, slot, *new, write_buf, scale_write_buf, write_sem)
         cache.tidy(last, low_page, length, slot)
         attend(last, slot, True)
-        out_ref[row] = (acc_ref[...] / wide(sum_ref[...], sizes.V)).astype(out_ref.dtype)
+        out_ref[row] = (acc_ref[...] / wide(over_lanes(sum_ref[...]), sizes.V)).astype(out_ref.dtype)
         for write in writes:
             write.wait()
         return following(slot), ahead

@@ -1,0 +1,83 @@
+"""paged_attention's TPU kernels through libtpu's compiler, with every option, for chips that are not there."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.static import Program, Request, compile_all
+from twinax.pallas_kernels.paged_attention import SharedPrefixes, init_pages, paged_attention
+
+SLOW = pytest.mark.slow
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+CHIPS = ("v5e", "v5p", "v6e", "7x")
+CASES = {
+    "bfloat16": {},
+    "fp8, softcap, sinks": {"dtype": "float8_e4m3fn", "softcap": 30.0, "sinks": True},
+    "latent": {"H": 16, "K": 1, "D": 576, "latent": 512},
+    "int8, window": {"dtype": "int8", "window": 100},
+    "shared prefixes, window": {"prefixes": True, "window": 200, "chunk": 0},
+    "latent int8, sinks": {"H": 8, "K": 1, "D": 576, "latent": 512, "dtype": "int8", "sinks": True},
+    "latent fp8": {"H": 8, "K": 1, "D": 576, "latent": 512, "dtype": "float8_e4m3fn"},
+    "fp8, shared prefixes, sinks": {"dtype": "float8_e4m3fn", "prefixes": True, "sinks": True, "chunk": 0},
+    "heads of 64, window, sinks": {"H": 16, "K": 2, "D": 64, "window": 128, "sinks": True},
+    "heads of 80, softcap": {"D": 80, "softcap": 50.0},
+    "heads of 256": {"D": 256, "softcap": 50.0, "window": 100},
+    "one key head for each, pages of 48": {"H": 4, "K": 4, "S": 48},
+    "float32": {"q": "float32", "dtype": "float32"},
+    "float32 over fp8": {"q": "float32", "dtype": "float8_e4m3fn"},
+}
+
+
+def build(
+    target,
+    H=8,
+    K=2,
+    D=128,
+    S=64,
+    latent=None,
+    dtype="bfloat16",
+    q="bfloat16",
+    sinks=False,
+    prefixes=False,
+    chunk=24,
+    **options,
+):
+    """For `benchmarks.static`: a step of 8 decodes, and of `chunk` tokens of prompts."""
+    R, M, rows = 9, 10, 8
+    pages = jax.eval_shape(lambda: init_pages(2, 99, S, K, D, jnp.dtype(dtype), latent=latent, layout="joint"))
+    pages = jax.tree.map(lambda x: target.array(x.shape, x.dtype), pages)
+    qkv = [target.array((rows + chunk, heads, D), q) for heads in (H, K, K)]
+    of_each = target.array((R,), "int32")
+    arrays = dict.fromkeys(("lengths_R", "query_start_R", "query_length_R"), of_each)
+    arrays |= {"layer": target.array((), "int32"), "page_table_RM": target.array((R, M), "int32")}
+    if sinks:
+        arrays["sinks_H"] = target.array((H,), "float32")
+    if prefixes:
+        arrays["prefixes"] = SharedPrefixes(of_each, of_each)
+
+    def step(qkv, pages, arrays):
+        qkv = (*qkv[:2], None) if latent else qkv
+        return paged_attention(*qkv, pages, decode_rows=rows, implementation="tpu", **arrays, **options)
+
+    return Program(jax.jit(step, donate_argnums=1), (qkv, pages, arrays), 0.0, 0.0)
+
+
+def compiles(chip, names):
+    found = compile_all([Request(chip, f"{__file__}:build", CASES[name]) for name in names])
+    assert {name: x.failed for name, x in zip(names, found, strict=True)} == dict.fromkeys(names)
+    for name, x in zip(names, found, strict=True):
+        # Pages of float32 are for tests: their products are many, which want more registers than there are.
+        assert "float32" in name or x.spills <= 300, (name, x.spills)
+        assert x.temp_bytes < 2**24, (name, x.temp_bytes)
+
+
+def test_compiles():
+    compiles("v5e", ["int8, window"])
+
+
+@SLOW
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_with_every_option(chip):
+    compiles(chip, list(CASES))
