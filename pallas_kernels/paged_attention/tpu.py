@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ..chips import target_chip
-from .batch import SharedPrefixes, as_kept, token_rows
+from .batch import NewTokens, SharedPrefixes, as_kept, token_rows
 from .pages import LANES, Pages
 from .tpu_block import Sizes
 from .tpu_chunk import Rows, chunk
@@ -114,8 +114,6 @@ def paged_attention(
         is_chunk_R = (query_length_R > 0) & ~is_decode_R
         count_R = jnp.where(is_chunk_R, query_length_R, 0)
         owned = token_rows(T, lengths_R, query_start_R, count_R)
-        if scales is not None:
-            scales = _write_scales(scales, layer, kept, owned, page_table_RM)
         tile = tile_rows(T - decode_rows, H // cores, sizes)
         more = -(T - decode_rows) % tile
         pad = lambda x, fill=0: jnp.pad(x[decode_rows:], ((0, more),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)  # noqa: E731
@@ -123,6 +121,9 @@ def paged_attention(
             query_start_R - decode_rows, count_R, lengths_R,
             pad(jnp.where(owned.owned_T, owned.request_T, -1), -1), pad(owned.position_T),
         )  # fmt: skip
+        if scales is not None:
+            at = rows._replace(start_R=query_start_R)
+            scales = _write_scales(scales, layer, kept, at, common["table"])
         out, kv = chunk(sizes, pad(q_THC), pad(new_TKE), sinks_H, kv, scales, rows, tile=tile, **common)
         outs.append(out[: T - decode_rows])
 
@@ -172,14 +173,29 @@ def _by_key_head(x_NHC: jax.Array, K: int) -> jax.Array:
     return jnp.pad(x_NHC.reshape(N, K, G, C), ((0, 0), (0, 0), (0, -G % 8), (0, 0))).reshape(N, -1, C)
 
 
-def _write_scales(scale_LPKZ: jax.Array, layer: Any, kept: Any, rows: Any, page_table_RM: jax.Array) -> jax.Array:
-    """By a scatter: they are few, and lie across the lanes."""
-    S = scale_LPKZ.shape[-1] // 2
-    entry_T = jnp.clip(rows.position_T // S, 0, page_table_RM.shape[1] - 1)
-    page_T = jnp.where(rows.owned_T, page_table_RM[rows.request_T, entry_T], scale_LPKZ.shape[1])
-    slot_T = rows.position_T % S
-    scale_LPKZ = scale_LPKZ.at[layer, page_T, :, slot_T].set(kept.k_scale_TK, mode="drop")
-    return scale_LPKZ.at[layer, page_T, :, S + slot_T].set(kept.v_scale_TK, mode="drop")
+def _write_scales(scale_LPKZ: jax.Array, layer: Any, kept: NewTokens, rows: Rows, table_RM: jax.Array) -> jax.Array:
+    """Page by page, as they lie across the lanes: a scatter of single slots has XLA turn over the whole pool.
+
+    W pages are as many as the new tokens may lie in; rows are token rows of `kept`.
+    """
+    assert kept.k_scale_TK is not None and kept.v_scale_TK is not None
+    _, P, _, Z = scale_LPKZ.shape
+    T, (R, M), S = len(kept.k_scale_TK), table_RM.shape, Z // 2
+    begin_R = rows.length_R - rows.count_R
+    pages_R = jnp.where(rows.count_R > 0, (rows.length_R - 1) // S - begin_R // S + 1, 0)
+    ends_R = jnp.cumsum(pages_R)
+    nth_W = jnp.arange(T // S + 2 * min(R, T))
+    r_W = jnp.minimum(jnp.searchsorted(ends_R, nth_W, side="right"), R - 1)
+    entry_W = begin_R[r_W] // S + nth_W - (ends_R - pages_R)[r_W]
+    there_W = (nth_W < ends_R[-1]) & (entry_W >= 0) & (entry_W < M)
+    page_W = jnp.where(there_W, table_RM[r_W, jnp.clip(entry_W, 0, M - 1)], P)
+    nth_WS = entry_W[:, None] * S + jnp.arange(S) - begin_R[r_W][:, None]
+    is_new_WS = (nth_WS >= 0) & (nth_WS < rows.count_R[r_W][:, None])
+    row_WS = jnp.clip(rows.start_R[r_W][:, None] + nth_WS, 0, T - 1)
+    new_WKZ = jnp.concatenate([jnp.swapaxes(x[row_WS], 1, 2) for x in (kept.k_scale_TK, kept.v_scale_TK)], 2)
+    is_new_WZ = jnp.concatenate([is_new_WS, is_new_WS], 1)
+    new_WKZ = jnp.where(is_new_WZ[:, None], new_WKZ, scale_LPKZ[layer, jnp.minimum(page_W, P - 1)])
+    return scale_LPKZ.at[layer, page_W].set(new_WKZ, mode="drop")
 
 
 def _read_prefixes(

@@ -42,11 +42,12 @@ def build(
     sinks=False,
     prefixes=False,
     chunk=24,
+    num_pages=99,
     **options,
 ):
     """For `benchmarks.static`: a step of 8 decodes, and of `chunk` tokens of prompts."""
     R, M, rows = 9, 10, 8
-    pages = jax.eval_shape(lambda: init_pages(2, 99, S, K, D, jnp.dtype(dtype), latent=latent, layout="joint"))
+    pages = jax.eval_shape(lambda: init_pages(2, num_pages, S, K, D, jnp.dtype(dtype), latent=latent, layout="joint"))
     pages = jax.tree.map(lambda x: target.array(x.shape, x.dtype), pages)
     qkv = [target.array((rows + chunk, heads, D), q) for heads in (H, K, K)]
     of_each = target.array((R,), "int32")
@@ -64,17 +65,18 @@ def build(
     return Program(jax.jit(step, donate_argnums=1), (qkv, pages, arrays), 0.0, 0.0)
 
 
-def compiles(chip, names):
-    found = compile_all([Request(chip, f"{__file__}:build", CASES[name]) for name in names])
+def compiles(chip, names, **more):
+    found = compile_all([Request(chip, f"{__file__}:build", {**CASES[name], **more}) for name in names])
     assert {name: x.failed for name, x in zip(names, found, strict=True)} == dict.fromkeys(names)
     for name, x in zip(names, found, strict=True):
         # Pages of float32 are for tests: their products are many, which want more registers than there are.
         assert "float32" in name or x.spills <= 300, (name, x.spills)
-        assert x.temp_bytes < 2**24, (name, x.temp_bytes)
+        assert x.temp_bytes < 2**21, (name, x.temp_bytes)
 
 
-def test_compiles():
-    compiles("v5e", ["int8, window"])
+def test_compiles_and_copies_no_pool_of_pages():
+    """Nor the pool of scales, whatever their number: here they are 131 and 4 MB."""
+    compiles("v5e", ["int8, window"], num_pages=2000)
 
 
 @SLOW
