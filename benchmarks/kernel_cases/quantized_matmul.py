@@ -33,10 +33,12 @@ def ours(target: Any, M: int, format: str, block: int | None, activations: str |
     import jax
     import jax.numpy as jnp
 
-    from twinax.pallas_kernels.quantized_matmul import quantize, quantized_matmul
+    from twinax.pallas_kernels.quantized_matmul import quantize, quantized_matmul, with_inputs_first
 
     plain = jax.ShapeDtypeStruct((OUTPUTS, INPUTS), jnp.float32)
-    made = jax.eval_shape(lambda w: quantize(w, format, block=(1, block)), plain)
+    # As a server keeps them for the chip.
+    order = with_inputs_first if target.chip.name in ("v6e", "tpu7x") else lambda w: w
+    made = jax.eval_shape(lambda w: order(quantize(w, format, block=(1, block))), plain)
     weight = jax.tree.map(lambda x: target.array(x.shape, x.dtype), made)
     hbm_bytes = sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(made))
     return Program(

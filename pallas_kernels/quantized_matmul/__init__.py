@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ..candidates import Operation
 from .activations import ACTIVATIONS
-from .formats import QuantizedWeight, dequantize, from_mxfp4_blocks, from_values, quantize, to_values
+from .formats import QuantizedWeight, dequantize, from_mxfp4_blocks, from_values, quantize, to_values, with_inputs_first
 
 __all__ = [
     "ACTIVATIONS",
@@ -24,6 +24,7 @@ __all__ = [
     "quantized_matmul",
     "quantized_matmul_transposed",
     "to_values",
+    "with_inputs_first",
 ]
 
 OPERATION = Operation(__name__, "quantized_matmul")
@@ -46,7 +47,7 @@ def quantized_matmul(
     """`activation(x @ weight.T + bias)`, [..., I] to [..., O], differentiable in `x` and `bias`.
 
     - Without `activation_format`, x is used as it is: its products with the weights' values accumulate in float32
-      (float64 for float64 x) and are scaled there. A kernel may take x as whole multiples of 2 ** -23 of the power of
+      (float64 for float64 x) and are scaled there. A kernel may take x as whole multiples of 2 ** -22 of the power of
       two above its row's largest magnitude, and 16-bit x may meet weights that were scaled and rounded to its dtype
       where these have several blocks of inputs.
     - `activation_format="int8"` (weights "int8" or "int4") or `"fp8"` (weights "fp8_e4m3") quantises x first, to the

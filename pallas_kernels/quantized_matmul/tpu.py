@@ -12,7 +12,9 @@ they are multiplied, rounded to bfloat16 there (mxfp4's powers of two round noth
 Shapes: M rows   R rows of the unit (pieces of M)   I inputs   O outputs   G blocks of inputs   T inputs of a tile
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from ..chips import target_chip
 from ..tuned import best
 from .formats import FLOAT8, INTEGERS, PACKED, QuantizedWeight, expand, scales_of
 from .quantize_rows import FORMATS, quantize_rows
+from .tpu_inside import PARTS
 from .tpu_kernel import Layout, kernel
 from .tpu_rows import Operand, apart, evens_first, operand, split
 
@@ -32,7 +35,9 @@ from .xla import quantized_matmul_transposed as quantized_matmul_transposed
 NATIVE_FLOAT8 = ("7x",)
 DEEP = ("v6e", "7x")  # matrix units of 256, not 128
 # Rows of the unit up to which pieces are faster than weights made bfloat16, by its depth.
-PIECES_ROWS = {128: 96, 256: 192}
+PIECES_ROWS = {128: 96, 256: 256}
+# Cores that share a device's work.
+CORES = {"v5p": 2, "v4": 2}
 MOST_INPUTS = 1 << 14
 VMEM_BYTES = 48 << 20
 
@@ -62,12 +67,11 @@ def plan(M: int, x_dtype: jnp.dtype, weight: QuantizedWeight, activation_format:
     native = FLOAT8 if not integers or (chip in NATIVE_FLOAT8 and packed) else jnp.dtype(jnp.int8)
     if activation_format is not None:
         taken = Operand(FORMATS[activation_format][1], (1.0,))
-    elif x_dtype == jnp.bfloat16 and (
-        3 * M * apart_by > PIECES_ROWS[deep] or (native == jnp.int8 and chip in NATIVE_FLOAT8)
-    ):
-        taken = operand(jnp.dtype(jnp.bfloat16), x_dtype)
     else:
         taken = operand(native, x_dtype)
+        many = taken.pieces * M * apart_by > PIECES_ROWS[deep]
+        if x_dtype == jnp.bfloat16 and (many or (native == jnp.int8 and chip in NATIVE_FLOAT8)):
+            taken = operand(jnp.dtype(jnp.bfloat16), x_dtype)
     scaled_first = grouped and packed and taken.dtype == jnp.bfloat16
     blocks = -(-I // MOST_INPUTS)
     # Blocks of inputs of which several make the weight start at whole tiles of scales.
@@ -79,7 +83,8 @@ def plan(M: int, x_dtype: jnp.dtype, weight: QuantizedWeight, activation_format:
     if scaled_first:
         tile = inputs
     apart_by = 1 if scaled_first else apart_by
-    rows = max(16, (512 if taken.pieces == 1 else 192) // (taken.pieces * min(apart_by, 4)) // 16 * 16)
+    most_rows = 512 if taken.pieces == 1 else max(192, PIECES_ROWS[deep])
+    rows = max(16, most_rows // (taken.pieces * min(apart_by, 4)) // 16 * 16)
     wide = inputs // 2 if packed else inputs
     # Fast memory wants large blocks, as each step has its cost; a slow one small ones, as nothing hides the first.
     most = 1024 if min(M, rows) * taken.pieces <= 256 else 512
@@ -88,6 +93,21 @@ def plan(M: int, x_dtype: jnp.dtype, weight: QuantizedWeight, activation_format:
     key = {"M": 1 << max(M - 1, 0).bit_length(), "I": I, "O": O, "format": weight.format, "grouped": grouped}
     found = best("quantized_matmul", chip, key) or {}
     return Plan(taken, scaled_first, min(M, found.get("rows", rows)), tile, inputs, found.get("outputs", outputs))
+
+
+def makes_rows(cut: Plan, M: int, I: int, O: int, weight: QuantizedWeight, chip: str | None) -> bool:
+    """Whether the kernel can make its rows ready itself: one tile of rows, whose inputs it has all at once."""
+    blocks, G = -(-O // cut.outputs), cut.inputs // weight.block_sizes[1] if weight.scales.shape[0] > 1 else 1
+    shifts = weight.zeros is not None or (weight.format == "int4" and cut.operand.dtype == FLOAT8)
+    return (
+        cut.rows >= M
+        and cut.inputs >= I
+        and blocks % CORES.get(chip or "", 1) == 0
+        and cut.tile % (256 if cut.tile > 128 else 128) == 0
+        # Only there do kernels make float8 numbers.
+        and (cut.operand.dtype != FLOAT8 or chip in NATIVE_FLOAT8 or chip is None)
+        and (not shifts or cut.scaled_first or G == 1 or G % 8 == 0)
+    )
 
 
 def quantized_matmul(
@@ -103,17 +123,27 @@ def quantized_matmul(
     (M, I), O = x_MI.shape, weight.shape[0]
     if M == 0:
         return jnp.zeros((0, O), out_dtype)
-    cut = plan(M, x_MI.dtype, weight, activation_format, target_chip())
+    chip = target_chip()
+    cut = plan(M, x_MI.dtype, weight, activation_format, chip)
     size, G = weight.block_sizes[1], weight.scales.shape[0]
     grouped, packed, taken = G > 1, weight.format in PACKED, cut.operand
+    inputs_first = packed or weight.inputs_first
     sums_apart = grouped and not cut.scaled_first
     by_block = sums_apart and activation_format is not None
     tiles, steps = -(-M // cut.rows), -(-I // cut.inputs)
     padded = steps * cut.inputs
     G_all = padded // size if grouped else 1
     fill = [(0, tiles * cut.rows - M), (0, 0)]
+    inside = activation_format is None and makes_rows(cut, M, I, O, weight, chip)
+    # Codes taken as they are, 0 to 15, are 8 too large.
+    coded = weight.format == "int4" and taken.dtype == FLOAT8
+    shift_given = weight.zeros is not None or (coded and not inside)
 
-    if activation_format is None:
+    if inside:
+        groups = cut.tile // size if sums_apart and size < cut.tile else 1
+        R = -(-taken.pieces * M // 8) * 8
+        x_NRI, x_scales_MG, means_MI = jnp.zeros((1, groups * R, 0)), jnp.zeros(()), None
+    elif activation_format is None:
         x_MI = _fill(x_MI, padded, cut.tile, packed)
         pieces, x_scales_MG = split(x_MI, taken)
         parts = [w * piece.astype(jnp.float32) for w, piece in zip(taken.weights, pieces, strict=True)]
@@ -123,12 +153,13 @@ def quantized_matmul(
         pieces = [_fill(x_MGB.reshape(M, -1)[:, :I], padded, cut.tile, packed)]
         steps_MGB = pieces[0].astype(jnp.float32)
         means_MI = steps_MGB * x_scales_MG if x_scales_MG.shape[1] == 1 else steps_MGB
-    # [tiles, R, padded]: of a tile's rows all first pieces, then all second ones.
-    x_PMI = jnp.pad(jnp.stack(pieces), [(0, 0), *fill])
-    x_NRI = x_PMI.reshape(taken.pieces, tiles, cut.rows, padded).swapaxes(0, 1).reshape(tiles, -1, padded)
-    R = -(-x_NRI.shape[1] // 8) * 8
-    x_NRI = jnp.pad(x_NRI, [(0, 0), (0, R - x_NRI.shape[1]), (0, 0)])
-    x_NRI = jax.vmap(lambda x_RI: apart(x_RI, cut.tile, size if sums_apart else cut.tile, packed))(x_NRI)
+    if not inside:
+        # [tiles, R, padded]: of a tile's rows all first pieces, then all second ones.
+        x_PMI = jnp.pad(jnp.stack(pieces), [(0, 0), *fill])
+        x_NRI = x_PMI.reshape(taken.pieces, tiles, cut.rows, padded).swapaxes(0, 1).reshape(tiles, -1, padded)
+        R = -(-x_NRI.shape[1] // 8) * 8
+        x_NRI = jnp.pad(x_NRI, [(0, 0), (0, R - x_NRI.shape[1]), (0, 0)])
+        x_NRI = jax.vmap(lambda x_RI: apart(x_RI, cut.tile, size if sums_apart else cut.tile, packed))(x_NRI)
 
     scales_GO = weight.scales if weight.scales.dtype == jnp.uint8 else weight.scales.astype(jnp.float32)
     spread = lambda blocks_GP: jnp.pad(  # noqa: E731
@@ -137,10 +168,12 @@ def quantized_matmul(
     scales_GO = spread(scales_GO)
     # What the unit's weights have to be less, times the sums of the inputs: zero points, eight of float8 codes.
     shift_GO = None if weight.zeros is None else spread(weight.zeros.astype(jnp.float32))
-    if weight.format == "int4" and taken.dtype == FLOAT8:
+    if coded and shift_given:
         shift_GO = jnp.full((G_all, O), 8.0) if shift_GO is None else shift_GO + 8
     totals_MG = None
     if shift_GO is not None and not cut.scaled_first:
+        shift_GO = shift_GO * scales_of(scales_GO, jnp.float32)
+    if shift_GO is not None and not cut.scaled_first and not inside:
         # Even and odd inputs of packed weights' tiles stand apart.
         means = means_MI.reshape(M, padded // cut.tile, 1 + packed, G_all * cut.tile // padded if grouped else 1, -1)
         totals_MG = jnp.sum(means, axis=(2, 4)).reshape(M, -1)
@@ -148,7 +181,6 @@ def quantized_matmul(
         if by_block:
             totals_MG = totals_MG * jnp.pad(x_scales_MG, [(0, 0), (0, G_all - G)])
         totals_MG = jnp.pad(totals_MG, fill)
-        shift_GO = shift_GO * scales_of(scales_GO, jnp.float32)
 
     layout = Layout(
         format=weight.format,
@@ -161,51 +193,71 @@ def quantized_matmul(
         sums_apart=sums_apart,
         scaled_first=cut.scaled_first,
         by_block=by_block,
-        shifted=shift_GO is not None,
+        shifted=shift_GO is not None or coded,
         bias=bias_O is not None,
         activation=activation,
         steps=steps,
+        inputs_first=inputs_first,
+        inside=I if inside else None,
+        narrow_scales=cut.scaled_first and weight.zeros is None and chip in DEEP and size % 32 == 0,
+        shift_given=shift_given,
     )
     G_step = cut.inputs // size if grouped else 1
     J_R, BO = x_NRI.shape[1], cut.outputs
-    whole = lambda shape, index: pl.BlockSpec(shape, index)  # noqa: E731
-    arguments, specs = [x_NRI], [whole((None, J_R, cut.inputs), lambda o, n, k: (n, 0, k))]
-    if packed:
-        specs.append(whole((cut.inputs // 2, BO), lambda o, n, k: (k, o)))
+    blocks = -(-O // BO)
+    # A core makes its rows ready at the first of its steps. Indices: of outputs, of a tile of rows, of inputs.
+    cores = CORES.get(chip or "", 1) if inside else 1
+    order = (lambda c, o, k: (c * (blocks // cores) + o, 0, k)) if inside else (lambda o, n, k: (o, n, k))
+
+    def spec(shape: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *at: index(*order(*at)))
+
+    if inside:
+        arguments, specs = [x_MI], [spec((M, cut.inputs), lambda o, n, k: (0, 0))]
     else:
-        specs.append(whole((BO, cut.inputs), lambda o, n, k: (o, k)))
+        arguments, specs = [x_NRI], [spec((None, J_R, cut.inputs), lambda o, n, k: (n, 0, k))]
+    if inputs_first:
+        specs.append(spec((cut.inputs // 2 if packed else cut.inputs, BO), lambda o, n, k: (k, o)))
+    else:
+        specs.append(spec((BO, cut.inputs), lambda o, n, k: (o, k)))
     arguments += [weight.values, scales_GO]
-    specs.append(whole((G_step, BO), lambda o, n, k: (k, o)))
-    if by_block:
+    specs.append(spec((G_step, BO), lambda o, n, k: (k, o)))
+    if inside:
+        pass
+    elif by_block:
         # [tiles, R, G]: R is rows filled up to eights.
         x_scales = jnp.pad(x_scales_MG, [fill[0], (0, G_all - x_scales_MG.shape[1])]).reshape(tiles, cut.rows, G_all)
         arguments.append(jnp.pad(x_scales, [(0, 0), (0, R - cut.rows), (0, 0)]))
-        specs.append(whole((None, R, G_all), lambda o, n, k: (n, 0, 0)))
+        specs.append(spec((None, R, G_all), lambda o, n, k: (n, 0, 0)))
     else:
         arguments.append(jnp.pad(x_scales_MG, fill))
-        specs.append(whole((cut.rows, 1), lambda o, n, k: (n, 0)))
-    if layout.shifted:
-        assert shift_GO is not None
+        specs.append(spec((cut.rows, 1), lambda o, n, k: (n, 0)))
+    if shift_GO is not None:
         arguments.append(shift_GO)
-        specs.append(whole((shift_GO.shape[0] if not cut.scaled_first else G_step, BO),
-                           (lambda o, n, k: (k, o)) if cut.scaled_first else (lambda o, n, k: (0, o))))  # fmt: skip
-        if not cut.scaled_first:
-            assert totals_MG is not None
-            arguments.append(totals_MG)
-            specs.append(whole((cut.rows, G_all), lambda o, n, k: (n, 0)))
+        specs.append(spec((shift_GO.shape[0] if not cut.scaled_first else G_step, BO),
+                          (lambda o, n, k: (k, o)) if cut.scaled_first else (lambda o, n, k: (0, o))))  # fmt: skip
+    if totals_MG is not None:
+        arguments.append(totals_MG)
+        specs.append(spec((cut.rows, G_all), lambda o, n, k: (n, 0)))
     if bias_O is not None:
         arguments.append(bias_O.astype(jnp.float32)[None])
-        specs.append(whole((1, BO), lambda o, n, k: (0, o)))
+        specs.append(spec((1, BO), lambda o, n, k: (0, o)))
     sums = jnp.dtype(jnp.float32) if sums_apart else taken.sums
+    scratch = [pltpu.VMEM((R, BO), sums)] if steps > 1 else []
+    if inside:
+        scratch.append(pltpu.VMEM((J_R, cut.inputs), taken.dtype))
+        scratch += [pltpu.VMEM((M, 1), jnp.float32)] if taken.dtype != jnp.bfloat16 else []
+        scratch += [pltpu.VMEM((M, len(PARTS) * G_all), jnp.bfloat16)] if layout.totals_inside else []
     y_MO = pl.pallas_call(
         lambda *refs: kernel(layout, *refs),
-        grid=(-(-O // BO), tiles, steps),
+        grid=(cores, blocks // cores, 1) if inside else (blocks, tiles, steps),
         in_specs=specs,
-        out_specs=whole((cut.rows, BO), lambda o, n, k: (n, o)),
+        out_specs=spec((cut.rows, BO), lambda o, n, k: (n, o)),
         out_shape=jax.ShapeDtypeStruct((tiles * cut.rows, O), out_dtype),
-        scratch_shapes=[pltpu.VMEM((R, BO), sums)] if steps > 1 else [],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary" if inside else "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         name=f"quantized_matmul_{weight.format}",
     )(*arguments)

@@ -16,12 +16,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .activations import finish
 from .formats import FLOAT8, PACKED
+from .tpu_inside import outer, prepare
 from .tpu_rows import Operand
 
 # What the matrix unit's weights have to be multiplied by: codes taken as float8's lowest numbers, e2m1 moved up.
 TOP = 0x80808080 - (1 << 32)  # each byte's top bit, as an int32
+HIGH = 0xF0F0F0F0 - (1 << 32)
 OUTPUTS = 256
-UNITS = {("int4", FLOAT8): 2.0**9, ("mxfp4", FLOAT8): 2.0**6}
+CODES_OFF = 8.0
+UNITS = {("int4", FLOAT8): 2.0**9, ("mxfp4", FLOAT8): 2.0**6, ("int4", jnp.dtype(jnp.int8)): 2.0**-4}
 
 
 @dataclass(frozen=True)
@@ -42,24 +45,56 @@ class Layout:
     bias: bool
     activation: str | None
     steps: int
+    inputs_first: bool
+    # None, or how many inputs there are: the kernel makes its rows ready itself (`tpu_inside.py`).
+    inside: int | None
+    # Weights are scaled in bfloat16.
+    narrow_scales: bool
+    # Whether what codes are off by comes from outside; else it is `CODES_OFF` times their scales.
+    shift_given: bool
+
+    @property
+    def contract(self) -> int:
+        """The dimension of the weights' values that is inputs."""
+        return 0 if self.format in PACKED or self.inputs_first else 1
+
+    @property
+    def totals_inside(self) -> bool:
+        return self.shifted and not self.scaled_first and self.inside is not None
 
     @property
     def unit(self) -> float:
         return UNITS.get((self.format, self.operand.dtype), 1.0)
 
 
-def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, x_scales_ref: Any, *refs: Any) -> None:
+def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, *refs: Any) -> None:
     given: Iterator[Any] = iter(refs)
-    shift_ref = next(given) if layout.shifted else None
-    totals_ref = next(given) if layout.shifted and not layout.scaled_first else None
+    outside = layout.inside is None
+    x_scales_ref = next(given) if outside else None
+    shift_ref = next(given) if layout.shift_given else None
+    totals_ref = next(given) if layout.shifted and not layout.scaled_first and outside else None
     bias_ref = next(given) if layout.bias else None
     y_ref = next(given)
     sums_ref = next(given) if layout.steps > 1 else None
+    if layout.inside is not None:
+        rows_ref = next(given)
+        x_scales_ref = next(given) if layout.operand.dtype != jnp.bfloat16 else None
+        totals_ref = next(given) if layout.totals_inside else None
+
+        raw_ref, end = x_ref, layout.inside
+
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            size = layout.size if layout.sums_apart and layout.size else layout.tile
+            packed, given = layout.format in PACKED, (raw_ref, rows_ref, x_scales_ref, totals_ref)
+            prepare(*given, taken=layout.operand, end=end, tile=layout.tile, size=size, packed=packed)
+
+        x_ref = rows_ref
     # Some outputs at a time, so that their sums stay in registers.
     for first in range(0, y_ref.shape[1], OUTPUTS):
         lanes = pl.ds(first, min(OUTPUTS, y_ref.shape[1] - first))
         part = lambda ref: None if ref is None else ref.at[:, lanes]  # noqa: B023, E731
-        w_part = part(w_ref) if layout.format in PACKED else w_ref.at[lanes, :]
+        w_part = part(w_ref) if layout.contract == 0 else w_ref.at[lanes, :]
         refs_part = [part(ref) for ref in (scales_ref, shift_ref, bias_ref, y_ref, sums_ref)]
         _outputs(layout, x_ref, w_part, x_scales_ref, totals_ref, *refs_part)
 
@@ -84,10 +119,11 @@ def _outputs(
         y_MO = sum(parts[1:], parts[0])
         if not layout.sums_apart and not layout.scaled_first:
             y_MO = y_MO * (_scales(scales_ref[...]) * layout.unit)
-        if not layout.by_block:
+        if not layout.by_block and x_scales_ref is not None:
             y_MO = y_MO * x_scales_ref[...]
         if totals_ref is not None:
-            y_MO = y_MO - _outer(totals_ref[...], shift_ref[...])
+            shift_GO = CODES_OFF * _scales(scales_ref[...]) if shift_ref is None else shift_ref[...]
+            y_MO = y_MO - (_outer if layout.inside is None else outer)(totals_ref[...], shift_GO)
         bias_O = bias_ref[...] if layout.bias else None
         y_ref[...] = finish(y_MO, bias_O, layout.activation, y_ref.dtype)
 
@@ -111,13 +147,11 @@ def _outputs(
 def _sums(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, x_scales_ref: Any, shift_ref: Any) -> jax.Array:
     """Sums over the block's inputs [R, O]; already scaled by block of inputs if those are summed apart."""
     taken, T = layout.operand, layout.tile
-    contract = 0 if layout.format in PACKED else 1
     total_RO: Any = None
     for n in range(layout.inputs // T):
         w_T = _weights(layout, w_ref, n, scales_ref, shift_ref)
-        sums_JRO = lax.dot_general(
-            x_ref[:, n * T : (n + 1) * T], w_T, (((1,), (contract,)), ((), ())), preferred_element_type=taken.sums
-        )
+        contract = (((1,), (layout.contract,)), ((), ()))
+        sums_JRO = lax.dot_general(x_ref[:, n * T : (n + 1) * T], w_T, contract, preferred_element_type=taken.sums)
         if not layout.sums_apart:
             total_RO = sums_JRO if total_RO is None else total_RO + sums_JRO
             continue
@@ -140,16 +174,16 @@ def _groups(layout: Layout, tile: int, sums_JRO: jax.Array) -> Iterator[tuple[in
 
 
 def _weights(layout: Layout, w_ref: Any, n: int, scales_ref: Any, shift_ref: Any) -> jax.Array:
-    """A tile of weights as the unit takes them: [T, O] of packed ones, else [O, T]."""
+    """A tile of weights as the unit takes them: [T, O] where inputs come first, else [O, T]."""
     T, dtype = layout.tile, layout.operand.dtype
     if layout.format not in PACKED:
-        values_OT = w_ref[:, n * T : (n + 1) * T]
+        values = w_ref[n * T : (n + 1) * T, :] if layout.inputs_first else w_ref[:, n * T : (n + 1) * T]
         if layout.end is not None:
             # Past the weight's end there may be anything, and nan times zero is nan.
-            first = pl.program_id(2) * layout.inputs + n * T
-            inside = first + lax.broadcasted_iota(jnp.int32, values_OT.shape, 1) < layout.end
-            values_OT = jnp.where(inside, values_OT.astype(jnp.float32), 0).astype(values_OT.dtype)
-        return values_OT.astype(dtype)
+            first = pl.program_id(2) * layout.inputs + n * T if layout.steps > 1 else n * T
+            inside = first + lax.broadcasted_iota(jnp.int32, values.shape, layout.contract) < layout.end
+            values = jnp.where(inside, values.astype(jnp.float32), 0).astype(values.dtype)
+        return values.astype(dtype)
     words = pltpu.bitcast(w_ref[n * T // 2 : (n + 1) * T // 2], jnp.int32)
     low, high = _spread(layout, words)
     if not layout.scaled_first:
@@ -159,9 +193,14 @@ def _weights(layout: Layout, w_ref: Any, n: int, scales_ref: Any, shift_ref: Any
     half = (layout.size or layout.inputs) // 2
     parts = []
     for codes in (low, high):
+        if layout.narrow_scales:
+            values_GBO = codes.astype(jnp.bfloat16).reshape(-1, half, codes.shape[1])
+            scales_G1O = jnp.broadcast_to(scales_GO.astype(jnp.bfloat16)[:, None], (len(scales_GO), 1, codes.shape[1]))
+            parts.append((values_GBO * scales_G1O).reshape(codes.shape))
+            continue
         values_GBO = codes.astype(jnp.float32).reshape(-1, half, codes.shape[1])
         if shift_ref is not None:
-            values_GBO = values_GBO - shift_ref[...][:, None]
+            values_GBO = values_GBO - shift_ref[...][:, None] / UNITS.get((layout.format, low.dtype), 1.0)
         parts.append((values_GBO * scales_GO[:, None]).reshape(codes.shape).astype(dtype))
     return jnp.concatenate(parts, axis=0)
 
@@ -169,11 +208,11 @@ def _weights(layout: Layout, w_ref: Any, n: int, scales_ref: Any, shift_ref: Any
 def _spread(layout: Layout, words: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Low and high four bits of each byte, as 8-bit numbers."""
     if layout.format == "int4":
-        low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
         if layout.operand.dtype == FLOAT8:
+            low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
             return pltpu.bitcast(low, FLOAT8), pltpu.bitcast(high, FLOAT8)
-        # Less 8 in each byte, without a carry: 0 to 15 and 0x78 is 0x78 to 0x87, of which the top bit is turned.
-        low, high = (low + 0x78787878) ^ TOP, (high + 0x78787878) ^ TOP
+        # Of 0 to 15 less 8, the bits with the top one turned, as the high half of a byte: 16 times the number.
+        low, high = ((words << 4) & HIGH) ^ TOP, (words & HIGH) ^ TOP
         return pltpu.bitcast(low, jnp.int8), pltpu.bitcast(high, jnp.int8)
     low = ((words << 4) & TOP) | ((words << 2) & 0x1C1C1C1C)
     high = (words & TOP) | ((words >> 2) & 0x1C1C1C1C)

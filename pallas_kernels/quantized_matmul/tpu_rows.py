@@ -40,7 +40,7 @@ def operand(dtype: jnp.dtype, x_dtype: jnp.dtype) -> Operand:
     if dtype == jnp.int8:
         return Operand(jnp.dtype(jnp.int8), (65536.0, 256.0, 1.0))
     if dtype == FLOAT8:
-        return Operand(FLOAT8, tuple(16.0**-piece for piece in range(3 if x_dtype == jnp.bfloat16 else 6)))
+        return Operand(FLOAT8, tuple(32.0**-piece for piece in range(2 if x_dtype == jnp.bfloat16 else 5)))
     return Operand(jnp.dtype(jnp.bfloat16), (1.0,) * (1 if x_dtype == jnp.bfloat16 else 3))
 
 
@@ -72,7 +72,7 @@ def split(x_MI: jax.Array, taken: Operand) -> tuple[list[jax.Array], jax.Array]:
         return [rest.astype(jnp.int8), *pieces], scales_M1
     for _ in taken.weights:
         pieces.append(jnp.where(jnp.isfinite(reach_M1), scaled, 0).astype(FLOAT8))
-        scaled = 16 * (scaled - pieces[-1].astype(jnp.float32))
+        scaled = 32 * (scaled - pieces[-1].astype(jnp.float32))
     return pieces, scales_M1
 
 

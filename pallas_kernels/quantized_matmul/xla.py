@@ -107,8 +107,9 @@ def _floats(weight: QuantizedWeight, start: jax.Array, size: int, wide: jnp.dtyp
     With one block of inputs, scale and zero point are left for the sums.
     """
     packed, I = weight.format in PACKED, weight.shape[1]
-    outputs = 1 if packed else 0
+    outputs = 1 if packed or weight.inputs_first else 0
     part = lax.dynamic_slice_in_dim(weight.values, start, size, outputs)
+    part = part.T if weight.inputs_first else part
     codes = [part & 15, part >> 4] if packed else [part]
     if weight.format == "mxfp4":
         values = [from_e2m1(code).astype(wide) for code in codes]
