@@ -9,13 +9,14 @@ are the surroundings' (between projections, rotary positions and the output's pr
 for our kernels: the products write that order).
 
 The profiler runs every step of the grid, so its time and memory grow with the heads, which are all alike, and with
-the square of the length. It is given `_heads` of them (all on a length of 1,024, else two) and for lengths of 16,384 an
-eighth of the queries (of the keys, for a backward pass) against all the others: with all tiles computed those are all
-alike too, and under our causal kernels' diagonal the two in the middle are the mean of all, as their grid pairs a long
-row with a short one. Cycles are multiplied accordingly, for ours and the peers alike, and so what begins and ends a
-kernel is counted more than once, for all alike.
+the square of the length. It is given few heads (`_heads`), and of long rows a part of the queries (of the keys, for a
+backward pass) against all the others (`_part`): with all tiles computed these are all alike too, and under our causal
+kernels' diagonal the two blocks in the middle are the mean of all, as their grid pairs a long row with a short one.
+Cycles are multiplied accordingly, for ours and the peers alike, and so what begins and ends a kernel is counted more
+than once, for all alike.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +29,7 @@ SHAPES = ((4, 4096, 16, 128), (1, 16384, 16, 128), (4, 1024, 16, 128), (4, 4096,
 SPLASH = ((512, 512, 512), (1024, 1024, 512), (1024, 1024, 1024))
 SPLASH_BACKWARD = ((512, 512, 512, True), (1024, 1024, 512, True), (512, 512, 512, False), (1024, 1024, 512, False))
 FLASH = ((512, 512, 512),)
-LONG = 16384  # tokens, of which an eighth is profiled
+LONG = 16384  # tokens
 
 
 def cases(chip: str) -> Iterator[Case]:
@@ -80,8 +81,15 @@ def _work(B: int, T: int, H: int, D: int, causal: bool, backward: bool = False) 
     return flops, 2.0 * (8 if backward else 4) * B * T * H * D
 
 
-def _heads(B: int, T: int, H: int) -> int:
-    return B * H if T < 2048 else min(B * H, 2)
+def _heads(target: Any, B: int, T: int, H: int, backward: bool = False) -> int:
+    """How many heads are profiled. v5p divides them over two cores."""
+    few = (4 if backward else 8) if T < 2048 else 1 if backward and target.chip.name != "v5p" else 2
+    return min(B * H, few)
+
+
+def _part(T: int, backward: bool = False) -> int:
+    """How many queries, or keys, meet all the others: two blocks of ours at least."""
+    return 2048 if T == LONG or (backward and T > 2048) else T
 
 
 def forward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implementation: str = "tpu") -> Program:
@@ -93,14 +101,15 @@ def forward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implement
             return flash_attention(q, k, v, causal=causal, implementation=implementation)
 
         return _of_library(target, attend, B, T, H, D, causal, "forward")
-    heads, rows = _heads(B, T, H), T // 8 if T == LONG else T
+    heads, rows = _heads(target, B, T, H), _part(T)
     options = {"causal": causal, "q_offset": (T - rows) // 2 if causal else 0, "implementation": implementation}
-    return Program(
+    program = Program(
         _heads_first(lambda q, k, v: flash_attention(q, k, v, **options)),
         (target.array((1, heads, rows, D)), *[target.array((1, heads, T, D))] * 2),
         *_work(B, T, H, D, causal),
         share=B * H / heads * T / rows,
     )
+    return _as_kernels_want(target, program)
 
 
 def backward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implementation: str = "tpu") -> Program:
@@ -115,7 +124,7 @@ def backward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implemen
             return flash_attention(q, k, v, causal=causal, implementation=implementation)
 
         return _pullback(target, attend, [target.array((B, T, H, D))] * 3, work)
-    heads, keys = _heads(B, T, H), T // 8 if T == LONG else T
+    heads, keys = _heads(target, B, T, H, True), _part(T, True)
     options = {"causal": causal, "q_offset": -(T - keys) // 2 if causal else 0, "implementation": implementation}
 
     def back(q: Any, k: Any, v: Any, out: Any, d_out: Any, lse: Any) -> Any:
@@ -126,7 +135,8 @@ def backward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implemen
 
     q, k = target.array((1, heads, T, D)), target.array((1, heads, keys, D))
     lse = target.array((1, heads, T), "float32")
-    return Program(_heads_first(back), (q, k, k, q, q, lse), *work, share=B * H / heads * T / keys)
+    program = Program(_heads_first(back), (q, k, k, q, q, lse), *work, share=B * H / heads * T / keys)
+    return _as_kernels_want(target, program)
 
 
 def _heads_first(function: Any) -> Any:
@@ -143,13 +153,14 @@ def _heads_first(function: Any) -> Any:
 def splash(target: Any, B: int, T: int, H: int, D: int, causal: bool, blocks: tuple[int, int, int]) -> Program:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 
-    heads, length = _heads(B, T, H), T // 8 if T == LONG else T
+    heads, length = _heads(target, B, T, H), _part(T)
     rows, keys, part = (min(size, T) for size in blocks)
     sizes = library.BlockSizes(block_q=rows, block_kv=keys, block_kv_compute=part)
     kernel = _splash(sizes, heads, (length, T), causal)
     q, k = target.array((heads, length, D)), target.array((heads, T, D))
     share = (_not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * T / length
-    return Program(lambda q, k, v: kernel(q, k, v), (q, k, k), *_work(B, T, H, D, causal), share=share)
+    work = _work(B, T, H, D, causal)
+    return _as_kernels_want(target, Program(lambda q, k, v: kernel(q, k, v), (q, k, k), *work, share=share))
 
 
 def splash_backward(
@@ -157,7 +168,7 @@ def splash_backward(
 ) -> Program:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 
-    heads, length = _heads(B, T, H), T // 8 if T == LONG else T
+    heads, length = _heads(target, B, T, H, True), _part(T, True)
     rows, keys, part = (min(size, T) for size in blocks[:3])
     fused = blocks[3]
     other = {} if fused else {"block_q_dq": rows, "block_kv_dq": keys}
@@ -181,16 +192,32 @@ def splash_backward(
 def flash(target: Any, B: int, T: int, H: int, D: int, causal: bool, blocks: tuple[int, int, int]) -> Program:
     from jax.experimental.pallas.ops.tpu import flash_attention as library
 
-    heads = _heads(B, T, H)
+    heads = _heads(target, B, T, H)
     rows, keys, part = (min(size, T) for size in blocks)
     sizes = library.BlockSizes(block_q=rows, block_k_major=keys, block_k=part, block_b=1)
     x = target.array((1, heads, T, D))
-    return Program(
+    program = Program(
         lambda q, k, v: library.flash_attention(q, k, v, causal=causal, block_sizes=sizes),
         (x, x, x),
         *_work(B, T, H, D, causal),
         share=B * H / heads,
     )
+    return _as_kernels_want(target, program)
+
+
+def _as_kernels_want(target: Any, program: Program) -> Program:
+    """With arguments and results row by row in memory, which is not what XLA takes for heads of 64: it would copy."""
+    import jax
+    from jax.experimental.layout import Format, Layout
+
+    def format_of(x: Any) -> Any:
+        return Format(Layout(tuple(range(x.ndim))), target.array(()).sharding)
+
+    with target.context():
+        results = jax.eval_shape(program.function, *program.arguments)
+    formats = jax.tree.map(format_of, program.arguments), jax.tree.map(format_of, results)
+    jitted = jax.jit(program.function, in_shardings=formats[0], out_shardings=formats[1])
+    return dataclasses.replace(program, function=jitted)
 
 
 def cudnn(target: Any, B: int, T: int, H: int, D: int, causal: bool, kind: str) -> Program:
@@ -247,4 +274,5 @@ def _pullback(target: Any, attend: Any, given: list[Any], work: tuple[float, flo
     with target.context():
         out, pullback = jax.eval_shape(lambda *given: jax.vjp(attend, *given), *given)
     kept, d_out = jax.tree.map(lambda x: target.array(x.shape, x.dtype), (pullback, out))
-    return Program(lambda pullback, d_out: pullback(d_out), (kept, d_out), *work, share=share)
+    program = Program(lambda pullback, d_out: pullback(d_out), (kept, d_out), *work, share=share)
+    return _as_kernels_want(target, program) if target.chip.platform == "tpu" else program

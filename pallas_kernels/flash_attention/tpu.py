@@ -198,7 +198,9 @@ def _plan(
         fit = max(256, 1 << (window - 1).bit_length())
         most_q, most_k = min(most_q, fit), min(most_k, fit)
     block_q, block_k = _fit(T, most_q), _fit(S, most_k)
-    return Plan(T, S, block_q, block_k, causal, window, offset, segments, D, E, bias and is_backward, is_backward, chunk)
+    return Plan(
+        T, S, block_q, block_k, causal, window, offset, segments, D, E, bias and is_backward, is_backward, chunk
+    )
 
 
 def _power(size: int) -> int:
@@ -215,10 +217,15 @@ def _fit(length: int, most: int) -> int:
 
 
 def _heads(x_BTHD: jax.Array, length: int, ids_BT: jax.Array | None) -> jax.Array:
-    """[B, H, length, D], with zeros where there is padding, and up to whole lanes."""
+    """[B, H, length, D], with zeros where there is padding, and up to `_width`."""
     if ids_BT is not None:  # what padding holds may not be finite
         x_BTHD = jnp.where((ids_BT != 0)[:, :, None, None], x_BTHD, 0)
-    return _pad(_pad(jnp.swapaxes(x_BTHD, 1, 2), 2, length), 3, -(-x_BTHD.shape[3] // LANES) * LANES)
+    return _pad(_pad(jnp.swapaxes(x_BTHD, 1, 2), 2, length), 3, _width(x_BTHD.shape[3]))
+
+
+def _width(size: int) -> int:
+    """Of a head in the kernels: half of the lanes take no copy, other parts are padded."""
+    return size if size == LANES // 2 else -(-size // LANES) * LANES
 
 
 def _segments(plan: Plan, q_ids: Any, kv_ids: Any, q_offset: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
