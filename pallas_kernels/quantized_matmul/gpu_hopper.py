@@ -1,12 +1,15 @@
-"""Products with int8 and float8 weights for Hopper (Mosaic GPU), on the frame of `gpu_steps.py`.
+"""Products with quantised weights for Hopper (Mosaic GPU), on the frame of `gpu_steps.py`.
 
 wgmma takes its left side from registers, so there the weights are: a warpgroup has 64 outputs, makes bfloat16 of what
 it read as bytes, and multiplies by rows in shared memory as columns. So 8 rows of decoding are 8 columns and no more,
 and a weight is read once for each 256 rows. The result comes out turned, and is turned back on its way to memory.
 
-Values are exact in 16 bits and multiplied bare: with several blocks of inputs, each block's sums are scaled and added
-(at few rows that is less work than to scale weights). Zero points are a small product of blocks' sums, left to XLA, as
-is the sum over splits, which keep all processors busy where outputs are few.
+A byte of two inputs lies there outputs first, which no wide load turns, so it is read byte by byte; its low and its
+high bits are two left sides, which meet the even inputs of rows and the odd ones.
+
+Values are exact in 16 bits and multiplied bare: with several blocks of inputs, each block's sums are scaled and added.
+With many rows that is more work than to scale weights, which are then rounded once. Zero points are a small product of
+blocks' sums, left to XLA, as is the sum over splits, which keep all processors busy where outputs are few.
 
 Shapes: M rows, I inputs, O outputs, G blocks of inputs, S splits; n rows of a tile, k inputs of a step, b of a product.
 """
@@ -36,17 +39,19 @@ from ..gpu_steps import (
     swizzled,
 )
 from .activations import ACTIVATIONS, finish
-from .formats import QuantizedWeight, expand, scales_of
+from .formats import FLOAT8, PACKED, QuantizedWeight, expand, scales_of
 
-FORMATS = ("int8", "fp8_e4m3")
 IN_KERNEL = (None, "relu", "silu")
 MOST_SPLITS = 8
+MOST_APART = 64  # rows up to which sums of blocks are scaled, and not weights
+# Bytes of a line of packed weights: sixteen more than are used, so that a warp's four lines lie in different banks.
+WIDE = 2 * ROWS + 16
 OF_OUTPUT = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Rows of a tile, inputs of a step and of one product, splits, and the frame's plan."""
+    """Rows of a tile, inputs of a step and of one product (bytes of packed ones), splits, and the frame's plan."""
 
     n: int
     k: int
@@ -55,27 +60,29 @@ class Cut:
     plan: Plan
 
 
-def cut_of(M: int, I: int, O: int, size: int | None, processors: int = PROCESSORS) -> Cut:
+def cut_of(M: int, I: int, O: int, size: int | None, packed: bool = False, processors: int = PROCESSORS) -> Cut:
     """In closed form; `size` is how many inputs share a scale, None for all."""
+    if I % 64 or O % ROWS or (packed and O < WIDE):
+        raise NotImplementedError(
+            f"the Hopper kernel takes 64, 128, ... inputs and outputs (four bits: of these 192), got {I} and {O}"
+        )
     n = next((n for n in (8, 16, 32, 64, 128) if n >= M), 256)
-    k = 64 if n == 256 else 128
-    b = min(64, size or 64)
-    if size is not None:
-        n = min(n, 64)  # two accumulators
-        k = 128
-        if size % 32 or (size % 128 and 128 % size):
-            raise NotImplementedError(f"the Hopper kernel takes blocks of 32, 64 or 128, 256, ... inputs, got {size}")
-    if I % 128 or O % ROWS:
-        raise NotImplementedError(f"the Hopper kernel takes I in multiples of 128 and O of 64, got {I} and {O}")
-    tiles, steps = pl.cdiv(M, n) * pl.cdiv(O, 2 * ROWS), I // k
+    inputs, halves = 128 if n < 256 and I % 128 == 0 else 64, 2 if packed else 1
+    if size is not None and (size % 32 or (size % inputs and inputs % size)):
+        raise NotImplementedError(f"the Hopper kernel takes blocks of 32, 64 or 128, 256, ... inputs, got {size}")
+    k = inputs // halves
+    b = min(64, k, (size or inputs) // halves)
+    tiles, steps = pl.cdiv(M, n) * pl.cdiv(O, 2 * ROWS), I // halves // k
 
     def time(splits: int) -> float:
         return pl.cdiv(tiles * splits, processors) * pl.cdiv(steps, splits) * (1 + 0.01 * splits)
 
     # Writing and reading parts in float32 is to cost half of what the weights do.
-    cheap = max(1, min(MOST_SPLITS, I // (8 * n), steps // 4))
+    cheap = max(1, min(MOST_SPLITS, I // halves // (8 * n), steps // 4))
     splits = min(range(1, cheap + 1), key=time)
-    stage = 2 * ROWS * k + 2 * n * k + (4 * 2 * ROWS * 4 if size else 0)
+    stage = (
+        (WIDE if packed else 2 * ROWS) * k + 2 * n * k * halves + (2 * ROWS * 4 * max(1, inputs // size) if size else 0)
+    )
     out = 2 * 4 * ROWS * min(n, CHUNK)
     return Cut(n, k, b, splits, Plan(2, 1, n, min(MOST_STAGES, (SHARED_MEMORY - out) // stage), processors))
 
@@ -89,22 +96,30 @@ def product(
     cut: Cut | None = None,
 ) -> jax.Array:
     (M, I), (O, _), dtype = x_MI.shape, weight.shape, x_MI.dtype
-    if weight.format not in FORMATS:
-        raise NotImplementedError(f"the Hopper kernel takes weights in {' and '.join(FORMATS)}, got {weight.format}")
     if dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the Hopper kernel takes bfloat16 and float16, got {dtype}")
     grouped = weight.scales.shape[0] > 1
     size = weight.block_sizes[1] if grouped else None
-    f = cut or cut_of(M, I, O, size)
+    f = cut or cut_of(M, I, O, size, weight.format in PACKED)
     if not M:
         return jnp.zeros((0, O), out_dtype)
     scales_GO = _by_output(scales_of(weight.scales, jnp.float32), weight)
     rows = max(f.n, -(-M // 8) * 8)
     x = x_MI if rows == M else jnp.pad(x_MI, ((0, rows - M), (0, 0)))
+    if weight.format in PACKED:  # even inputs and odd ones, as a byte has them
+        x = jnp.moveaxis(x.reshape(rows, I // 2, 2), 2, 0)
     alone = f.splits == 1 and weight.zeros is None and activation in IN_KERNEL
     bias = bias_O.astype(jnp.float32) if alone and bias_O is not None else None
     sums_SMO = _launch(
-        x, weight.values, scales_GO, bias, activation if alone else None, out_dtype if alone else jnp.float32, size, f
+        x,
+        weight.format,
+        weight.values,
+        scales_GO,
+        bias,
+        activation if alone else None,
+        out_dtype if alone else jnp.float32,
+        size,
+        f,
     )
     if alone:
         return sums_SMO[0, :M]
@@ -125,8 +140,9 @@ def _by_output(blocks_GP: jax.Array, weight: QuantizedWeight) -> jax.Array:
 
 
 def _launch(
-    x_MI: jax.Array,
-    values_OI: jax.Array,
+    x: jax.Array,
+    format: str,
+    values: jax.Array,
     scales_GO: jax.Array,
     bias_O: jax.Array | None,
     activation: str | None,
@@ -135,7 +151,11 @@ def _launch(
     f: Cut,
 ) -> jax.Array:
     """[S, M, O]: the sums of each split, scaled; with bias and activation where there is one."""
-    (M, I), O, dtype, p = x_MI.shape, len(values_OI), x_MI.dtype, f.plan
+    packed = format in PACKED
+    # Of packed ones, the inputs are bytes.
+    (M, I), O, dtype, p = x.shape[-2:], scales_GO.shape[1], x.dtype, f.plan
+    halves = 2 if packed else 1
+    size = None if size is None else size // halves
     steps = pl.cdiv(I // f.k, f.splits)
     tiles = pl.cdiv(O, 2 * ROWS), pl.cdiv(M, f.n)
     chunk = min(f.n, CHUNK)
@@ -143,8 +163,10 @@ def _launch(
     products = f.k // f.b
     shared = min(f.k, size or f.k) // f.b
     scratch = {
-        "x": plgpu.SMEM((p.stages, f.n, f.k), dtype, transforms=swizzled(f.b, dtype)),
-        "w": plgpu.SMEM((p.stages, 2, ROWS, f.k), values_OI.dtype, transforms=swizzled(f.k, values_OI.dtype)),
+        "x": plgpu.SMEM((p.stages, halves, f.n, f.k), dtype, transforms=swizzled(f.b, dtype)),
+        "w": plgpu.SMEM((p.stages, f.k, WIDE), values.dtype)
+        if packed
+        else plgpu.SMEM((p.stages, 2, ROWS, f.k), values.dtype, transforms=swizzled(f.k, values.dtype)),
         "out": plgpu.SMEM(
             (2, chunk, ROWS), out_dtype, transforms=swizzled(128 // jnp.dtype(out_dtype).itemsize, out_dtype)
         ),
@@ -154,7 +176,7 @@ def _launch(
     scales = products // shared
     if size is not None:
         scratch["scales"] = plgpu.SMEM((p.stages, 2, scales, ROWS), jnp.float32)
-    given = {"x": x_MI, "w": values_OI, "scales": scales_GO}
+    given = {"x": x, "w": values, "scales": scales_GO}
     if bias_O is not None:
         given["bias"] = bias_O
 
@@ -164,7 +186,12 @@ def _launch(
         first = split * i32(steps)
         return {
             "split": split,
-            "outputs": [jnp.minimum(below * i32(2 * ROWS) + i32(ROWS * g), i32(O - ROWS)) for g in range(2)],
+            "outputs": [
+                jnp.minimum(below * i32(2 * ROWS), i32(O - 2 * ROWS)) + i32(ROWS * g)
+                if packed
+                else jnp.minimum(below * i32(2 * ROWS) + i32(ROWS * g), i32(O - ROWS))
+                for g in range(2)
+            ],
             "row": jnp.minimum(beside * i32(f.n), i32(M - f.n)),
             "first": first,
             "steps": jnp.minimum(jnp.maximum(i32(I // f.k) - first, i32(0)), i32(steps)),
@@ -173,35 +200,51 @@ def _launch(
     def load(refs: Any, t: Any, s: Any, slot: Any, ready: Any) -> None:
         at = t["first"] + s
         inputs = pl.ds(at * i32(f.k), f.k)
-        plgpu.copy_gmem_to_smem(refs["x"].at[pl.ds(t["row"], f.n), inputs], refs["x_smem"].at[slot], ready)
+        rows = pl.ds(t["row"], f.n)
+        for half in range(halves):
+            part = refs["x"].at[half, rows, inputs] if packed else refs["x"].at[rows, inputs]
+            plgpu.copy_gmem_to_smem(part, refs["x_smem"].at[slot, half], ready)
+        if packed:
+            part = refs["w"].at[inputs, pl.ds(jnp.minimum(t["outputs"][0], i32(O - WIDE)), WIDE)]
+            plgpu.copy_gmem_to_smem(part, refs["w_smem"].at[slot], ready)
         for g, output in enumerate(t["outputs"]):
             own = pl.ds(output, ROWS)
-            plgpu.copy_gmem_to_smem(refs["w"].at[own, inputs], refs["w_smem"].at[slot, g], ready)
+            if not packed:
+                plgpu.copy_gmem_to_smem(refs["w"].at[own, inputs], refs["w_smem"].at[slot, g], ready)
             if size is not None:
                 groups = pl.ds(lax.div(at * i32(f.k), i32(size)), scales)
                 plgpu.copy_gmem_to_smem(refs["scales"].at[groups, own], refs["scales_smem"].at[slot, g], ready)
 
-    def weights(refs: Any, slot: Any, group: Any) -> list[jax.Array]:
-        """[64, b] of each product."""
-        bytes_ok = read(refs["w_smem"].at[slot, group], plgpu.Layout.WGMMA_UPCAST_2X)
+    def weights(refs: Any, t: Any, slot: Any, group: Any) -> list[list[jax.Array]]:
+        """Of each product, [64, b]: one, or of packed inputs the even ones' and the odd ones'."""
+        if packed:
+            first = t["outputs"][0] - jnp.minimum(t["outputs"][0], i32(O - WIDE)) + group * i32(ROWS)
+            turned = plgpu.transpose_ref(refs["w_smem"].at[slot, :, pl.ds(first, ROWS)], (1, 0))
+            bytes_ok = plgpu.layout_cast(read(turned, plgpu.Layout._WGMMA_ACC_32BIT), plgpu.Layout.WGMMA)
+        else:
+            bytes_ok = read(refs["w_smem"].at[slot, group], plgpu.Layout.WGMMA_UPCAST_2X)
+        parts = [lax.slice(bytes_ok, (0, j), (ROWS, j + f.b)) for j in range(0, f.k, f.b)]
+        return [_unpacked(part, format, dtype) if packed else [_widened(part, dtype)] for part in parts]
 
-        def part(j: int) -> jax.Array:
-            own = lax.slice(bytes_ok, (0, j * f.b), (ROWS, (j + 1) * f.b))
-            return plgpu.layout_cast(own.astype(dtype), plgpu.Layout.WGMMA)
+    def times(refs: Any, slot: Any, j: int, of_product: list[jax.Array], acc_ref: Any) -> None:
+        for half, w_ob in enumerate(of_product):
+            x_nb = refs["x_smem"].at[slot, half, :, pl.ds(j * f.b, f.b)]
+            plgpu.wgmma(acc_ref, w_ob, plgpu.transpose_ref(x_nb, (1, 0)))
 
-        return [part(j) for j in range(products)]
-
-    def times(refs: Any, slot: Any, j: int, w_ob: jax.Array, acc_ref: Any) -> None:
-        x_nb = refs["x_smem"].at[slot, :, pl.ds(j * f.b, f.b)]
-        plgpu.wgmma(acc_ref, w_ob, plgpu.transpose_ref(x_nb, (1, 0)))
+    def scale(refs: Any, slot: Any, group: Any, j: int, shape: tuple[int, int]) -> jax.Array:
+        scale_o = read(refs["scales_smem"].at[slot, group, j // shared], OF_OUTPUT)
+        return lax.broadcast_in_dim(scale_o, shape, [0])
 
     def multiply(refs: Any, t: Any, s: Any, slot: Any, group: Any, acc_ref: Any) -> None:
-        for j, w_ob in enumerate(weights(refs, slot, group)):
-            times(refs, slot, j, w_ob, acc_ref)
+        for j, of_product in enumerate(weights(refs, t, slot, group)):
+            if size is not None:
+                scale_ob = scale(refs, slot, group, j, (ROWS, f.b))
+                of_product = [(w_ob.astype(jnp.float32) * scale_ob).astype(dtype) for w_ob in of_product]
+            times(refs, slot, j, of_product, acc_ref)
         plgpu.wgmma_wait(0)  # its registers are the next step's
 
     def add(refs: Any, t: Any, s: Any, slot: Any, group: Any, acc_on: jax.Array) -> jax.Array:
-        of_step = weights(refs, slot, group)
+        of_step = weights(refs, t, slot, group)
         for j in range(0, products, shared):
 
             def scope(acc_ref: Any, j: int = j) -> Any:
@@ -210,8 +253,7 @@ def _launch(
                 return acc_ref[...]
 
             part_on = pl.run_scoped(scope, ACC((ROWS, f.n), jnp.float32))
-            scale_o = read(refs["scales_smem"].at[slot, group, j // shared], OF_OUTPUT)
-            acc_on = acc_on + part_on * lax.broadcast_in_dim(scale_o, acc_on.shape, [0])
+            acc_on = acc_on + part_on * scale(refs, slot, group, j, acc_on.shape)
         return acc_on
 
     def store(refs: Any, t: Any, group: Any, acc_on: jax.Array) -> None:
@@ -238,7 +280,29 @@ def _launch(
 
     out = jax.ShapeDtypeStruct((f.splits, M, O), out_dtype)
     total = f.splits * tiles[0] * tiles[1]
-    multiplied = {"multiply": multiply} if size is None else {"multiply": None, "add": add}
+    apart = size is not None and f.n <= MOST_APART
+    multiplied = {"multiply": None, "add": add} if apart else {"multiply": multiply}
     return launch(
         "quantized_matmul", p, given, out, scratch, lambda _: i32(total), tile, load, store=store, **multiplied
     )
+
+
+def _widened(bytes_ob: jax.Array, dtype: Any) -> jax.Array:
+    if bytes_ob.dtype == FLOAT8 and dtype == jnp.bfloat16:
+        bytes_ob = bytes_ob.astype(jnp.float32)  # there is no instruction from one to the other
+    return plgpu.layout_cast(bytes_ob.astype(dtype), plgpu.Layout.WGMMA)
+
+
+def _unpacked(bytes_ob: jax.Array, format: str, dtype: Any) -> list[jax.Array]:
+    """The values of low and of high bits, by putting these into the bits of a bfloat16."""
+    bits = bytes_ob.astype(jnp.uint16)
+
+    def value(code: jax.Array) -> jax.Array:
+        if format == "int4":  # 0x4300 is 128, whose last bit means 1
+            wide = lax.bitcast_convert_type(code | jnp.uint16(0x4300), jnp.bfloat16) - jnp.bfloat16(136)
+        else:  # the bits of e2m1, with its exponent less by 126
+            moved = ((code & jnp.uint16(8)) << jnp.uint16(12)) | ((code & jnp.uint16(7)) << jnp.uint16(6))
+            wide = lax.bitcast_convert_type(moved, jnp.bfloat16) * jnp.bfloat16(2.0**126)
+        return wide if dtype == jnp.bfloat16 else wide.astype(jnp.float32).astype(dtype)
+
+    return [value(bits & jnp.uint16(15)), value(bits >> jnp.uint16(4))]

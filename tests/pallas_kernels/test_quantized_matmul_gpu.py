@@ -1,6 +1,7 @@
 """quantized_matmul's GPU kernels: in Pallas's interpreter, or on a GPU where there is one, and through the compiler."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,13 +11,14 @@ import pytest
 from jax.experimental import pallas as pl
 
 from benchmarks.static import Program, Request, compile_all
+from tests.pallas_kernels.gpu_emulator import emulate
 from tests.pallas_kernels.test_quantized_matmul import CASES, check, make, product, run
-from twinax.pallas_kernels.quantized_matmul import gpu, gpu_triton, quantize, quantized_matmul
+from twinax.pallas_kernels.quantized_matmul import gpu, gpu_hopper, gpu_triton, quantize, quantized_matmul
 from twinax.planner.devices import has_cuda_plugin
 
 GPU = jax.default_backend() == "gpu"
 SLOW = pytest.mark.slow
-QUICK = ("int8, groups with a rest", "int4, groups of 32", "int4 x int8", "mxfp4 with a rest")
+QUICK = ("int4, groups of 32", "mxfp4 with a rest")
 BY_CUBLAS = ("int8 x int8", "int8 x int8, one scale", "fp8 x fp8")
 SPLIT = gpu_triton.Tile(16, 16, 32, splits=4)
 
@@ -39,7 +41,7 @@ def test_is_the_reference(case):
     check(x, weight, bias, options, run(product, "gpu", x, weight, bias, **options))
 
 
-@pytest.mark.parametrize("case", ["int4, groups of 128 with a rest", pytest.param("fp8, blocks", marks=SLOW)])
+@pytest.mark.parametrize("case", ["fp8, blocks", pytest.param("int4, groups of 128 with a rest", marks=SLOW)])
 def test_split_sums(case, monkeypatch):
     """Of which some have no terms at all."""
     monkeypatch.setattr(gpu_triton, "tile_of", lambda kind: SPLIT)
@@ -57,6 +59,59 @@ def test_rows_do_not_meet():
     for row in (0, 2, 4, 5):
         np.testing.assert_array_equal(spoilt[row], clean[row])
     assert not np.isfinite(np.asarray(spoilt[1])).any() and np.isfinite(np.asarray(spoilt[3])).all()
+
+
+# M, I, O, format, block, zero points, activation, splits. Tiles are 128 outputs of two warpgroups, by up to 256 rows.
+HOPPERS = {
+    "int8, a few rows": (5, 256, 192, "int8", (1, None), False, "silu", 1),
+    "int8, split, zero points": (5, 384, 192, "int8", (1, None), True, "gelu", 2),
+    "int8, small blocks": (20, 256, 128, "int8", (1, 32), True, None, 1),
+    "int8, scaled first": (100, 256, 192, "int8", (1, 128), False, "relu", 1),
+    "int8, many rows": (300, 256, 128, "int8", (1, None), False, "silu", 1),
+    "fp8, blocks, split": (20, 256, 128, "fp8_e4m3", (128, 128), False, None, 2),
+    "int4, a channel": (5, 256, 192, "int4", (1, None), False, "silu", 1),
+    "int4, small blocks": (20, 256, 192, "int4", (1, 32), True, None, 1),
+    "int4, blocks, split": (20, 512, 256, "int4", (1, 128), True, None, 2),
+    "int4, scaled first": (300, 320, 192, "int4", (1, 64), True, None, 1),
+    "mxfp4": (40, 192, 192, "mxfp4", (1, 32), False, None, 1),
+}
+HOPPER_QUICK = ("int8, a few rows", "int4, small blocks")
+
+
+@pytest.mark.parametrize(
+    ("case", "seed"),
+    [
+        pytest.param(case, seed, marks=() if case in HOPPER_QUICK and not seed else SLOW)
+        for case in HOPPERS
+        for seed in ((0, 1, 2) if case in HOPPER_QUICK else (0,))
+    ],
+)
+def test_hopper(case, seed):
+    """On an emulated GPU of three processors, where there is none."""
+    M, I, O, form, block, zeros, activation, splits = HOPPERS[case]
+    if GPU and gpu.target_chip() not in gpu.HOPPER:
+        pytest.skip("a kernel for Hopper")
+    rng = np.random.default_rng(len(case))
+    w, x, bias = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((O, I), (M, I), (O,)))
+    weight, x = quantize(w, form, block=block, zero_points=zeros), x.astype(jnp.bfloat16)
+    size = block[1] if len(weight.scales) > 1 else None
+    cut = replace(gpu_hopper.cut_of(M, I, O, size, form in ("int4", "mxfp4"), 3), splits=splits)
+
+    def product(x, weight, bias):
+        return gpu_hopper.product(x, weight, bias, activation, x.dtype, cut)
+
+    y = (jax.jit(product) if GPU else emulate(product, seed))(x, weight, bias)
+    check(x, weight, bias, {"activation": activation, "activation_format": None}, y)
+
+
+def test_hopper_cuts_fit():
+    for M in (1, 30, 100, 300):
+        for size, packed in ((None, False), (128, False), (None, True), (32, True)):
+            for I in (4096, 2880):
+                if size == 128 and I % 128:
+                    continue
+                cut = gpu_hopper.cut_of(M, I, 14336, size, packed)
+                assert cut.plan.stages >= 3 and cut.plan.c == cut.n and (I // (2 if packed else 1)) % cut.k == 0
 
 
 def build(target, M, I, O, form, block=(1, None), rows=None, zeros=False, dtype="bfloat16"):
@@ -79,9 +134,13 @@ COMPILED = [
     *({"M": M, **LARGE, "form": "int8", "block": (1, 64), "rows": "int8"} for M in (16, 2048)),
     *({"M": M, **LARGE, "form": "int4", "rows": "int8"} for M in (16, 2048)),
     {"M": 500, "I": 200, "O": 72, "form": "int4", "block": (1, 32), "dtype": "float32"},
+    {"M": 500, "I": 200, "O": 72, "form": "int4"},
+    {"M": 128, "I": 4096, "O": 14336, "form": "int8", "dtype": "float16"},
+    {"M": 64, "I": 2880, "O": 5760, "form": "mxfp4", "block": (1, 32)},
 ]
 FLOAT8 = [
     *({"M": M, **LARGE, "form": "fp8_e4m3"} for M in (16, 2048)),
+    *({"M": M, **LARGE, "form": "fp8_e4m3", "block": (128, 128)} for M in (16, 2048)),
     *({"M": M, **LARGE, "form": "fp8_e4m3", "block": (128, 128), "rows": "fp8"} for M in (16, 2048)),
 ]
 
