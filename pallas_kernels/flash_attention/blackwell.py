@@ -30,8 +30,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .blackwell_vote import any_of_warp
 from .gpu_blocks import (
-    FEW_LOADS,
     LOG2E,
+    MANY_LOADS,
+    NEVER,
     UNSEEN,
     Options,
     edges,
@@ -126,12 +127,12 @@ def forward(
             "v": plgpu.SMEM((p.v, p.block, E), dtype, transforms=swizzled(E, dtype)),
             "lse": plgpu.SMEM((p.tiles, ROWS), jnp.float32),
             "norm": plgpu.SMEM((p.tiles, ROWS), jnp.float32),
-            # Probabilities of two bytes lie in the first half of the columns of the scores that they come from.
-            "tile": plgpu.RefUnion(
-                plgpu.TMEM((ROWS, slots * p.block), jnp.float32),
+            # Probabilities of two bytes lie in the first half of the columns of the scores that they come from. The
+            # sums are in the same piece, as the addresses of two took one register too many.
+            "tensor_memory": plgpu.RefUnion(
+                (plgpu.TMEM((ROWS, slots * p.block), jnp.float32), plgpu.TMEM((ROWS, p.tiles * E), jnp.float32)),
                 plgpu.TMEM((ROWS, 2 * slots * p.block), dtype, packed=True),
             ),
-            "acc": plgpu.TMEM((ROWS, p.tiles * E), jnp.float32),
             "q_ready": plgpu.Barrier(num_barriers=p.tiles, num_arrivals=D // p.width),
             "k_ready": plgpu.Barrier(num_barriers=p.k),
             "v_ready": plgpu.Barrier(num_barriers=p.v),
@@ -147,7 +148,7 @@ def forward(
 
         def scope(*allocated: Any) -> None:
             parts = dict(zip(scratch, allocated, strict=True))
-            parts["scores_of"], parts["weights_of"] = parts.pop("tile")
+            (parts["scores_of"], parts["acc"]), parts["weights_of"] = parts.pop("tensor_memory")
             _kernel(o, p, given, parts)
 
         pl.run_scoped(scope, *scratch.values(), collective_axes="warpgroup")
@@ -187,13 +188,13 @@ def _kernel(o: Options, p: Plan, given: dict[str, Any], scratch: dict[str, Any])
     @pl.when(group < p.tiles)
     def _compute() -> None:
         if p.tiles > 1:
-            plgpu.set_max_registers(FEW_LOADS[0], action="increase")
+            plgpu.set_max_registers(MANY_LOADS[0], action="increase")
         _compute_tile(o, p, given, scratch, (batch, head, pair, group, offset), range_of(group))
 
     @pl.when(group == p.tiles)
     def _drive() -> None:
         if p.tiles > 1:
-            plgpu.set_max_registers(FEW_LOADS[1], action="decrease")
+            plgpu.set_max_registers(MANY_LOADS[1], action="decrease")
         ranges = [range_of(i32(t)) for t in range(p.tiles)]
         spans = [(x[0], x[3]) for x in ranges]
         low, high = reduce(jnp.minimum, [x[0] for x in spans]), reduce(jnp.maximum, [x[1] for x in spans])
@@ -256,7 +257,9 @@ def _multiply(p: Plan, scratch: Any, spans: list[tuple[Any, Any]], span: tuple[A
             for part in range(scratch["q"].shape[1]):
                 columns = scratch["k"].at[stage, :, pl.ds(part * p.width, p.width)]
                 turned = plgpu.transpose_ref(columns, (1, 0))
-                plgpu.tcgen05_mma(scores_qs, scratch["q"].at[t, part], turned, accumulate=part > 0)
+                # A place that seems to depend on the step: its descriptors are computed in each, and not kept.
+                own = scratch["q"].at[i32(t) + lax.div(j, i32(NEVER)), part]
+                plgpu.tcgen05_mma(scores_qs, own, turned, accumulate=part > 0)
             plgpu.tcgen05_commit_arrive(scratch["scores"].at[slot])
 
         if t == p.tiles - 1:
@@ -321,11 +324,16 @@ def _compute_tile(
     def step(j: Any, carry: Any, masked: bool) -> Any:
         max_q, sum_q = carry
         slot = group if p.tiles > 1 else lax.rem(j - low, i32(2))
+        # Masks and bends of 128 scores at a time do not fit the registers: they are put back, and loaded once more.
+        back = masked and (o.segments or o.window is not None or o.bend is not None)
+
+        def scores_part(start: int) -> Any:
+            return scratch["scores_of"].at[:, pl.ds(slot * i32(p.block) + i32(start), part)]
+
         plgpu.barrier_wait(scratch["scores"].at[slot])
-        x_parts = []
+        x_parts, highest_q = [], max_q
         for start in parts:
-            scores_qc = scratch["scores_of"].at[:, pl.ds(slot * i32(p.block) + i32(start), part)]
-            x_qc = plgpu.async_load_tmem(scores_qc, layout=NATIVE)
+            x_qc = plgpu.async_load_tmem(scores_part(start), layout=NATIVE)
             if o.bend is not None:
                 x_qc = tanh(x_qc * o.bend)
             if masked:
@@ -336,15 +344,23 @@ def _compute_tile(
                 left = i32(o.S) - key if o.S % p.block else None
                 sees = mask(o, first + offset - key, left, x_qc.shape, ids, None, layout=NATIVE)
                 x_qc = jnp.where(sees, x_qc, UNSEEN)
+            highest_q = jnp.maximum(highest_q, x_qc.max(axis=1) * o.base2)
+            if back:
+                plgpu.wait_load_tmem()
+                plgpu.async_store_tmem(scores_part(start), x_qc)
             x_parts.append(x_qc)
-        highest_q = reduce(jnp.maximum, [x.max(axis=1) for x in x_parts]) * o.base2
-        highest_q = jnp.maximum(max_q, highest_q)
         grew_q = highest_q - max_q > GROWTH
         new_max_q = jnp.where(grew_q, highest_q, max_q)
         decay_q = jnp.exp2(max_q - new_max_q)
-        plgpu.wait_load_tmem()  # before the scores' place is written
+        if back:
+            plgpu.commit_tmem()
+        else:
+            plgpu.wait_load_tmem()  # before the scores' place is written
         sum_q = sum_q * decay_q
         for start, x_qc in zip(parts, x_parts, strict=True):
+            if back:
+                x_qc = plgpu.async_load_tmem(scores_part(start), layout=NATIVE)
+                plgpu.wait_load_tmem()
             p_qc = jnp.exp2(x_qc * o.base2 - of_rows(new_max_q, part))
             sum_q = sum_q + p_qc.sum(axis=1)
             weights_qc = scratch["weights_of"].at[:, pl.ds(slot * i32(2 * p.block) + i32(start), part)]

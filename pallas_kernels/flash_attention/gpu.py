@@ -3,10 +3,11 @@
 | chip | kernel | dtypes | head sizes |
 |---|---|---|---|
 | H100, H200 | `hopper.py`, `hopper_backward.py` (Mosaic GPU) | bfloat16, float16 | multiples of 16, up to 256 |
-| B200, GB200 | `blackwell.py` (Mosaic GPU), Triton's backward pass | bfloat16, float16 | multiples of 16, up to 256 |
+| B200, GB200 | `blackwell.py`, `blackwell_backward.py` (Mosaic GPU) | bfloat16, float16 | multiples of 16, up to 256 |
 | any | `triton.py` (Pallas's Triton backend, as long as JAX has it) | and float32 | any up to 256 |
 
-No kernel takes a bias, float8 or float64.
+On Blackwell the gradients of head sizes that add up to more than 384 are Triton's. No kernel takes a bias, float8 or
+float64.
 
 There was no GPU when this was written: the numbers are those of an emulated one (in `tests/pallas_kernels/`) and of
 Pallas's interpreter, registers and spills are ptxas's, and nothing has been timed.
@@ -30,19 +31,39 @@ def _kernels() -> list[tuple[str, Kernel, Kernel]]:
     platform, chip, found = known_platform(), target_chip(), []
     if platform not in (None, "cuda"):
         raise NotImplementedError(f"these kernels are for NVIDIA GPUs, and this program is for a {platform}")
-    try:
-        from . import triton
-    except ImportError:  # JAX deprecates its Triton backend
-        triton = None
     if chip in HOPPER:
         from . import hopper, hopper_backward
 
         found.append(("hopper", hopper.forward, hopper_backward.backward))
-    if chip in BLACKWELL and triton is not None:
-        from . import blackwell
+    if chip in BLACKWELL:
+        from . import blackwell, blackwell_backward
 
-        found.append(("blackwell", blackwell.forward, triton.backward))
+        found.append(("blackwell", blackwell.forward, or_triton(blackwell_backward.backward)))
+    triton = _triton()
     return found if triton is None else [*found, ("triton", triton.forward, triton.backward)]
+
+
+def _triton() -> Any:
+    try:
+        from . import triton
+    except ImportError:  # JAX deprecates its Triton backend
+        return None
+    return triton
+
+
+def or_triton(backward: Kernel) -> Kernel:
+    """For a forward pass that does more than the backward one."""
+
+    def either(*inputs: Any) -> Any:
+        try:
+            return backward(*inputs)
+        except NotImplementedError:
+            triton = _triton()
+            if triton is None:
+                raise
+            return triton.backward(*inputs)
+
+    return either
 
 
 def _split(options: dict[str, Any]) -> tuple[Any, Any]:

@@ -282,7 +282,8 @@ class _Warpgroup(TensorCore):
 
     def _axis_index(self, eqn: Any, values: list[Any]) -> Any:
         name = eqn.params["axis_name"]
-        if self.warp is not None and name == self.warp[0]:
+        if self.warp is not None:
+            assert name == self.warp[0], "a warp knows no axis but its own: that is for the warpgroup to find out"
             return [np.int32(self.warp[1])]
         return [np.int32(self.index if name == self.axis else self.block.place[name])]
         yield

@@ -19,6 +19,7 @@ from twinax.pallas_kernels.flash_attention import (
     OPERATION,
     _check_options,
     blackwell,
+    blackwell_backward,
     flash_attention,
     gpu,
     hopper,
@@ -30,7 +31,8 @@ from twinax.planner.devices import has_cuda_plugin
 
 GPU = jax.default_backend() == "gpu"
 NOTHING = {"qk_scale_H": None, "v_scale_H": None, "sinks_H": None}
-# B, T, S, H, K, D, E, options. Hopper's tiles are 128 queries, of two halves, and its blocks 64 or 128 keys.
+# B, T, S, H, K, D, E, options. Hopper's tiles are 128 queries, of two halves, and its blocks 64 or 128 keys;
+# Blackwell's are two of 128 queries, or one where heads are wide, and the same blocks.
 CASES = {
     "one token": (1, 1, 1, 1, 1, 16, 16, {}),
     "causal, grouped, a rest": (1, 140, 140, 2, 1, 32, 32, {}),
@@ -48,8 +50,8 @@ QUICK = {
     ("hopper", "one token"),
     ("hopper", "segments, sinks, softcap"),
     ("hopper", "a window, offsets by row"),
-    ("blackwell", "segments, sinks, softcap"),
-    ("blackwell", "wide"),
+    ("blackwell", "a window, offsets by row"),
+    ("blackwell", "latent"),
     ("triton", "causal, grouped, a rest"),
 }
 
@@ -80,7 +82,7 @@ def attention(forward, backward):
 
 KERNELS = {
     "hopper": attention(hopper.forward, hopper_backward.backward),
-    "blackwell": attention(blackwell.forward, triton.backward),
+    "blackwell": attention(blackwell.forward, gpu.or_triton(blackwell_backward.backward)),
     "triton": attention(triton.forward, triton.backward),
 }
 
