@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .. import tuned
 from ..chips import target_chip
 from ..flash_attention.tpu_forward import LOG2E, LOWEST, Scores
 from . import tpu_backward, tpu_forward, xla
 from .tpu_forward import LANES, Ring
 
-BLOCK = 512  # queries and keys of a tile, at most
+BLOCK = 512  # queries and keys of a tile, at most, where nothing better is known
 VMEM_BYTES = {"7x": 56 << 20}  # that the kernel may use
 VMEM_ELSEWHERE = 100 << 20
 
@@ -37,21 +38,41 @@ def ring_attention(
     (_, T, H, D), K = q_BTHD.shape, k_BTKD.shape[2]
     if n == 1:
         raise NotImplementedError("a ring of one device is no ring")
-    if window is not None:
-        raise NotImplementedError("a window leaves most of the ring without work; this kernel would go all the way")
     if q_BTHD.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel takes bfloat16 and float32, got {q_BTHD.dtype}")
     chunk = -(-(T // 2) // LANES) * LANES
-    block = max(size for size in range(LANES, BLOCK + 1, LANES) if chunk % size == 0 and size & (size - 1) == 0)
+    found = tuned.best("ring_attention", target_chip(), _key(chunk, D)) if window is None else None
+    block = _fit(chunk, found["block"] if found else BLOCK if window is None else _near(window))
     scores = Scores(D**-0.5 if scale is None else scale, softcap, bias=False, scaled=False)
     limit = _limit()
-    o = Ring(axis, n, H // K, chunk, block, scores, segment_ids_BT is not None or 2 * chunk != T)
+    o = Ring(axis, n, H // K, chunk, block, scores, segment_ids_BT is not None or 2 * chunk != T, T // 2, window)
     if (needed := o.vmem(D, q_BTHD.dtype.itemsize)) > limit:
         raise NotImplementedError(
             f"{T} tokens a device and {H // K} query heads a key head need {needed >> 20} MiB of VMEM, "
             f"{limit >> 20} are there; cut the rows over more devices"
         )
     return _attention(o, q_BTHD, k_BTKD, v_BTKD, segment_ids_BT)
+
+
+def tuning_space(chip: str, key: dict[str, Any]) -> list[dict[str, int]]:
+    """Tiles worth trying (see `benchmarks.tune`); the first is the closed form."""
+    sizes = dict.fromkeys(_fit(key["chunk"], size) for size in (BLOCK, 256, 1024))
+    return [{"block": size} for size in sizes]
+
+
+def _key(chunk: int, D: int) -> dict[str, int]:
+    """What is tuned alike: the lengths that have the same power of two above them."""
+    return {"chunk": 1 << (chunk - 1).bit_length(), "D": D}
+
+
+def _fit(chunk: int, most: int) -> int:
+    """The largest power of two that divides the chunk, up to `most`."""
+    return max(size for size in range(LANES, most + 1, LANES) if chunk % size == 0 and size & (size - 1) == 0)
+
+
+def _near(window: int) -> int:
+    """Tiles much larger than the window are mostly edge."""
+    return min(BLOCK, max(2 * LANES, 1 << (window - 1).bit_length()))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -76,7 +97,7 @@ def _attention_backward(o: Ring, residuals: Any, d_out: jax.Array) -> Any:
     q, k, v, ids, out, lse = residuals
     B, T, H, D = q.shape
     if tpu_backward.vmem(o, D, q.dtype.itemsize) > _limit():  # it keeps more than the forward pass
-        plain = xla._Ring(o.axis, o.n, T // 2, None, o.scores.scale, o.scores.softcap, False)
+        plain = xla._Ring(o.axis, o.n, T // 2, o.window, o.scores.scale, o.scores.softcap, False)
         return xla._attention_backward(plain, residuals, d_out)
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
     lse2 = jnp.where(lse > -jnp.inf, lse * LOG2E, -LOWEST)

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..flash_attention.tpu_backward import Pair
 from ..flash_attention.tpu_forward import LANES
+from ..flash_attention.tpu_plan import Plan
 from .tpu_forward import (
     COLLECTIVE_ID,
     Ring,
@@ -27,6 +28,7 @@ from .tpu_forward import (
     barrier,
     cost,
     for_each,
+    in_window,
     loop,
     origin,
     own_keys,
@@ -114,14 +116,22 @@ def _kernel(o: Ring, q_ref: Any, d_out_ref: Any, lse2_ref: Any, delta_ref: Any, 
 
     dq_ref[...] = jnp.zeros(dq_ref.shape, jnp.float32)
 
-    def attend(g: Any, i: Any, j: Any, kv: Any, into: Any, device: Any, causal: bool = False) -> None:
+    def pair(
+        g: Any, i: Any, j: Any, kv: Any, into: Any, device: Any, plan: Plan, tables: dict[str, Any], edge: bool
+    ) -> None:
         at, part = tile(o, i), tile(o, j)
         x = {"q": q_ref.at[g, at], "k": kv.at[0, part], "v": kv.at[1, part], "kT": kT_ref.at[:, part]}
         x |= {"d_out": d_out_ref.at[g, at], "lse2": lse2_ref.at[g, :, at], "delta": delta_ref.at[g, :, at]}
         if o.segments:
             x |= {"q_ids": q_ids.at[:, at], "kv_ids": kv_ids.at[device, :, part]}
         outputs = dq_ref.at[:, :, at], into.at[0, part], into.at[1, part]
-        Pair(o.plan(causal), o.scores, x, {}, (0, 0, 0, g), outputs).run(edge=causal or o.segments)
+        Pair(plan, o.scores, x, tables, (0, 0, 0, g), outputs).run(edge=edge)
+
+    def attend(g: Any, i: Any, j: Any, kv: Any, into: Any, device: Any, causal: bool = False) -> None:
+        pair(g, i, j, kv, into, device, o.plan(causal), {}, causal or o.segments)
+
+    def attend_window(g: Any, i: Any, kv: Any, into: Any, device: Any) -> None:
+        in_window(o, me, i, device, lambda j, *how: pair(g, i, j, kv, into, device, *how))
 
     def begin(kv: Any, into: Any) -> None:
         def each(j: Any) -> None:
@@ -135,6 +145,9 @@ def _kernel(o: Ring, q_ref: Any, d_out_ref: Any, lse2_ref: Any, delta_ref: Any, 
         begin(kv_ref, dkv_ref)
 
         def row(g: Any, i: Any) -> None:
+            if o.window is not None:
+                attend_window(g, i, kv_ref, dkv_ref, me)
+                return
             own_keys(i, lambda j, causal: attend(g, i, j, kv_ref, dkv_ref, me, causal))
 
         for_each(o.G, tiles, row)
@@ -148,8 +161,11 @@ def _kernel(o: Ring, q_ref: Any, d_out_ref: Any, lse2_ref: Any, delta_ref: Any, 
     def meet(stream: int, r: Any, kv: Any) -> None:
         into, device, rounds = leaving.at[stream, lax.rem(jnp.int32(r), 2)], origin(o, stream, r), o.rounds[stream]
         begin(kv, into)
-        low, high = seen(device < me, per_chunk)
-        for_each(o.G, tiles, lambda g, i: loop(0, high, lambda j: attend(g, i, j, kv, into, device)), low=low)
+        if o.window is not None:
+            for_each(o.G, tiles, lambda g, i: attend_window(g, i, kv, into, device))
+        else:
+            low, high = seen(device < me, per_chunk)
+            for_each(o.G, tiles, lambda g, i: loop(0, high, lambda j: attend(g, i, j, kv, into, device)), low=low)
         number = turn * (rounds - 1) + r - 1  # of the sums that leave after this round
 
         @pl.when(r > 1)

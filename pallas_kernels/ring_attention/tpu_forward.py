@@ -15,6 +15,10 @@ Meetings are as in `xla.py`: in zigzag order keys from an earlier device give th
 from a later one give both chunks to the late queries; each is half of the products, without a mask. Device d's own keys
 come first, causally. Tiles are those of `flash_attention`.
 
+With a window every pair of tiles is asked by its positions whether it is empty, full or an edge, and nothing travels
+further than the window reaches: chunk c is needed by those up to `reach` chunks after it, which are at most as many
+devices away, behind for an early chunk and ahead for a late one.
+
 Shapes: N rows times key heads, G query heads of a key head, T tokens of a device (two chunks), D head size.
 """
 
@@ -36,7 +40,10 @@ COLLECTIVE_ID = 7
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """The static part of a call: n devices on `axis`, each with two chunks in tiles of `block`; G heads a key head."""
+    """The static part of a call: n devices on `axis`, each with two chunks in tiles of `block`; G heads a key head.
+
+    `tokens` of a chunk are no padding.
+    """
 
     axis: str
     n: int
@@ -45,6 +52,8 @@ class Ring:
     block: int
     scores: Scores
     segments: bool
+    tokens: int = 0
+    window: int | None = None
 
     @property
     def T(self) -> int:
@@ -53,16 +62,43 @@ class Ring:
     @property
     def rounds(self) -> tuple[int, int]:
         """Messages that arrive along the ring, and against it."""
-        return self.n // 2, (self.n - 1) // 2
+        along, against = self.n // 2, (self.n - 1) // 2
+        if self.window is None:
+            return along, against
+        reach = (self.window + self.tokens - 2) // self.tokens
+        return min(along, reach), min(against, reach)
 
     @property
     def streams(self) -> int:
-        return 1 if self.n == 2 else 2
+        return 2 if self.rounds[1] else 1
 
     def plan(self, causal: bool) -> Plan:
         """Of one tile."""
         size = self.block
         return Plan(size, size, size, size, causal, None, 0, self.segments)
+
+    @property
+    def window_plan(self) -> Plan:
+        """Of one tile at the edge of the window, which is told how far its queries are behind its keys."""
+        size = self.block
+        return Plan(size, size, size, size, True, self.window, None, self.segments)
+
+    def distance(self, device: Any, i: Any, other: Any, j: Any) -> Any:
+        """Between the first tokens of a device's tile i and of another's tile j, in the whole row."""
+
+        def position(device: Any, i: Any) -> Any:
+            per_chunk = self.chunk // self.block
+            late = i >= per_chunk
+            chunk = jnp.where(late, 2 * self.n - 1 - device, device)
+            return chunk * self.tokens + jnp.where(late, i - per_chunk, i) * self.block
+
+        return position(device, i) - position(other, j)
+
+    def overlap(self, distance: Any) -> tuple[Any, Any]:
+        """Whether tiles of queries and keys at this distance see anything of each other, and everything."""
+        assert self.window is not None
+        some = (distance > -self.block) & (distance < self.window + self.block - 1)
+        return some, (distance >= self.block - 1) & (distance <= self.window - self.block)
 
     def vmem(self, D: int, itemsize: int) -> int:
         """Bytes of the kernel's buffers: what the grid loads and stores is there twice."""
@@ -82,9 +118,7 @@ class Streams:
         permits: regular semaphores [streams], of the messages that this device may send.
     """
 
-    def __init__(
-        self, o: Ring, buffers: Any, sent: Any, arrived: Any, permits: Any, hops: tuple[int, int] = (1, 1)
-    ):
+    def __init__(self, o: Ring, buffers: Any, sent: Any, arrived: Any, permits: Any, hops: tuple[int, int] = (1, 1)):
         self.buffers, self.sent, self.arrived, self.permits, self.axis = buffers, sent, arrived, permits, o.axis
         me = lax.axis_index(o.axis)
         self.targets = (lax.rem(me + hops[0] + o.n, o.n), lax.rem(me - hops[1] + o.n, o.n))
@@ -233,8 +267,10 @@ def forward(o: Ring, q_NGTD: jax.Array, kv_N2TD: jax.Array, q_ids: Any, kv_ids: 
 
 
 def cost(o: Ring, heads: int, T: int, D: int, products: int, arrays: tuple[jax.Array, ...]) -> pl.CostEstimate:
-    """Of one device: half of the pairs of its queries with the whole row's keys, as all have equal shares of them."""
-    pairs = heads * T * (o.n * T + 1) // 2
+    """Of one device: as all have equal shares of the pairs of the whole row."""
+    row = o.n * T
+    window = row if o.window is None else min(o.window, row)
+    pairs = heads * (window * (2 * row - window + 1) // 2) // o.n
     moved = sum(x.size * x.dtype.itemsize for x in arrays)
     return pl.CostEstimate(flops=2 * products * pairs * D, transcendentals=pairs, bytes_accessed=moved)
 
@@ -261,23 +297,37 @@ def _kernel(o: Ring, q_ref: Any, kv_ref: Any, *refs: Any) -> None:
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
     per_chunk = o.chunk // o.block
 
-    def rows(g: Any, i: Any, j: Any, kv: Any, device: Any, causal: bool) -> Rows:
+    def rows(g: Any, i: Any, j: Any, kv: Any, device: Any, plan: Plan, tables: dict[str, Any]) -> Rows:
         at, keys = tile(o, i), tile(o, j)
         x = {"q": q_ref.at[g, at], "k": kv.at[0, keys], "v": kv.at[1, keys]}
         if o.segments:
             x |= {"q_ids": q_ids.at[:, at], "kv_ids": kv_ids.at[device, :, keys]}
         outputs = out_ref.at[g, at], lse_ref.at[g, :, at]
         state = max_ref.at[g, at], sum_ref.at[g, at], acc_ref.at[g, at]
-        return Rows(o.plan(causal), o.scores, x, {}, (0, 0, 0, 0), (*outputs, *state))
+        return Rows(plan, o.scores, x, tables, (0, 0, 0, 0), (*outputs, *state))
 
     def attend(g: Any, i: Any, j: Any, kv: Any, device: Any, causal: bool = False) -> None:
-        rows(g, i, j, kv, device, causal).run(first=False, last=False, edge=causal or o.segments)
+        rows(g, i, j, kv, device, o.plan(causal), {}).run(first=False, last=False, edge=causal or o.segments)
+
+    def attend_window(g: Any, i: Any, kv: Any, device: Any) -> None:
+        def one(j: Any, plan: Plan, tables: dict[str, Any], edge: bool) -> None:
+            rows(g, i, j, kv, device, plan, tables).run(first=False, last=False, edge=edge)
+
+        in_window(o, me, i, device, one)
 
     def own() -> None:
-        for_each(o.G, 2 * per_chunk, lambda g, i: own_keys(i, lambda j, causal: attend(g, i, j, kv_ref, me, causal)))
+        if o.window is not None:
+            for_each(o.G, 2 * per_chunk, lambda g, i: attend_window(g, i, kv_ref, me))
+        else:
+            for_each(
+                o.G, 2 * per_chunk, lambda g, i: own_keys(i, lambda j, causal: attend(g, i, j, kv_ref, me, causal))
+            )
 
     def meet(stream: int, r: Any, kv: Any) -> None:
         device = origin(o, stream, r)
+        if o.window is not None:
+            for_each(o.G, 2 * per_chunk, lambda g, i: attend_window(g, i, kv, device))
+            return
         low, high = seen(device < me, per_chunk)
         for_each(
             o.G,
@@ -289,7 +339,7 @@ def _kernel(o: Ring, q_ref: Any, kv_ref: Any, *refs: Any) -> None:
     travel(o, streams, turn, kv_ref, own, meet)
 
     def finish(g: Any, i: Any) -> None:
-        one = rows(g, i, 0, kv_ref, me, False)
+        one = rows(g, i, 0, kv_ref, me, o.plan(False), {})
         for chunk in one.chunks():
             *_, max_i, sum_i, acc_i = one.refs
             one.finish(chunk, max_i[chunk], sum_i[chunk], acc_i[chunk])
@@ -322,3 +372,17 @@ def for_each(heads: int, blocks: int, body: Callable[[Any, Any], None], low: Any
 def own_keys(i: Any, attend: Callable[[Any, bool], None]) -> None:
     attend(i, True)
     loop(0, i, lambda j: attend(j, False))
+
+
+def in_window(o: Ring, me: Any, i: Any, device: Any, attend: Callable[[Any, Plan, dict[str, Any], bool], None]) -> None:
+    """`attend(j, plan, tables, edge)` for the tiles of `device` that this device's queries of tile i see any of."""
+
+    def one(j: Any) -> None:
+        distance = o.distance(me, i, device, j)
+        some, full = o.overlap(distance)
+        at_edge = some if o.segments else some & jnp.logical_not(full)
+        pl.when(at_edge)(lambda: attend(j, o.window_plan, {"offset": [distance]}, True))
+        if not o.segments and o.window is not None and o.window >= 2 * o.block - 1:
+            pl.when(some & full)(lambda: attend(j, o.plan(False), {}, False))
+
+    loop(0, 2 * o.chunk // o.block, one)

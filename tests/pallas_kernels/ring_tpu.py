@@ -53,7 +53,7 @@ def check(n, mode, chunk, B=1, H=2, K=1, D=8, segments=False, dtype="float32", b
         out, pullback = jax.vjp(plain, *wide[:3])
         wanted = [np.asarray(x) for x in (out, *pullback(wide[3]))]
     found = [np.asarray(unzigzag(x, n, 1), np.float64) for x in got]
-    errors = [float(np.abs(x - y).max() / np.abs(y).max()) for x, y in zip(found, wanted, strict=False)]
+    errors = [float(np.abs(x - y).max() / (np.abs(y).max() or 1.0)) for x, y in zip(found, wanted, strict=False)]
     finite = all(np.isfinite(x).all() for x in found)
     return {"errors": errors, "races": races, "finite": finite, "dtypes": [str(x.dtype) for x in got]}
 
