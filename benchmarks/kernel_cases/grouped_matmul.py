@@ -1,4 +1,5 @@
-"""Grouped products against jax's megablox: 8 and 128 experts, with equal and unequal shares of the rows.
+"""Grouped products against jax's megablox, on GPUs its kernels for Hopper: 8 and 128 experts, with equal and unequal
+shares of the rows.
 
 Both read from prefetched tables which rows are whose, which the static profiler cannot follow. Ours takes static sizes;
 megablox's own kernel is compiled with its tables as functions of the program ids (`_Known`).
@@ -24,15 +25,81 @@ TILINGS = {EIGHT: ((512, 1024, 1024), (512, 2048, 1024)), MANY: ((256, 2048, 768
 
 def cases(chip: str) -> Iterator[Case]:
     if not chip.startswith(("v", "tpu")):
-        return  # no kernel for GPUs yet
+        yield from _on_gpus()
+        return
     for words, (I, O), sizes in SHAPES:
         for kind in ("forward", "dx", "dweight"):
             given: dict[str, Any] = {"I": I, "O": O, "sizes": sizes, "kind": kind}
             peers = tuple(Kernel("megablox", {**given, "tiling": tiling}) for tiling in TILINGS[I, O])
             limit = 0.6 if chip == "v5p" else None
-            yield Case(
-                "grouped_matmul", f"{kind}, {words}", Kernel("ours", given), {"megablox": peers}, of_limit=limit
-            )
+            yield Case("grouped_matmul", f"{kind}, {words}", Kernel("ours", given), {"megablox": peers}, of_limit=limit)
+
+
+def _on_gpus() -> Iterator[Case]:
+    """Groups of decoding too, and quantised weights; sizes are data there."""
+    few = (("8 experts, decoding", EIGHT, [8] * 8), ("128 experts, decoding", MANY, [4] * 128))
+    for words, (I, O), sizes in (*SHAPES, *few):
+        for kind in ("forward", "dx", "dweight"):
+            if kind != "forward" and "decoding" in words:
+                continue
+            given: dict[str, Any] = {"I": I, "O": O, "sizes": sizes, "kind": kind}
+            peers = {"XLA": (Kernel("on_gpu", {**given, "implementation": "xla"}),)}
+            blocks = ((64, 128), (128, 128)) if kind == "dweight" else ((64, 128), (128, 128), (128, 192))
+            peers["pallas"] = tuple(Kernel("pallas", {**given, "blocks": block}) for block in blocks)
+            yield Case("grouped_matmul", f"{kind}, {words}", Kernel("on_gpu", given), peers)
+        if "decoding" in words:
+            given = {"I": I, "O": O, "sizes": sizes, "kind": "forward", "format": "int4"}
+            peers = {"XLA": (Kernel("on_gpu", {**given, "implementation": "xla"}),)}
+            yield Case("grouped_matmul", f"forward, {words}, int4", Kernel("on_gpu", given), peers)
+
+
+def on_gpu(
+    target: Any, I: int, O: int, sizes: list[int], kind: str, format: str | None = None, implementation: str = "gpu"
+) -> Program:
+    import jax
+    import jax.numpy as jnp
+
+    from twinax.pallas_kernels import grouped_matmul as package
+    from twinax.pallas_kernels.quantized_matmul import quantize
+
+    function = {
+        "forward": package.grouped_matmul,
+        "dx": package.grouped_matmul_dx,
+        "dweight": package.grouped_matmul_dweight,
+    }[kind]
+
+    def product(a: Any, b: Any) -> Any:
+        return function(a, b, _on_device(sizes), implementation=implementation)
+
+    a, b = _arrays(target, I, O, sizes, kind)
+    flops, hbm_bytes = _work(I, O, sizes)
+    if format is not None:
+        made = jax.eval_shape(lambda w: quantize(w, format, block=(1, 128)), jax.ShapeDtypeStruct(b.shape, jnp.float32))
+        hbm_bytes += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made)) - 2.0 * b.size
+        b = jax.tree.map(lambda x: target.array(x.shape, x.dtype), made)
+    return Program(product, (a, b), flops, hbm_bytes)
+
+
+def pallas(target: Any, I: int, O: int, sizes: list[int], kind: str, blocks: tuple[int, int]) -> Program:
+    """jax's own kernels for Hopper, which want products of whole tiles and one group or more in each."""
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
+
+    block = {"block_m": blocks[0], "block_n": blocks[1], "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 8}
+
+    def product(a: Any, b: Any) -> Any:
+        sizes_G = _on_device(sizes)
+        if kind == "dweight":
+            return transposed_ragged_dot_mgpu.transposed_ragged_dot(b, a, group_sizes=sizes_G, **block)
+        return ragged_dot_mgpu.ragged_dot(a, b, group_sizes=sizes_G, transpose_rhs=kind == "forward", **block)
+
+    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes))
+
+
+def _on_device(sizes: list[int]) -> Any:
+    """As data, so that nothing is computed from them beforehand."""
+    import jax
+
+    return jax.lax.optimization_barrier(jax.numpy.asarray(sizes, "int32"))
 
 
 def _work(I: int, O: int, sizes: Sequence[int]) -> tuple[float, float]:

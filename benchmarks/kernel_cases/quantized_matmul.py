@@ -14,10 +14,20 @@ ROWS = (1, 16, 64, 256)
 # Format of the weights, inputs of a scale (None: all), format of the activations.
 KINDS = (("int8", None, None), ("int4", 128, None), ("int8", None, "int8"), ("fp8_e4m3", None, None))
 
+# On GPUs, int8 rows with one scale each are cuBLAS's.
+KINDS_ON_GPUS = (
+    ("int8", None, None),
+    ("int4", 128, None),
+    ("fp8_e4m3", None, None),
+    ("mxfp4", 32, None),
+    ("int8", 128, "int8"),
+)
+
 
 def cases(chip: str) -> Iterator[Case]:
     if not chip.startswith(("v", "tpu")):
-        return  # no kernel for GPUs yet
+        yield from _on_gpus()
+        return
     for form, block, activations in KINDS:
         for M in ROWS:
             given: dict[str, Any] = {"M": M, "format": form, "block": block, "activations": activations}
@@ -29,7 +39,28 @@ def cases(chip: str) -> Iterator[Case]:
             )
 
 
-def ours(target: Any, M: int, format: str, block: int | None, activations: str | None) -> Program:
+def _on_gpus() -> Iterator[Case]:
+    """Beside decoding, the rows of a prompt. cuBLAS gets the same weights in bfloat16, XLA those that are quantised."""
+    for form, block, activations in KINDS_ON_GPUS:
+        for M in (*ROWS, 2048):
+            given: dict[str, Any] = {"M": M, "format": form, "block": block, "activations": activations}
+            peers = {
+                "XLA": (Kernel("ours", {**given, "implementation": "xla"}),),
+                "cuBLAS, bfloat16": (Kernel("cublas", {"M": M}),),
+            }
+            if form == "int8" and block is None and M >= 256:
+                peers["pallas"] = tuple(
+                    Kernel("pallas", {"M": M, "tile_m": m, "tile_n": n}) for m in (64, 128) for n in (64, 128)
+                )
+            words = form if block is None else f"{form} in groups of {block}"
+            name = f"{M} rows, {words}, {activations or 'bfloat16'} rows"
+            ours = Kernel("ours", {**given, "implementation": "gpu"})
+            yield Case("quantized_matmul", name, ours, peers, of_limit=1 / 1.15)
+
+
+def ours(
+    target: Any, M: int, format: str, block: int | None, activations: str | None, implementation: str = "tpu"
+) -> Program:
     import jax
     import jax.numpy as jnp
 
@@ -42,7 +73,7 @@ def ours(target: Any, M: int, format: str, block: int | None, activations: str |
     weight = jax.tree.map(lambda x: target.array(x.shape, x.dtype), made)
     hbm_bytes = sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(made))
     return Program(
-        lambda x, w: quantized_matmul(x, w, activation_format=activations, implementation="tpu"),
+        lambda x, w: quantized_matmul(x, w, activation_format=activations, implementation=implementation),
         (target.array((M, INPUTS)), weight),
         *_work(M, hbm_bytes),
         dtype="bfloat16" if activations is None else "int8",
@@ -59,6 +90,28 @@ def plain(target: Any, M: int) -> Program:
         return (y * scale).astype(x.dtype)
 
     return Program(product, given, *_work(M, OUTPUTS * INPUTS))
+
+
+def cublas(target: Any, M: int) -> Program:
+    """Of weights in bfloat16, which are twice the bytes of int8 ones; the limit is that of these."""
+    import jax.numpy as jnp
+
+    given = target.array((M, INPUTS)), target.array((OUTPUTS, INPUTS))
+    return Program(lambda x, w: jnp.einsum("mi,oi->mo", x, w), given, *_work(M, OUTPUTS * INPUTS))
+
+
+def pallas(target: Any, M: int, tile_m: int, tile_n: int) -> Program:
+    """jax's own kernel for Hopper, of int8 outputs by bfloat16 rows; without scales, and the result turned."""
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.gpu import hopper_mixed_type_matmul_mgpu as library
+
+    config = library.TuningConfig(tile_m=tile_m, tile_n=tile_n, tile_k=64, max_concurrent_steps=4, grid_tile_width=8)
+    given = target.array((OUTPUTS, INPUTS), "int8"), target.array((INPUTS, M))
+    return Program(
+        lambda w, x: library.mixed_matmul_kernel(w, x, out_dtype=jnp.dtype("bfloat16"), config=config),
+        given,
+        *_work(M, OUTPUTS * INPUTS),
+    )
 
 
 def _work(M: int, weight_bytes: int) -> tuple[float, float]:

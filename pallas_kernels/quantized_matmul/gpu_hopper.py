@@ -98,6 +98,8 @@ def product(
     (M, I), (O, _), dtype = x_MI.shape, weight.shape, x_MI.dtype
     if dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the Hopper kernel takes bfloat16 and float16, got {dtype}")
+    if weight.inputs_first:
+        raise NotImplementedError("the Hopper kernel takes weights outputs first, not `with_inputs_first`")
     grouped = weight.scales.shape[0] > 1
     size = weight.block_sizes[1] if grouped else None
     f = cut or cut_of(M, I, O, size, weight.format in PACKED)

@@ -46,7 +46,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Kind:
-    """What is static of a product. `format` is None for float weights; `contract` is their dimension that is summed."""
+    """What is static of a product.
+
+    `format` is None for float weights; `contract` is the dimension of unpacked ones that is summed.
+    """
 
     format: str | None
     contract: int
@@ -182,7 +185,7 @@ def _kind(
     A = x_MA.shape[1] if quantized_rows else I
     zeros = weight.zeros is not None
     shape = {"groups": groups, "A": A, "C": O, "zeros": zeros, "quantized_rows": quantized_rows}
-    return Kind(weight.format, 1, weight.block_sizes, **shape, **common), weight.values
+    return Kind(weight.format, 0 if weight.inputs_first else 1, weight.block_sizes, **shape, **common), weight.values
 
 
 def _divided(x: Any, by: int) -> tuple[Any, Any]:

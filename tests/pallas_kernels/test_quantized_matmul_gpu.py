@@ -13,7 +13,14 @@ from jax.experimental import pallas as pl
 from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels.gpu_emulator import emulate
 from tests.pallas_kernels.test_quantized_matmul import CASES, check, make, product, run
-from twinax.pallas_kernels.quantized_matmul import gpu, gpu_hopper, gpu_triton, quantize, quantized_matmul
+from twinax.pallas_kernels.quantized_matmul import (
+    gpu,
+    gpu_hopper,
+    gpu_triton,
+    quantize,
+    quantized_matmul,
+    with_inputs_first,
+)
 from twinax.planner.devices import has_cuda_plugin
 
 GPU = jax.default_backend() == "gpu"
@@ -50,6 +57,14 @@ def test_split_sums(case, monkeypatch):
     check(x, weight, bias, options, run(product, "gpu", x, weight, bias, **options))
 
 
+@pytest.mark.parametrize("case", ["int8, groups with a rest", pytest.param("fp8, a channel", marks=SLOW)])
+def test_weights_with_inputs_first(case):
+    x, weight, bias, options = make(case)
+    turned = with_inputs_first(weight)
+    check(x, weight, bias, options, run(product, "gpu", x, turned, bias, **options))
+
+
+@SLOW
 def test_rows_do_not_meet():
     """A row of inf and one of huge numbers change no bit of the others."""
     _, weight, bias, _ = make("int4, a channel")
