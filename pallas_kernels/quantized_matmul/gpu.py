@@ -2,11 +2,12 @@
 
 | chip | kernel | what |
 |---|---|---|
-| H100, H200 | `gpu_hopper.py` (Mosaic GPU) | int8 and float8 weights, 16-bit rows; I multiples of 128, O of 64 |
+| H100, H200 | `gpu_hopper.py` (Mosaic GPU) | every format, 16-bit rows; I and O multiples of 64 |
 | any | `gpu_triton.py` | every format, any rows; quantised rows where XLA's own product would not do |
 
-Quantised rows with one scale a row, and weights of whole bytes, are XLA's: cuBLAS multiplies int8 and float8 itself.
-So is the product with the transposed weight, which is a large one (training), beside which dequantising is little.
+Quantised rows with one scale each, and weights of whole bytes, are XLA's: there its own product of int8 or float8 reads
+no more than it must, and its autotuner knows cuBLAS. So is the product with the transposed weight, which is a large one
+(training), beside which dequantising is little.
 
 There was no GPU when this was written: numbers are those of an emulated one (in `tests/pallas_kernels/`) and of
 Pallas's interpreter, registers and spills are ptxas's, and nothing has been timed.
@@ -40,7 +41,7 @@ def quantized_matmul(
     rows, x_scales_MG = x_MI, None
     if activation_format is not None:
         if weight.scales.shape[0] == 1 and weight.format not in PACKED:
-            raise NotImplementedError(f"{activation_format} rows with one scale each are XLA's, by cuBLAS")
+            raise NotImplementedError(f"{activation_format} rows with one scale each are XLA's own product")
         x_MGB, x_scales_MG = quantize_rows(x_MI, activation_format, weight.block_sizes[1], scale)
         rows = x_MGB.reshape(len(x_MI), -1)
     reasons = []
