@@ -2,7 +2,8 @@
 shares of the rows.
 
 Both read from prefetched tables which rows are whose, which the static profiler cannot follow. Ours takes static sizes;
-megablox's own kernel is compiled with its tables as functions of the program ids (`_Known`).
+megablox's own kernel is compiled with its tables as functions of the program ids (`_Known`). Where groups repeat, one of
+their periods is profiled, with the block sizes of the whole, and counted as often.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,13 +12,13 @@ from typing import Any
 from ..static import Program
 from . import Case, Kernel
 
-# Groups, inputs, outputs, and how many rows each group has.
+# Inputs and outputs, how many rows the groups of a period have, and how many periods there are.
 EIGHT, MANY = (4096, 14336), (2048, 768)
-SHAPES: tuple[tuple[str, tuple[int, int], list[int]], ...] = (
-    ("8 experts, balanced", EIGHT, [1024] * 8),
-    ("8 experts, skewed", EIGHT, [3072, 64, 1472, 832, 192, 1600, 320, 640]),
-    ("128 experts, balanced", MANY, [256] * 128),
-    ("128 experts, skewed", MANY, [448] * 64 + [64] * 64),
+SHAPES: tuple[tuple[str, tuple[int, int], list[int], int], ...] = (
+    ("8 experts, balanced", EIGHT, [1024] * 2, 4),
+    ("8 experts, skewed", EIGHT, [3072, 64, 1472, 832, 192, 1600, 320, 640], 1),
+    ("128 experts, balanced", MANY, [256] * 8, 16),
+    ("128 experts, skewed", MANY, [448] * 4 + [64] * 4, 16),
 )
 # Rows, sums and outputs of a tile, as large as half of the products' sizes or all of them.
 TILINGS = {EIGHT: ((512, 1024, 1024), (512, 2048, 1024)), MANY: ((256, 2048, 768), (512, 1024, 768))}
@@ -27,9 +28,9 @@ def cases(chip: str) -> Iterator[Case]:
     if not chip.startswith(("v", "tpu")):
         yield from _on_gpus()
         return
-    for words, (I, O), sizes in SHAPES:
+    for words, (I, O), sizes, times in SHAPES:
         for kind in ("forward", "dx", "dweight"):
-            given: dict[str, Any] = {"I": I, "O": O, "sizes": sizes, "kind": kind}
+            given: dict[str, Any] = {"I": I, "O": O, "sizes": sizes, "times": times, "kind": kind}
             peers = tuple(Kernel("megablox", {**given, "tiling": tiling}) for tiling in TILINGS[I, O])
             limit = 0.6 if chip == "v5p" else None
             yield Case("grouped_matmul", f"{kind}, {words}", Kernel("ours", given), {"megablox": peers}, of_limit=limit)
@@ -92,7 +93,7 @@ def pallas(target: Any, I: int, O: int, sizes: list[int], kind: str, blocks: tup
             return transposed_ragged_dot_mgpu.transposed_ragged_dot(b, a, group_sizes=sizes_G, **block)
         return ragged_dot_mgpu.ragged_dot(a, b, group_sizes=sizes_G, transpose_rhs=kind == "forward", **block)
 
-    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes))
+    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes, times), share=times)
 
 
 def _on_device(sizes: list[int]) -> Any:
@@ -102,10 +103,10 @@ def _on_device(sizes: list[int]) -> Any:
     return jax.lax.optimization_barrier(jax.numpy.asarray(sizes, "int32"))
 
 
-def _work(I: int, O: int, sizes: Sequence[int]) -> tuple[float, float]:
+def _work(I: int, O: int, sizes: Sequence[int], times: int) -> tuple[float, float]:
     """FLOPs and bytes: rows, weights (or their gradient) and results of 2 bytes, each once."""
-    N = sum(sizes)
-    return 2.0 * N * I * O, 2.0 * (N * I + len(sizes) * I * O + N * O)
+    N, G = sum(sizes) * times, len(sizes) * times
+    return 2.0 * N * I * O, 2.0 * (N * I + G * I * O + N * O)
 
 
 def _arrays(target: Any, I: int, O: int, sizes: Sequence[int], kind: str) -> tuple[Any, Any]:
@@ -115,20 +116,27 @@ def _arrays(target: Any, I: int, O: int, sizes: Sequence[int], kind: str) -> tup
     return target.array(a), target.array(b)
 
 
-def ours(target: Any, I: int, O: int, sizes: list[int], kind: str) -> Program:
+def ours(target: Any, I: int, O: int, sizes: list[int], times: int, kind: str) -> Program:
+    import jax.numpy as jnp
+
     from twinax.pallas_kernels.grouped_matmul import tpu
 
-    known = tuple(sizes)
+    known, N, G = tuple(sizes), sum(sizes) * times, len(sizes) * times
 
     def product(a: Any, b: Any) -> Any:
         if kind == "dweight":
-            return tpu.gradient(a, b, known)
-        return tpu.product(a, b, known, contract=2 if kind == "forward" else 1)
+            return tpu.gradient(a, b, known, blocks=tpu.gradient_blocks(N, I, O, G, jnp.bfloat16))
+        contract, A, C = (2, I, O) if kind == "forward" else (1, O, I)
+        return tpu.product(
+            a, b, known, contract=contract, blocks=tpu.product_blocks(N, A, C, G, jnp.bfloat16, contract)
+        )
 
-    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes))
+    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes, times), share=times)
 
 
-def megablox(target: Any, I: int, O: int, sizes: list[int], kind: str, tiling: tuple[int, int, int]) -> Program:
+def megablox(
+    target: Any, I: int, O: int, sizes: list[int], times: int, kind: str, tiling: tuple[int, int, int]
+) -> Program:
     import importlib
 
     import jax
@@ -152,7 +160,7 @@ def megablox(target: Any, I: int, O: int, sizes: list[int], kind: str, tiling: t
         )
 
     assert N % rows == 0
-    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes))
+    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes, times), share=times)
 
 
 def _tables(sizes: Sequence[int], rows: int, empty: bool) -> tuple[list[int], list[int], list[int]]:

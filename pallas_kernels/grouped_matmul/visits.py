@@ -91,9 +91,10 @@ class _Steps:
             if np.array_equal(values_V, head[visit_V % period] + slope * (visit_V // period)):
                 break
         self._period, self._slope, self._head = period, slope, [int(x) for x in head]
+        self._repeats = period < V
 
     def __call__(self, visit: Any) -> Any:
-        turn = quotient(visit, self._period)
+        turn = quotient(visit, self._period) if self._repeats else 0
         at = visit - turn * self._period
         value = self._head[0] + self._slope * turn
         for place in range(1, self._period):

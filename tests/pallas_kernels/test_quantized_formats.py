@@ -1,5 +1,7 @@
 """Quantised weights: rounding, packing, and the formats of files."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,7 +14,10 @@ from twinax.pallas_kernels.quantized_matmul import (
     from_mxfp4_blocks,
     from_values,
     quantize,
+    quantized_matmul,
+    quantized_matmul_transposed,
     to_values,
+    with_inputs_first,
 )
 
 E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
@@ -117,3 +122,22 @@ def test_errors_state_the_rule():
     }.items():
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8_e4m3"])
+def test_inputs_first_mean_the_same(format):
+    weight = jitted(weights(2, 20, 64), format, block=(1, 32))
+    turned = with_inputs_first(weight)
+    assert turned.shape == weight.shape and turned.values.shape == (2, 64, 20)
+    np.testing.assert_array_equal(dequantize(turned), dequantize(weight))
+    one, dy = jax.tree.map(lambda a: a[1], (weight, turned)), jnp.ones((3, 20))
+    for x, product in ((jnp.ones((3, 64)), quantized_matmul), (dy, quantized_matmul_transposed)):
+        first, second = (product(x, w, implementation="xla") for w in one)
+        np.testing.assert_array_equal(first, second)
+
+
+def test_packed_values_have_one_order():
+    weight = jitted(weights(1, 4, 64)[0], "int4", block=(1, 32))
+    assert with_inputs_first(weight) is weight
+    with pytest.raises(ValueError, match="int4 weights have one order"):
+        replace(weight, inputs_first=True).check()

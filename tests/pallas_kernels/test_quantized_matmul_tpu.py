@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels import test_quantized_matmul as contract
-from twinax.pallas_kernels.quantized_matmul import quantize, quantized_matmul, tpu, xla
+from twinax.pallas_kernels.quantized_matmul import quantize, quantized_matmul, tpu, with_inputs_first, xla
 from twinax.pallas_kernels.quantized_matmul.tpu_rows import evens_first, operand, split
 
 SLOW = pytest.mark.slow
@@ -19,15 +19,18 @@ compiles = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason
 CASES = {
     "scaled first": ("v6e", 1 << 14, (40, 96, 40, "int4", (1, 32), True, None, "bfloat16", "silu")),
     "scaled first, powers of two": ("v5e", 1 << 14, (40, 160, 40, "mxfp4", (1, 32), False, None, "bfloat16", None)),
+    "scaled first, in bfloat16": ("v6e", 1 << 14, (100, 256, 40, "int4", (1, 128), False, None, "bfloat16", None)),
     "many rows": ("v5e", 1 << 14, (40, 70, 200, "int8", (1, None), True, None, "bfloat16", None)),
     "codes as float8": ("7x", 1 << 14, (3, 300, 40, "int4", (1, 128), True, None, "float32", None)),
+    "codes as float8, eight blocks": ("7x", 1 << 14, (3, 1024, 40, "int4", (1, 128), False, None, "bfloat16", "relu")),
+    "two cores": ("v5p", 1 << 14, (3, 300, 2040, "int8", (1, None), False, None, "bfloat16", None)),
     "no int8 unit": ("7x", 1 << 14, (3, 300, 40, "int8", (1, 64), False, None, "float32", None)),
     "blocks of inputs": ("v5e", 256, (3, 600, 140, "int8", (1, None), False, "int8", "float32", "relu")),
     "blocks of grouped inputs": ("v6e", 1024, (3, 1300, 40, "int4", (1, 128), True, "int8", "float32", None)),
     "blocks of float8 with a rest": ("v6e", 256, (3, 600, 40, "fp8_e4m3", (1, None), False, None, "bfloat16", None)),
     "several tiles of rows": ("v5e", 1 << 14, (150, 64, 40, "int4", (1, 64), False, None, "float32", "gelu")),
 }
-QUICK = ("scaled first", "codes as float8")
+QUICK = ("scaled first, in bfloat16", "codes as float8, eight blocks")
 
 
 @pytest.mark.parametrize("case", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in CASES])
@@ -41,6 +44,36 @@ def test_every_way_is_the_reference(case, monkeypatch):
     assert cut.scaled_first == case.startswith("scaled first")
     y = contract.run(contract.product, "tpu", x, weight, bias, **options)
     contract.check(x, weight, bias, options, y)
+
+
+@pytest.mark.parametrize(
+    ("chip", "format", "sizes", "activation_format"),
+    [
+        ("7x", "int8", (3, 300, 140), None),
+        pytest.param("7x", "fp8_e4m3", (3, 300, 140), None, marks=SLOW),
+        pytest.param("v6e", "int8", (20, 300, 40), "int8", marks=SLOW),
+        pytest.param("v5e", "fp8_e4m3", (3, 600, 140), "fp8", marks=SLOW),
+    ],
+)
+def test_inputs_first_change_nothing(chip, format, sizes, activation_format, monkeypatch):
+    monkeypatch.setattr(tpu, "target_chip", lambda: chip)
+    monkeypatch.setattr(tpu, "MOST_INPUTS", 256 if chip == "v5e" else 1 << 14)
+    case = (*sizes, format, (1, None), False, activation_format, "bfloat16", None)
+    monkeypatch.setattr(contract, "CASES", {"only": case})
+    x, weight, bias, options = contract.make("only")
+    turned = with_inputs_first(weight)
+    assert turned.values.shape == weight.values.shape[::-1] and turned.shape == weight.shape
+    y = contract.run(contract.product, "tpu", x, turned, bias, **options)
+    contract.check(x, weight, bias, options, y)
+    np.testing.assert_array_equal(y, contract.run(contract.product, "tpu", x, weight, bias, **options))
+
+
+def test_rows_that_are_not_finite_are_no_numbers(monkeypatch):
+    monkeypatch.setattr(tpu, "target_chip", lambda: "v6e")
+    x = jnp.ones((4, 256)).at[1, 7].set(jnp.inf).at[2, 200].set(jnp.nan).at[3, 0].set(3e38)
+    weight = quantize(jnp.ones((8, 256)), "int8", block=(1, None))
+    y = np.asarray(contract.run(contract.product, "tpu", x, weight, None))
+    assert np.isnan(y[1:3]).all() and np.isfinite(y[0]).all() and np.isfinite(y[3]).all()
 
 
 def test_its_transposed_product_is_xlas():
@@ -75,8 +108,9 @@ def test_refusals_say_why():
 
 def program(target, M, I, O, format, block, activation_format=None):
     block = tuple(block)
+    turn = with_inputs_first if target.chip.name in ("v6e", "tpu7x") else lambda weight: weight
     made = jax.eval_shape(
-        lambda w: quantize(w, format, block=block, zero_points=format == "int4"),
+        lambda w: turn(quantize(w, format, block=block, zero_points=format == "int4")),
         jax.ShapeDtypeStruct((O, I), "float32"),
     )
     weight = jax.tree.map(lambda x: target.array(x.shape, x.dtype), made)
@@ -96,7 +130,8 @@ def test_compiles_and_reads_int8_at_the_speed_of_memory(chip):
     given = {"M": 16, "I": 4096, "O": 14336, "format": "int8", "block": (1, None)}
     (found,) = compile_all([Request(chip, f"{__file__}:program", given)])
     assert found.failed is None
-    assert found.of_limit >= (0.5 if chip == "7x" else 1 / 1.15)
+    # A 7x's unit takes no int8, and bfloat16 weights no faster than 84% of the memory brings their bytes.
+    assert found.of_limit >= (0.83 if chip == "7x" else 1 / 1.15)
 
 
 @compiles
