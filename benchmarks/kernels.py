@@ -38,9 +38,11 @@ from twinax.planner.errors import PlannerError
 from . import kernel_cases, report
 from .kernel_cases import Case, Kernel
 from .static import REPOSITORY, Request, Static, compile_all
+from .tokamax_peer import TOKAMAX, in_environment, tokamax_kernels, versions
 
 KEPT = REPOSITORY / ".cache" / "kernels"
 OURS = "twinax"
+A_CHILD = 6  # kernels
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
 
 
@@ -125,14 +127,24 @@ def _sources(request: Request, operation: str | None) -> Iterable[Path]:
             yield from sorted([*(kernels / folder).glob("*.py"), *(kernels / folder).glob("tuned/*.json")])
 
 
-def measure(cases: Sequence[Case], target: str, kept: KeptResults, console: Console) -> list[Measured]:
-    """Compiles what is not kept. Raises CompilerMissing."""
+def measure(
+    cases: Sequence[Case], target: str, kept: KeptResults, console: Console, pythons: dict[str, str] | None = None
+) -> list[Measured]:
+    """Compiles what is not kept; `pythons` are the interpreters of other environments. Raises CompilerMissing."""
+    pythons = pythons or {}
+    installed = {environment: versions(python) for environment, python in pythons.items()}
     todo: dict[tuple[int, str, int], tuple[Request, str]] = {}
+    elsewhere: dict[str, str] = {}
     for number, case in enumerate(cases):
         for name, place, kernel in _kernels(case):
             request = Request(target, case.builder(kernel), kernel.arguments)
-            todo[number, name, place] = (request, fingerprint(request, case.operation if name == OURS else None))
+            found = fingerprint(request, case.operation if name == OURS else None)
+            if kernel.environment is not None:
+                found = f"{found} {installed[kernel.environment]}"
+                elsewhere[found] = pythons[kernel.environment]
+            todo[number, name, place] = (request, found)
     missing = {name: request for request, name in todo.values() if kept.get(name) is None}
+    missing = dict(sorted(missing.items(), key=lambda item: item[0] in elsewhere))
     words = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*words, console=console, transient=True) as bar:
         task = bar.add_task(f"compiling for {target}", total=len(missing))
@@ -145,7 +157,13 @@ def measure(cases: Sequence[Case], target: str, kept: KeptResults, console: Cons
                 kept.found[names[index]] = found
             bar.advance(task)
 
-        compile_all(requests, progress=there)
+        # The profiler keeps what it saw as long as its process lives: gigabytes, after some large grids.
+        here = sum(name not in elsewhere for name in names)
+        for first in range(0, here, A_CHILD):
+            some = requests[first : min(first + A_CHILD, here)]
+            compile_all(some, progress=lambda n, found, first=first: there(first + n, found))
+        for n in range(here, len(names)):
+            in_environment(elsewhere[names[n]], [requests[n]], lambda _, found, n=n: there(n, found))
     measured = []
     for number, case in enumerate(cases):
         variants: dict[str, list[Static]] = {}
@@ -217,6 +235,7 @@ def main() -> None:
     parser.add_argument("--op", action="append", help=f"only this; may be repeated: {', '.join(kernel_cases.names())}")
     parser.add_argument("--match", help="only cases whose name holds this")
     parser.add_argument("--json", type=Path, help="also write the rows to this file, one JSON object a line")
+    parser.add_argument("--tokamax", metavar="PYTHON", help="an interpreter with tokamax, to compare with it on TPUs")
     parser.add_argument("--again", action="store_true", help="compile what was kept too")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -233,13 +252,20 @@ def main() -> None:
         chip = find_chip(options.target)
         found = [case for operation in operations for case in kernel_cases.cases(operation, chip.name)]
         cases = [case for case in found if options.match is None or options.match in case.name]
+        pythons = {TOKAMAX: options.tokamax} if options.tokamax and chip.platform == "tpu" else {}
+        if pythons:
+            more = [tokamax_kernels(case) for case in cases]
+            cases = [
+                dataclasses.replace(case, peers={**case.peers, TOKAMAX: kernels}) if kernels else case
+                for case, kernels in zip(cases, more, strict=True)
+            ]
         kept = KeptResults(KEPT / f"{chip.name}.jsonl", fresh=options.again)
-        measured = measure(cases, options.target, kept, console)
+        measured = measure(cases, options.target, kept, console, pythons)
     except (PlannerError, ValueError) as error:
         parser.error(str(error))
     show(measured, f"{options.target}, static", console)
-    if "flash_attention" in operations:
-        console.print("skipped: tokamax, which needs Python 3.12 and on TPUs reads tables as splash attention does")
+    if "flash_attention" in operations and not pythons:
+        console.print("skipped: tokamax, which lives in an environment of its own: --tokamax PYTHON")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(to_json(measured, target=options.target))

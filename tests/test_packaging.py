@@ -4,6 +4,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -123,9 +124,16 @@ def _check_installed(python: Path, folder: Path, version: str) -> dict:
 
 
 def test_the_wheel_works_outside_the_repository(source: Path, tmp_path: Path):
+    probe = source / "pallas_kernels" / "flash_attention" / "tuned" / "probe.json"
+    probe.parent.mkdir(exist_ok=True)
+    probe.write_text("{}")
+    tuned = {f"twinax/{file.relative_to(source)}" for file in (source / "pallas_kernels").glob("*/tuned/*.json")}
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     _run(*build, "-w", tmp_path, source, cwd=tmp_path)
+    probe.unlink()
     (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".json")}
+    assert packed == tuned, "block sizes that the kernels read"
     python = _environment(tmp_path / "env")
     _install(python, wheel)
     version = _project(source)["project"]["version"]

@@ -14,10 +14,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A builder of a case file by its name, and its JSON arguments."""
+    """A builder of a case file by its name, or "module:function", and its JSON arguments.
+
+    `environment`: of a library that lives in its own, its name (see `benchmarks.tokamax_peer`).
+    """
 
     function: str
     arguments: dict[str, Any]
+    environment: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Case:
     of_limit: float | None = None
 
     def builder(self, kernel: Kernel) -> str:
-        return f"{__name__}.{self.operation}:{kernel.function}"
+        return kernel.function if ":" in kernel.function else f"{__name__}.{self.operation}:{kernel.function}"
 
 
 def names() -> tuple[str, ...]:

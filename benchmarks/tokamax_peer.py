@@ -1,0 +1,104 @@
+"""Library kernels that live in environments of their own, named by flag: `benchmarks.kernels --tokamax PYTHON`.
+
+tokamax needs Python 3.12 and a newer jax than ours, so its kernels are compiled by that environment's libtpu:
+
+  python3.12 -m venv VENV; VENV/bin/pip install tokamax libtpu rich; VENV/bin/pip install --no-deps -e .
+
+Its splash attention is given a mask that hides nothing and no tables (see `kernel_cases/flash_attention.py`), and of
+the tiles' cycles a causal case counts the share that is not empty: what masking costs is given to it for nothing.
+"""
+
+import dataclasses
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .kernel_cases import Case, Kernel
+from .static import REPOSITORY, Program, Request, Static
+
+TOKAMAX = "tokamax"
+# Rows and keys of a tile, keys of a product, and whether by its experimental scheduler.
+FORWARD = ((1024, 1024, 512, True), (1024, 1024, 512, False), (1024, 1024, 1024, True), (2048, 1024, 512, True))
+BACKWARD = ((512, 512, 512, False), (1024, 1024, 512, False))
+
+
+def tokamax_kernels(case: Case) -> tuple[Kernel, ...]:
+    """The variants to compare a case on TPUs with; none if tokamax has no such kernel or is not asked here."""
+    shape = case.ours.arguments
+    if case.operation != "flash_attention" or "implementation" in shape:
+        return ()
+    function, blocks = (f"{__name__}:splash", FORWARD)
+    if case.ours.function == "backward":
+        function, blocks = f"{__name__}:splash_backward", BACKWARD
+    return tuple(Kernel(function, {**shape, "blocks": x}, TOKAMAX) for x in blocks)
+
+
+def in_environment(python: str, requests: Sequence[Request], progress: Callable[[int, Static], None]) -> None:
+    """Compiles with another interpreter, which has to see this checkout as `twinax`."""
+    fields = {field.name for field in dataclasses.fields(Static)}
+    for number, request in enumerate(requests):
+        command = [python, "-m", "benchmarks.static", request.chip, request.builder, json.dumps(request.arguments)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if lines:
+            values = json.loads(lines[-1])
+            progress(number, Static.from_json({name: x for name, x in values.items() if name in fields}))
+        else:
+            progress(number, Static(failed=f"{python}: {(done.stderr.strip() or 'no answer').splitlines()[-1]}"))
+
+
+def versions(python: str) -> str:
+    """What the results hang on. OSError or ValueError if it is no interpreter with tokamax."""
+    code = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('tokamax', 'jax', 'libtpu')))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{python} has no tokamax with jax and libtpu: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout.strip()
+
+
+def splash(target: Any, B: int, T: int, H: int, D: int, causal: bool, blocks: tuple[int, int, int, bool]) -> Program:
+    """Called in tokamax's environment."""
+    from .kernel_cases import flash_attention as cases
+
+    rows, keys, part = (min(size, T) for size in blocks[:3])
+    heads, length = cases._heads(target, B, T, H), cases._part(T)
+    kernel = _kernel((length, T), block_q=rows, block_kv=keys, block_kv_compute=part, scheduler=blocks[3])
+    q, k = target.array((heads, length, D)), target.array((heads, T, D))
+    share = (cases._not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * T / length
+    program = Program(lambda q, k, v: kernel(q, k, v), (q, k, k), *cases._work(B, T, H, D, causal), share=share)
+    return cases._as_kernels_want(target, program)
+
+
+def splash_backward(
+    target: Any, B: int, T: int, H: int, D: int, causal: bool, blocks: tuple[int, int, int, bool]
+) -> Program:
+    from .kernel_cases import flash_attention as cases
+
+    rows, keys, part = (min(size, T) for size in blocks[:3])
+    heads, length = cases._heads(target, B, T, H, True), cases._part(T, True)
+    sizes = {"block_q_dkv": rows, "block_kv_dkv": keys, "block_kv_dkv_compute": part}
+    sizes |= {"block_q": rows, "block_kv": keys, "block_kv_compute": part}
+    kernel = _kernel((T, length), **sizes, scheduler=blocks[3])
+    q, k = target.array((heads, T, D)), target.array((heads, length, D))
+    share = (cases._not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * T / length
+    work = cases._work(B, T, H, D, causal, backward=True)
+    return cases._pullback(target, lambda q, k, v: kernel(q, k, v), [q, k, k], work, share)
+
+
+def _kernel(shape: tuple[int, int], scheduler: bool, **sizes: int) -> Any:
+    from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
+        splash_attention_kernel as library,
+    )
+    from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
+        splash_attention_mask as masks,
+    )
+
+    config = library.SplashConfig(**sizes, use_experimental_scheduler=scheduler)
+    kernel = library.make_splash_mha_single_device(masks.FullMask(shape), config=config)
+
+    def without(info: Any) -> Any:
+        return None if info is None else info._replace(**dict.fromkeys(info._fields))
+
+    infos = without(kernel.fwd_mask_info), without(kernel.dkv_mask_info)
+    return library.SplashAttentionKernel(*infos, **kernel.kwargs)
