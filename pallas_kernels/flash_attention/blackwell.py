@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .blackwell_vote import any_of_warp
+from .blackwell_warp import any_of_warp, wait_load_of_warp
 from .gpu_blocks import (
     LOG2E,
     MANY_LOADS,
@@ -318,7 +318,7 @@ def _compute_tile(
     def scale_output(decay_q: Any) -> None:
         for start in range(0, E, wide):
             acc_qc = plgpu.async_load_tmem(out_part(start), layout=NATIVE)
-            plgpu.wait_load_tmem()
+            wait_load_of_warp()
             plgpu.async_store_tmem(out_part(start), acc_qc * of_rows(decay_q, wide))
 
     def step(j: Any, carry: Any, masked: bool) -> Any:
@@ -403,7 +403,9 @@ def _compute_tile(
     scratch["norm"].at[group][...] = norm_q
     plgpu.commit_smem()
     norm_q = read(scratch["norm"].at[group], SPREAD.reduce(1))
+    # The products have read q, or where there are none it has come at least: now there is room for the output.
     pl.when(high > low)(lambda: plgpu.barrier_wait(added))
+    pl.when(high <= low)(lambda: plgpu.barrier_wait(scratch["q_ready"].at[group]))
     whole = scratch["out"].at[group] if p.own_out else None
     for start in range(0, E, wide):
         acc_qc, norm_qc = plgpu.async_load_tmem(out_part(start), layout=SPREAD), of_rows(norm_q, wide)

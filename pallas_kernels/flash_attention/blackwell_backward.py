@@ -416,6 +416,8 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
                     pl.when(j > low)(lambda t=t: add(t, j - 1))
                     pl.when(j < high)(lambda t=t: start(t, j))
 
+            for t in range(tiles):  # what was loaded for nothing must have come before the end
+                pl.when(spans[t][0] >= spans[t][1])(lambda t=t: plgpu.barrier_wait(scratch["q_ready"].at[t]))
             plgpu.tcgen05_commit_arrive(scratch["done"])
 
         @pl.when(group < tiles)

@@ -26,6 +26,8 @@ from jax.extend.core import Literal, Var
 from .gpu_memory import Ref, allocate, part_of, pick, product, unflatten, uninitialized
 from .gpu_tensor_core import TensorCore
 
+# What all threads of a warpgroup have to come to.
+FOR_WARPGROUPS = {"commit_smem", "commit_tmem", "wait_load_tmem", "barrier_arrive", "barrier_wait", "core_map"}
 CONTROL = {"jit", "pjit", "closed_call", "core_call", "custom_vmap_call", "custom_jvp_call", "custom_vjp_call"}
 
 
@@ -193,6 +195,8 @@ def _run_block(block: _Block, groups: list["_Warpgroup"], jaxpr: Any, refs: list
             waiting[i] = next(runs[i])
         except StopIteration:
             del runs[i]
+            lost = not runs and any(flight.kind.startswith("load") for flight in block.in_flight)
+            assert not lost, f"the block at {block.place} ends before what it loads has come"
 
 
 def _land(block: _Block, flight: Flight) -> None:
@@ -212,12 +216,14 @@ class _Warpgroup(TensorCore):
         self.block, self.axis, self.index, self.warp = block, axis, index, warp
         self.key = index if warp is None else (index, warp[1])
         self.loaded, self.stored = [], []
+        self.split = 0  # conditions around that only some of its warps may fulfil
         self.scopes: dict[Any, int] = {}
         self.group = 0
 
     def run(self, jaxpr: Any, args: list[Any], consts: Any = ()) -> Iterator[Callable[[], bool]]:
         env = _Environment(jaxpr, list(consts), args)
         products: dict[Any, np.ndarray] = {}  # of float32s, not rounded
+        of_warps: set[Any] = set()  # values that warps need not agree on
         for eqn in jaxpr.eqns:
             values = env.read(eqn.invars)
             if eqn.primitive.name == "mul" and eqn.outvars[0].aval.dtype == np.float32:
@@ -225,7 +231,14 @@ class _Warpgroup(TensorCore):
             elif eqn.primitive.name in ("add", "sub") and self.block.rng.integers(2):
                 known = [v for v in eqn.invars if isinstance(v, Var) and v in products]
                 values = [products[v] if v in known else x for v, x in zip(eqn.invars, values, strict=True)]
-            rule = getattr(self, "_" + eqn.primitive.name.removesuffix("_p"), None)
+            name = eqn.primitive.name.removesuffix("_p")
+            splits = any(isinstance(v, Var) and v in of_warps for v in eqn.invars)
+            if splits or (name == "inline_mgpu" and eqn.params["mgpu_fn"].__name__.endswith("_of_warp")):
+                of_warps.update(eqn.outvars)
+            split_here = name == "cond" and isinstance(eqn.invars[0], Var) and eqn.invars[0] in of_warps
+            self.split += split_here
+            assert not self.split or name not in FOR_WARPGROUPS, f"{name} where the warps may have parted"
+            rule = getattr(self, "_" + name, None)
             if eqn.primitive.name in CONTROL:
                 inner, own = _inner(eqn)
                 outs = yield from self.run(inner, values, own)
@@ -234,6 +247,7 @@ class _Warpgroup(TensorCore):
             else:
                 outs = _evaluate(eqn, values)
             env.write(eqn.outvars, outs)
+            self.split -= split_here
         return env.read(jaxpr.outvars)
 
     # Control

@@ -5,7 +5,7 @@
 - What a warpgroup stores in tensor memory is nan until `commit_tmem`. What it has loaded it may not overwrite, nor give
   away by a barrier that orders tensor memory, before `wait_load_tmem`.
 - Inlined Mosaic GPU code is emulated by its meaning, in `INLINED` by the name of its function. A condition of a
-  warp is taken for the whole warpgroup.
+  warp is taken for the whole warpgroup, and what then would wait for the other warps is an error.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import numpy as np
 
 from .gpu_memory import Ref, part_of, pick, product, unflatten
 
-INLINED: dict[str, Callable[..., Any]] = {"vote": lambda x: np.int32(np.any(x))}
+INLINED: dict[str, Callable[..., Any]] = {"vote_of_warp": lambda _, x: [np.int32(np.any(x))]}
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> bool:
@@ -94,5 +94,13 @@ class TensorCore:
         self.block.in_flight.append(Flight(act, self.key, "tensor"))
 
     def _inline_mgpu(self, eqn: Any, values: list[Any]) -> Any:
-        return [INLINED[eqn.params["mgpu_fn"].__name__](*values)]
+        return INLINED[eqn.params["mgpu_fn"].__name__](self, *values)
         yield
+
+
+def _wait_load_of_warp(warpgroup: TensorCore) -> list[Any]:
+    warpgroup.loaded.clear()
+    return []
+
+
+INLINED["wait_load_of_warp"] = _wait_load_of_warp

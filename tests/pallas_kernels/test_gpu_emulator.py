@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tests.pallas_kernels.gpu_emulator import emulate
+from twinax.pallas_kernels.flash_attention.blackwell_warp import any_of_warp
 
 N, ROWS, BLOCKS = 64, 64, 5
 LANES = 128  # of Blackwell's tensor memory
@@ -113,6 +114,9 @@ def two_products(fault):
                         plgpu.copy_gmem_to_smem(b_ref.at[i], b_smem.at[i % 2], ready.at[i % 2])
                         if i == 0:
                             plgpu.copy_gmem_to_smem(c_ref, c_smem, of_c)
+                    if fault == "loaded for nothing":
+                        plgpu.barrier_wait(of_c)
+                        plgpu.copy_gmem_to_smem(c_ref, c_smem, of_c)
 
                 @pl.when(warp == 1)
                 def _():
@@ -123,7 +127,8 @@ def two_products(fault):
                         if fault != "never freed":
                             plgpu.tcgen05_commit_arrive(free.at[i % 2])
                     plgpu.tcgen05_commit_arrive(summed)
-                    plgpu.barrier_wait(of_c)
+                    if fault != "loaded for nothing":
+                        plgpu.barrier_wait(of_c)
                     if fault != "weights too early":
                         plgpu.barrier_wait(given)
                     plgpu.tcgen05_mma(acc, rounded_tmem.at[:, : sum_tmem.shape[1]], c_smem, done, accumulate=False)
@@ -133,7 +138,9 @@ def two_products(fault):
             if fault != "read before the commit":
                 plgpu.barrier_wait(summed)
             x = plgpu.async_load_tmem(sum_tmem)
-            if fault != "overwritten while loaded":
+            if fault == "waiting where warps part":
+                pl.when(any_of_warp(x.max(axis=1) > 0))(plgpu.wait_load_tmem)
+            elif fault != "overwritten while loaded":
                 plgpu.wait_load_tmem()
             plgpu.async_store_tmem(rounded_tmem.at[:, : sum_tmem.shape[1]], x.astype(jnp.bfloat16))
             if fault != "tensor memory not committed":
@@ -197,6 +204,7 @@ def test_a_right_kernel_for_blackwell_is_right_in_any_order(seed):
         "tensor memory not committed",
         "result too early",
         "one arrival too few",
+        "loaded for nothing",
     ],
 )
 def test_a_race_of_blackwell_shows(fault):
@@ -215,6 +223,7 @@ def test_a_race_of_blackwell_shows(fault):
         ("never freed", "deadlock"),
         ("one arrival too many", "deadlock"),
         ("overwritten while loaded", "wait_load_tmem"),
+        ("waiting where warps part", "wait_load_tmem"),
     ],
 )
 def test_what_hangs_or_loses_a_load_on_blackwell_is_an_error(fault, words):

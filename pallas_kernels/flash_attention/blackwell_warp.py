@@ -1,4 +1,4 @@
-"""Whether anything holds in a warp: the one thing that Pallas has no word for and the Blackwell kernel needs."""
+"""What the Blackwell kernel does with a warp on its own, and Pallas, which thinks in warpgroups, has no words for."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def any_of_warp(holds_q: jax.Array) -> jax.Array:
         arg_types=(OF_ROW,),
         return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
     )
-    def vote(_: Any, x: Any) -> Any:
+    def vote_of_warp(_: Any, x: Any) -> Any:
         i1, i32 = ir.IntegerType.get_signless(1), ir.IntegerType.get_signless(32)
         every = arith.constant(i32, EVERY_LANE)
         own = llvm.extractelement(x.registers.item(), arith.constant(i32, 0))
@@ -32,4 +32,15 @@ def any_of_warp(holds_q: jax.Array) -> jax.Array:
         found = nvvm.vote_sync(every, holds, nvvm.VoteSyncKind.any, results=[i1])
         return mgpu.FragmentedArray.splat(arith.extui(i32, found), (), is_signed=True)
 
-    return vote(holds_q.astype(jnp.int32)) > 0
+    return vote_of_warp(holds_q.astype(jnp.int32)) > 0
+
+
+def wait_load_of_warp() -> None:
+    """`plgpu.wait_load_tmem` for the warp itself: that one waits for the whole warpgroup too."""
+    from jaxlib.mlir.dialects import nvvm
+
+    @plgpu.inline_mgpu()
+    def wait_load_of_warp(_: Any) -> None:
+        nvvm.tcgen05_wait(nvvm.Tcgen05WaitKind.LOAD)
+
+    wait_load_of_warp()
