@@ -52,6 +52,35 @@ def read(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
+def tiles_of(sizes_G: jax.Array, N: int, tile: int) -> tuple[jax.Array, jax.Array]:
+    """[3, V]: each tile's group, first row, and the group's rows from there; and how many tiles there are, [1].
+
+    Group G has the rows of none.
+    """
+    sizes_G = jnp.concatenate([sizes_G, N - jnp.sum(sizes_G, keepdims=True)]).astype(jnp.int32)
+    tiles_G = (sizes_G + (tile - 1)) // tile
+    stop_G, end_G = jnp.cumsum(tiles_G), jnp.cumsum(sizes_G)
+    tile_V = jnp.arange(-(-N // tile) + len(sizes_G) - 1, dtype=jnp.int32)
+    group_V = jnp.minimum(jnp.sum(stop_G <= tile_V[:, None], axis=1, dtype=jnp.int32), len(sizes_G) - 1)
+    done_V = (tile_V - (stop_G - tiles_G)[group_V]) * tile
+    table_3V = jnp.stack([group_V, (end_G - sizes_G)[group_V] + done_V, sizes_G[group_V] - done_V])
+    return table_3V.astype(jnp.int32), stop_G[-1:].astype(jnp.int32)
+
+
+def copy_rows(piece: Any, y: Any, low: Any, high: Any, row: Any, columns: Any) -> None:
+    """Starts copies of `piece`'s rows [low, high), fewer than 64, to those of y from row + low on; a copy's shape is
+    static, so in pieces of 32, 16, ... 1."""
+    at, rows = low, high - low
+    for size in (32, 16, 8, 4, 2, 1):
+        has = (rows & i32(size)) != 0
+
+        @pl.when(has)
+        def _(at: Any = at, size: int = size) -> None:
+            plgpu.copy_smem_to_gmem(piece.at[pl.ds(at, size)], y.at[pl.ds(row + at, size), columns])
+
+        at = at + (rows & i32(size))
+
+
 def launch(
     name: str,
     p: Plan,

@@ -3,6 +3,7 @@
 | chip | kernel | what |
 |---|---|---|
 | H100, H200 | `gpu_hopper.py`, `gpu_hopper_dweight.py` (Mosaic GPU) | bfloat16, float16; I and O multiples of 64 |
+| H100, H200 | `../quantized_matmul/gpu_hopper.py` | the same with quantised weights, but for zero points |
 | any | `gpu_triton.py`, `../quantized_matmul/gpu_triton.py` | and float32, quantised weights, any sizes |
 
 The gradient of rows takes quantised weights as floats, all of them in memory (training over quantised experts).
@@ -52,10 +53,12 @@ def _product(x_NA: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: 
     check_rows(x_NA.dtype, weight_GOI.format if isinstance(weight_GOI, QuantizedWeight) else None)
 
     def hopper() -> jax.Array:
+        if isinstance(weight_GOI, QuantizedWeight):
+            from ..quantized_matmul import gpu_hopper
+
+            return gpu_hopper.product(x_NA, weight_GOI, None, None, x_NA.dtype, sizes_E=sizes_G)
         from .gpu_hopper import product
 
-        if isinstance(weight_GOI, QuantizedWeight):
-            raise NotImplementedError("the Hopper kernel takes float weights")
         return product(x_NA, weight_GOI, sizes_G, contract)
 
     def triton() -> jax.Array:

@@ -26,11 +26,13 @@ from ..gpu_steps import (
     SHARED_MEMORY,
     Plan,
     chosen,
+    copy_rows,
     divided,
     i32,
     in_bands,
     launch,
     swizzled,
+    tiles_of,
 )
 
 STEP = 64  # terms of a step: a swizzled line of 128 bytes
@@ -58,21 +60,6 @@ def plan_of(N: int, G: int, C: int) -> Plan:
 
 def stages_of(step_bytes: int) -> int:
     return min(MOST_STAGES, (SHARED_MEMORY - 8 * ROWS * CHUNK) // step_bytes)
-
-
-def tiles_of(sizes_G: jax.Array, N: int, tile: int) -> tuple[jax.Array, jax.Array]:
-    """[3, V]: each tile's group, first row, and the group's rows from there; and how many tiles there are, [1].
-
-    Group G has the rows of none.
-    """
-    sizes_G = jnp.concatenate([sizes_G, N - jnp.sum(sizes_G, keepdims=True)]).astype(jnp.int32)
-    tiles_G = (sizes_G + (tile - 1)) // tile
-    stop_G, end_G = jnp.cumsum(tiles_G), jnp.cumsum(sizes_G)
-    tile_V = jnp.arange(-(-N // tile) + len(sizes_G) - 1, dtype=jnp.int32)
-    group_V = jnp.minimum(jnp.sum(stop_G <= tile_V[:, None], axis=1, dtype=jnp.int32), len(sizes_G) - 1)
-    done_V = (tile_V - (stop_G - tiles_G)[group_V]) * tile
-    table_3V = jnp.stack([group_V, (end_G - sizes_G)[group_V] + done_V, sizes_G[group_V] - done_V])
-    return table_3V.astype(jnp.int32), stop_G[-1:].astype(jnp.int32)
 
 
 def product(
@@ -148,16 +135,7 @@ def product(
             def _(part_nc: Any = part_nc, own: Any = own) -> None:
                 refs["piece"].at[group][...] = part_nc
                 plgpu.commit_smem()
-                at, rows = low, high - low
-                for size in (32, 16, 8, 4, 2, 1):
-                    has = (rows & i32(size)) != 0
-
-                    @pl.when(has)
-                    def _(at: Any = at, size: int = size) -> None:
-                        piece = refs["piece"].at[group, pl.ds(at, size)]
-                        plgpu.copy_smem_to_gmem(piece, refs["y"].at[pl.ds(row + at, size), own])
-
-                    at = at + (rows & i32(size))
+                copy_rows(refs["piece"].at[group], refs["y"], low, high, row, own)
 
     def idle(t: Any, group: Any) -> Any:
         """Whether a warpgroup has no rows of a tile."""

@@ -11,7 +11,10 @@ Values are exact in 16 bits and multiplied bare: with several blocks of inputs, 
 With many rows that is more work than to scale weights, which are then rounded once. Zero points are a small product of
 blocks' sums, left to XLA, as is the sum over splits, which keep all processors busy where outputs are few.
 
-Shapes: M rows, I inputs, O outputs, G blocks of inputs, S splits; n rows of a tile, k inputs of a step, b of a product.
+With groups of rows (`grouped_matmul`), tiles of rows begin where groups do, and each is as wide as groups are long.
+
+Shapes: M rows, I inputs, O outputs, G blocks of inputs, S splits, E groups (experts); n rows of a tile, k inputs of a
+step, b of a product.
 """
 
 from dataclasses import dataclass
@@ -31,12 +34,14 @@ from ..gpu_steps import (
     ROWS,
     SHARED_MEMORY,
     Plan,
+    copy_rows,
     divided,
     i32,
     in_bands,
     launch,
     read,
     swizzled,
+    tiles_of,
 )
 from .activations import ACTIVATIONS, finish
 from .formats import FLOAT8, PACKED, QuantizedWeight, expand, scales_of
@@ -60,8 +65,12 @@ class Cut:
     plan: Plan
 
 
-def cut_of(M: int, I: int, O: int, size: int | None, packed: bool = False, processors: int = PROCESSORS) -> Cut:
-    """In closed form; `size` is how many inputs share a scale, None for all."""
+def cut_of(
+    M: int, I: int, O: int, size: int | None, packed: bool = False, processors: int = PROCESSORS, E: int | None = None
+) -> Cut:
+    """In closed form; `size` is how many inputs share a scale, None for all. With groups, their sums are not split."""
+    if E is not None:
+        M = pl.cdiv(2 * M, E)  # of a tile: most groups fit in one
     if I % 64 or O % ROWS or (packed and O < WIDE):
         raise NotImplementedError(
             f"the Hopper kernel takes 64, 128, ... inputs and outputs (four bits: of these 192), got {I} and {O}"
@@ -78,12 +87,12 @@ def cut_of(M: int, I: int, O: int, size: int | None, packed: bool = False, proce
         return pl.cdiv(tiles * splits, processors) * pl.cdiv(steps, splits) * (1 + 0.01 * splits)
 
     # Writing and reading parts in float32 is to cost half of what the weights do.
-    cheap = max(1, min(MOST_SPLITS, I // halves // (8 * n), steps // 4))
+    cheap = 1 if E is not None else max(1, min(MOST_SPLITS, I // halves // (8 * n), steps // 4))
     splits = min(range(1, cheap + 1), key=time)
     stage = (
         (WIDE if packed else 2 * ROWS) * k + 2 * n * k * halves + (2 * ROWS * 4 * max(1, inputs // size) if size else 0)
     )
-    out = 2 * 4 * ROWS * min(n, CHUNK)
+    out = 2 * (4 if E is None else 2 * 2) * ROWS * min(n, CHUNK)
     return Cut(n, k, b, splits, Plan(2, 1, n, min(MOST_STAGES, (SHARED_MEMORY - out) // stage), processors))
 
 
@@ -94,68 +103,65 @@ def product(
     activation: str | None,
     out_dtype: Any,
     cut: Cut | None = None,
+    sizes_E: jax.Array | None = None,
 ) -> jax.Array:
-    (M, I), (O, _), dtype = x_MI.shape, weight.shape, x_MI.dtype
+    """[M, O]; with sizes_E and a stack of weights each row with its group's, zeros for rows of none."""
+    (M, I), (O, _), dtype = x_MI.shape, weight.shape[-2:], x_MI.dtype
     if dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the Hopper kernel takes bfloat16 and float16, got {dtype}")
     if weight.inputs_first:
         raise NotImplementedError("the Hopper kernel takes weights outputs first, not `with_inputs_first`")
-    grouped = weight.scales.shape[0] > 1
-    size = weight.block_sizes[1] if grouped else None
-    f = cut or cut_of(M, I, O, size, weight.format in PACKED)
+    if weight.zeros is not None and sizes_E is not None:
+        raise NotImplementedError("the Hopper kernel takes no zero points with groups of rows")
+    size = weight.block_sizes[1] if weight.scales.shape[-2] > 1 else None
+    packed = weight.format in PACKED
+    f = cut or cut_of(M, I, O, size, packed, E=None if sizes_E is None else len(sizes_E))
     if not M:
         return jnp.zeros((0, O), out_dtype)
-    scales_GO = _by_output(scales_of(weight.scales, jnp.float32), weight)
     rows = max(f.n, -(-M // 8) * 8)
     x = x_MI if rows == M else jnp.pad(x_MI, ((0, rows - M), (0, 0)))
-    if weight.format in PACKED:  # even inputs and odd ones, as a byte has them
-        x = jnp.moveaxis(x.reshape(rows, I // 2, 2), 2, 0)
+    given = {"x": x, "w": weight.values, "scales": _by_output(weight.scales, weight)}
+    if packed:  # even inputs and odd ones, as a byte has them
+        given["x"] = jnp.moveaxis(x.reshape(rows, I // 2, 2), 2, 0)
+    if sizes_E is not None:
+        given["table"], given["count"] = tiles_of(sizes_E, rows, f.n)
+        return _launch(given, weight.format, None, out_dtype, size, f)[0, :M]
     alone = f.splits == 1 and weight.zeros is None and activation in IN_KERNEL
-    bias = bias_O.astype(jnp.float32) if alone and bias_O is not None else None
-    sums_SMO = _launch(
-        x,
-        weight.format,
-        weight.values,
-        scales_GO,
-        bias,
-        activation if alone else None,
-        out_dtype if alone else jnp.float32,
-        size,
-        f,
-    )
-    if alone:
-        return sums_SMO[0, :M]
-    sums_MO = jnp.sum(sums_SMO[:, :M], axis=0)
-    if weight.zeros is not None:
-        size = weight.block_sizes[1]
-        G = len(weight.scales)
-        x_MGB = jnp.pad(x_MI, ((0, 0), (0, G * size - I))).reshape(M, G, size)
-        offsets_GO = scales_GO * _by_output(weight.zeros.astype(jnp.float32), weight)
-        totals_MG = jnp.sum(x_MGB, axis=2, dtype=jnp.float32)
-        sums_MO -= jnp.matmul(totals_MG, offsets_GO, precision=lax.Precision.HIGHEST)
-    return finish(sums_MO, bias_O, activation, out_dtype)
+    if not alone:
+        sums_MO = jnp.sum(_launch(given, weight.format, None, jnp.float32, size, f)[:, :M], axis=0)
+        if weight.zeros is not None:
+            sums_MO -= _of_zeros(x_MI, weight, given["scales"])
+        return finish(sums_MO, bias_O, activation, out_dtype)
+    if bias_O is not None:
+        given["bias"] = bias_O.astype(jnp.float32)
+    return _launch(given, weight.format, activation, out_dtype, size, f)[0, :M]
+
+
+def _of_zeros(x_MI: jax.Array, weight: QuantizedWeight, scales_GO: jax.Array) -> jax.Array:
+    """What zero points take from the sums, [M, O]."""
+    G, size = len(scales_GO), weight.block_sizes[1]
+    assert weight.zeros is not None
+    x_MGB = jnp.pad(x_MI, ((0, 0), (0, G * size - x_MI.shape[1]))).reshape(len(x_MI), G, size)
+    offsets_GO = scales_of(scales_GO, jnp.float32) * _by_output(weight.zeros.astype(jnp.float32), weight)
+    totals_MG = jnp.sum(x_MGB, axis=2, dtype=jnp.float32)
+    return jnp.matmul(totals_MG, offsets_GO, precision=lax.Precision.HIGHEST)
 
 
 def _by_output(blocks_GP: jax.Array, weight: QuantizedWeight) -> jax.Array:
-    G, O = len(blocks_GP), weight.shape[0]
-    return jnp.broadcast_to(expand(blocks_GP, (weight.block[0], 1), (O, G)).T, (G, O))
+    *stack, G, _ = blocks_GP.shape
+    O = weight.shape[-2]
+    each = expand(blocks_GP, (weight.block[0], 1), (O, G)).swapaxes(-1, -2)
+    return jnp.broadcast_to(each, (*stack, G, O))
 
 
 def _launch(
-    x: jax.Array,
-    format: str,
-    values: jax.Array,
-    scales_GO: jax.Array,
-    bias_O: jax.Array | None,
-    activation: str | None,
-    out_dtype: Any,
-    size: int | None,
-    f: Cut,
+    given: dict[str, jax.Array], format: str, activation: str | None, out_dtype: Any, size: int | None, f: Cut
 ) -> jax.Array:
     """[S, M, O]: the sums of each split, scaled; with bias and activation where there is one."""
-    packed = format in PACKED
+    packed, grouped = format in PACKED, "table" in given
     # Of packed ones, the inputs are bytes.
-    (M, I), O, dtype, p = x.shape[-2:], scales_GO.shape[1], x.dtype, f.plan
+    (M, I), O, dtype, p = given["x"].shape[-2:], given["scales"].shape[-1], given["x"].dtype, f.plan
+    values_dtype = given["w"].dtype
     halves = 2 if packed else 1
     size = None if size is None else size // halves
     steps = pl.cdiv(I // f.k, f.splits)
@@ -166,9 +172,9 @@ def _launch(
     shared = min(f.k, size or f.k) // f.b
     scratch = {
         "x": plgpu.SMEM((p.stages, halves, f.n, f.k), dtype, transforms=swizzled(f.b, dtype)),
-        "w": plgpu.SMEM((p.stages, f.k, WIDE), values.dtype)
+        "w": plgpu.SMEM((p.stages, f.k, WIDE), values_dtype)
         if packed
-        else plgpu.SMEM((p.stages, 2, ROWS, f.k), values.dtype, transforms=swizzled(f.k, values.dtype)),
+        else plgpu.SMEM((p.stages, 2, ROWS, f.k), values_dtype, transforms=swizzled(f.k, values_dtype)),
         "out": plgpu.SMEM(
             (2, chunk, ROWS), out_dtype, transforms=swizzled(128 // jnp.dtype(out_dtype).itemsize, out_dtype)
         ),
@@ -177,16 +183,26 @@ def _launch(
     }
     scales = products // shared
     if size is not None:
-        scratch["scales"] = plgpu.SMEM((p.stages, 2, scales, ROWS), jnp.float32)
-    given = {"x": x, "w": values, "scales": scales_GO}
-    if bias_O is not None:
-        given["bias"] = bias_O
+        scratch["scales"] = plgpu.SMEM((p.stages, 2, scales, ROWS), given["scales"].dtype)
+    if grouped:
+        scratch["piece"] = plgpu.SMEM((2, chunk, ROWS), out_dtype)
 
     def tile(refs: dict[str, Any], nth: Any) -> dict[str, Any]:
-        split, rest = divided(nth, i32(tiles[0] * tiles[1]))
-        below, beside = in_bands(rest, i32(tiles[0]), tiles[1])
-        first = split * i32(steps)
+        more = {}
+        if grouped:
+            at, below = in_bands(nth, refs["count"][0], tiles[0])
+            group, row, left = (refs["table"][i, at] for i in range(3))
+            split, first = i32(0), i32(0)
+            is_rest = group == i32(given["w"].shape[0])
+            found = jnp.where(is_rest, i32(0), i32(I // f.k))
+            more = {"group": jnp.where(is_rest, i32(0), group), "begin": row, "left": left}
+        else:
+            split, rest = divided(nth, i32(tiles[0] * tiles[1]))
+            below, beside = in_bands(rest, i32(tiles[0]), tiles[1])
+            row, first = beside * i32(f.n), split * i32(steps)
+            found = jnp.minimum(jnp.maximum(i32(I // f.k) - first, i32(0)), i32(steps))
         return {
+            **more,
             "split": split,
             "outputs": [
                 jnp.minimum(below * i32(2 * ROWS), i32(O - 2 * ROWS)) + i32(ROWS * g)
@@ -194,10 +210,13 @@ def _launch(
                 else jnp.minimum(below * i32(2 * ROWS) + i32(ROWS * g), i32(O - ROWS))
                 for g in range(2)
             ],
-            "row": jnp.minimum(beside * i32(f.n), i32(M - f.n)),
+            "row": jnp.minimum(row, i32(M - f.n)),
             "first": first,
-            "steps": jnp.minimum(jnp.maximum(i32(I // f.k) - first, i32(0)), i32(steps)),
+            "steps": found,
         }
+
+    def of_group(refs: Any, name: str, t: Any) -> Any:
+        return refs[name].at[t["group"]] if grouped else refs[name]
 
     def load(refs: Any, t: Any, s: Any, slot: Any, ready: Any) -> None:
         at = t["first"] + s
@@ -207,15 +226,17 @@ def _launch(
             part = refs["x"].at[half, rows, inputs] if packed else refs["x"].at[rows, inputs]
             plgpu.copy_gmem_to_smem(part, refs["x_smem"].at[slot, half], ready)
         if packed:
-            part = refs["w"].at[inputs, pl.ds(jnp.minimum(t["outputs"][0], i32(O - WIDE)), WIDE)]
+            part = of_group(refs, "w", t).at[inputs, pl.ds(jnp.minimum(t["outputs"][0], i32(O - WIDE)), WIDE)]
             plgpu.copy_gmem_to_smem(part, refs["w_smem"].at[slot], ready)
         for g, output in enumerate(t["outputs"]):
             own = pl.ds(output, ROWS)
             if not packed:
-                plgpu.copy_gmem_to_smem(refs["w"].at[own, inputs], refs["w_smem"].at[slot, g], ready)
+                part = of_group(refs, "w", t).at[own, inputs]
+                plgpu.copy_gmem_to_smem(part, refs["w_smem"].at[slot, g], ready)
             if size is not None:
                 groups = pl.ds(lax.div(at * i32(f.k), i32(size)), scales)
-                plgpu.copy_gmem_to_smem(refs["scales"].at[groups, own], refs["scales_smem"].at[slot, g], ready)
+                part = of_group(refs, "scales", t).at[groups, own]
+                plgpu.copy_gmem_to_smem(part, refs["scales_smem"].at[slot, g], ready)
 
     def weights(refs: Any, t: Any, slot: Any, group: Any) -> list[list[jax.Array]]:
         """Of each product, [64, b]: one, or of packed inputs the even ones' and the odd ones'."""
@@ -235,7 +256,7 @@ def _launch(
 
     def scale(refs: Any, slot: Any, group: Any, j: int, shape: tuple[int, int]) -> jax.Array:
         scale_o = read(refs["scales_smem"].at[slot, group, j // shared], OF_OUTPUT)
-        return lax.broadcast_in_dim(scale_o, shape, [0])
+        return lax.broadcast_in_dim(scales_of(scale_o, jnp.float32), shape, [0])
 
     def multiply(refs: Any, t: Any, s: Any, slot: Any, group: Any, acc_ref: Any) -> None:
         for j, of_product in enumerate(weights(refs, t, slot, group)):
@@ -266,27 +287,46 @@ def _launch(
             return lax.broadcast_in_dim(of_o, acc_on.shape, [0])
 
         if size is None:
-            acc_on = acc_on * spread(read(refs["scales"].at[0, own], OF_OUTPUT))
-        if bias_O is not None:
+            scale_o = read(of_group(refs, "scales", t).at[0, own], OF_OUTPUT)
+            acc_on = acc_on * spread(scales_of(scale_o, jnp.float32))
+        if "bias" in refs:
             acc_on = acc_on + spread(read(refs["bias"].at[own], OF_OUTPUT))
         if activation is not None:
             acc_on = ACTIVATIONS[activation](acc_on)
         for place in range(0, f.n, chunk):
             part_on = lax.slice(acc_on, (0, place), (ROWS, place + chunk)).astype(out_dtype)
-            turned = plgpu.transpose_ref(refs["out"].at[group], (1, 0))
+            part_on = plgpu.layout_cast(part_on, plgpu.Layout.WGMMA_TRANSPOSED)
+            y, row = refs["y"].at[t["split"]], t["row"] + i32(place)
+
+            def all_rows(part_on: Any = part_on, y: Any = y, row: Any = row) -> None:
+                plgpu.transpose_ref(refs["out"].at[group], (1, 0))[...] = part_on
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(refs["out"].at[group], y.at[pl.ds(row, chunk), own])
+
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            turned[...] = plgpu.layout_cast(part_on, plgpu.Layout.WGMMA_TRANSPOSED)
-            plgpu.commit_smem()
-            rows = pl.ds(t["row"] + i32(place), chunk)
-            plgpu.copy_smem_to_gmem(refs["out"].at[group], refs["y"].at[t["split"], rows, own])
+            if not grouped:
+                all_rows()
+                continue
+            low = jnp.maximum(t["begin"] - row, i32(0))
+            high = jnp.minimum(t["begin"] + t["left"] - row, i32(chunk))
+            whole = (low == 0) & (high == chunk)
+            pl.when(whole)(all_rows)
+
+            @pl.when(~whole & (low < high))
+            def _(part_on: Any = part_on, y: Any = y, row: Any = row, low: Any = low, high: Any = high) -> None:
+                plgpu.transpose_ref(refs["piece"].at[group], (1, 0))[...] = part_on
+                plgpu.commit_smem()
+                copy_rows(refs["piece"].at[group], y, low, high, row, own)
 
     out = jax.ShapeDtypeStruct((f.splits, M, O), out_dtype)
-    total = f.splits * tiles[0] * tiles[1]
+
+    def count_tiles(refs: Any) -> Any:
+        return refs["count"][0] * i32(tiles[0]) if grouped else i32(f.splits * tiles[0] * tiles[1])
+
     apart = size is not None and f.n <= MOST_APART
     multiplied = {"multiply": None, "add": add} if apart else {"multiply": multiply}
-    return launch(
-        "quantized_matmul", p, given, out, scratch, lambda _: i32(total), tile, load, store=store, **multiplied
-    )
+    name = "grouped_matmul" if grouped else "quantized_matmul"
+    return launch(name, p, given, out, scratch, count_tiles, tile, load, store=store, **multiplied)
 
 
 def _widened(bytes_ob: jax.Array, dtype: Any) -> jax.Array:

@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ..chips import target_chip
 from .activations import ACTIVATIONS, finish
 from .formats import FLOAT8, PACKED, QuantizedWeight, from_e2m1, scales_of
 
@@ -100,6 +101,8 @@ def tile_of(kind: Kind) -> Tile:
         splits = max(1, min(PROGRAMS // programs, cheap, pl.cdiv(kind.A, k) // LEAST_STEPS))
         splits = 1 << (splits.bit_length() - 1)
     large = m * c >= 128 * 128
+    if large and kind.scaled_first and target_chip() == "a100":
+        k = min(k, 32)  # of 64, registers do not hold what becomes of the weights
     return Tile(m, c, k, splits, 8 if large else 4, 3 if large or wide else 4)
 
 

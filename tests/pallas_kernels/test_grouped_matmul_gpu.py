@@ -14,6 +14,7 @@ from tests.pallas_kernels.gpu_emulator import emulate
 from tests.pallas_kernels.test_grouped_matmul import CASES, LONGEST, by_hand, make, run
 from twinax.pallas_kernels.grouped_matmul import gpu_hopper, gpu_hopper_dweight, gpu_triton, grouped_matmul
 from twinax.pallas_kernels.quantized_matmul import dequantize, gpu, quantize
+from twinax.pallas_kernels.quantized_matmul import gpu_hopper as quantized
 from twinax.pallas_kernels.quantized_matmul import gpu_triton as products
 from twinax.planner.devices import has_cuda_plugin
 
@@ -114,6 +115,42 @@ def test_hopper(case, seed):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "form", "block"),
+    [
+        ([3, 0, 9, 1], "mxfp4", (1, 32)),
+        pytest.param([3, 0, 30, 1], "int4", (1, 64), marks=SLOW),
+        pytest.param([100, 0, 30, 77], "int8", (1, None), marks=SLOW),
+        pytest.param([100, 0, 30], "fp8_e4m3", (128, 128), marks=SLOW),
+    ],
+)
+def test_hopper_with_quantised_weights(sizes, form, block):
+    """On an emulated GPU, where there is none."""
+    if GPU and gpu.target_chip() not in gpu.HOPPER:
+        pytest.skip("a kernel for Hopper")
+    rng = np.random.default_rng(6)
+    I, O, rest = 256, 192, 4
+    N = sum(sizes) + rest
+    weight = quantize(jnp.asarray(rng.standard_normal((len(sizes), O, I)), jnp.float32), form, block=block)
+    x = jnp.asarray(rng.standard_normal((N, I)), jnp.bfloat16).at[N - rest :].set(jnp.nan)
+    size = block[1] if weight.scales.shape[1] > 1 else None
+    cut = quantized.cut_of(N, I, O, size, form in ("int4", "mxfp4"), 3, len(sizes))
+
+    def product(x, weight, sizes):
+        return quantized.product(x, weight, None, None, x.dtype, cut, sizes)
+
+    got = (jax.jit(product) if GPU else emulate(product))(x, weight, jnp.asarray(sizes, jnp.int32))
+    floats = np.asarray(dequantize(weight), np.float64)
+    x = np.asarray(x, np.float64)
+    want = by_hand(x, floats, np.zeros((N, O)), np.asarray(sizes, np.int32))[0]
+    # The result's rounding, and that of weights which are scaled first.
+    group_N = np.repeat(np.arange(len(sizes)), sizes)
+    room = np.zeros((N, O))
+    for n, g in enumerate(group_N):
+        room[n] = np.abs(x[n]) @ np.abs(floats[g]).T
+    assert (np.abs(np.asarray(got, np.float64) - want) <= 2**-8 * (np.abs(want) + room)).all()
+
+
 def test_plans_fit():
     for N, G, size in ((8192, 8, 14336), (64, 8, 768), (4096, 128, 2880), (7, 1, 64)):
         plan = gpu_hopper.plan_of(N, G, size)
@@ -145,6 +182,7 @@ COMPILED = [
     {"N": 4096, "G": 8, "I": 2048, "O": 768, "form": "int8"},
     {"N": 64, "G": 8, "I": 2048, "O": 768, "form": "int4", "block": 64},
     {"N": 4096, "G": 8, "I": 2048, "O": 768, "form": "mxfp4", "block": 32},
+    {"N": 512, "G": 128, "I": 2880, "O": 5760, "form": "mxfp4", "block": 32},
 ]
 
 
