@@ -96,15 +96,17 @@ def _chunk(size: int, most: int) -> int:
     return max(part for part in range(128, most + 1, 128) if size % part == 0)
 
 
-def product_blocks(N: int, A: int, C: int, G: int, dtype: jnp.dtype, contract: int) -> ProductBlocks:
-    """For rows [N, A] times weights to [N, C]."""
+def product_blocks(
+    N: int, A: int, C: int, G: int, dtype: jnp.dtype, contract: int, multiples: tuple[int, int] = (1, 1)
+) -> ProductBlocks:
+    """For rows [N, A] times weights to [N, C]. Terms and columns of a block are `multiples` or all that there are."""
     on, size = chip(), jnp.dtype(dtype).itemsize
     s = pieces(N)
     # Tiles of about a group: in smaller ones weights are less used, in larger ones most are shared.
     n, best = min(_up(N, s[0]), 1024 if N // G >= 1024 else 512), None
     for a, c in itertools.product(_cuts(A, (), True), _cuts(C, PARTS, False)):
         held = 2 * size * (n * a + a * c + n * c) + 4 * n * c * (a < A) + 4 * s[0] * c
-        if held > on.vmem * 0.8:
+        if held > on.vmem * 0.8 or (a < A and a % multiples[0]) or (c < C and c % multiples[1]):
             continue
         columns, parts = -(-C // c), -(-A // a)
         visits = -(-N // n) + G

@@ -23,26 +23,47 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..quantized_matmul import QuantizedWeight, dequantize
 from .blocks import GradientBlocks, ProductBlocks, gradient_blocks, product_blocks, vmem_bytes
+from .tpu_quantized import Arranged, arrange, fill
 from .visits import FIRST, GROUP, HIGH, LAST, LOW, TILE, Known, quotient, visits
 
 ALIGNMENT = 16  # rows at whose multiples a piece may begin: a register of bfloat16
 
 
 def grouped_matmul(x_NI: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array) -> jax.Array:
-    return product(x_NI, _floats(weight_GOI, x_NI.dtype), sizes_G, contract=2)
+    return with_weights(x_NI, weight_GOI, sizes_G, contract=2)
 
 
 def grouped_matmul_dx(dy_NO: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array) -> jax.Array:
-    return product(dy_NO, _floats(weight_GOI, dy_NO.dtype), sizes_G, contract=1)
+    return with_weights(dy_NO, weight_GOI, sizes_G, contract=1)
 
 
 def grouped_matmul_dweight(x_NI: jax.Array, dy_NO: jax.Array, sizes_G: jax.Array) -> jax.Array:
     return gradient(x_NI, dy_NO, sizes_G)
 
 
-def _floats(weight_GOI: jax.Array | QuantizedWeight, dtype: jnp.dtype) -> jax.Array:
-    """Quantised weights as floats, all of them in memory: these kernels read no others."""
-    return dequantize(weight_GOI, dtype) if isinstance(weight_GOI, QuantizedWeight) else weight_GOI
+def with_weights(
+    x_NA: jax.Array,
+    weight_GOI: jax.Array | QuantizedWeight,
+    sizes_G: jax.Array | tuple[int, ...],
+    *,
+    contract: int,
+    blocks: ProductBlocks | None = None,
+) -> jax.Array:
+    """`product`, also with quantised weights: as they are kept, or where that cannot be made floats beforehand."""
+    if not isinstance(weight_GOI, QuantizedWeight):
+        return product(x_NA, weight_GOI, sizes_G, contract=contract, blocks=blocks)
+    arranged = arrange(weight_GOI, x_NA.dtype)
+    if arranged is not None and len(x_NA):
+        G, O, I = weight_GOI.shape
+        A, C = (I, O) if contract == 2 else (O, I)
+        try:
+            multiples = arranged.kept.multiples(contract, arranged.scales.dtype)
+            blocks = blocks or product_blocks(len(x_NA), A, C, G, x_NA.dtype, contract, multiples)
+        except NotImplementedError:
+            arranged = None
+        else:
+            return product(x_NA, arranged.values, sizes_G, contract=contract, blocks=blocks, arranged=arranged)
+    return product(x_NA, dequantize(weight_GOI, x_NA.dtype), sizes_G, contract=contract)
 
 
 def _check(dtype: jnp.dtype) -> None:
@@ -107,23 +128,44 @@ def product(
     *,
     contract: int,
     blocks: ProductBlocks | None = None,
+    arranged: Arranged | None = None,
 ) -> jax.Array:
-    """Rows times weights, summed over dimension `contract` of the weights, [N, C]; a tuple of sizes is static."""
+    """Rows times weights, summed over dimension `contract` of the weights, [N, C]; a tuple of sizes is static.
+
+    Of `arranged` weights, `weight_GOI` are their values; they have to fit `blocks`.
+    """
     _check(x_NA.dtype)
+    kept = None if arranged is None else arranged.kept
     (N, A), G, C = x_NA.shape, len(weight_GOI), weight_GOI.shape[3 - contract]
+    per_byte, terms_last = (1 if kept is None else kept.per_byte), contract == 2
+    if kept is not None and kept.inputs_first:
+        terms_last, C = not terms_last, weight_GOI.shape[contract] * (1 if contract == 2 else per_byte)
+    # Scales that wait for the rows or the result.
+    bare = kept is not None and kept.size is None
     if not N:
         return jnp.zeros((N, C), x_NA.dtype)
     b = blocks or product_blocks(N, A, C, G, x_NA.dtype, contract)
     parts_a = A // b.a
 
     def kernel(*refs: Any) -> None:
-        table, (x_nA, weight_1, y_nc, *scratch) = (refs[0], refs[2:]) if known is None else (known, refs)
+        table, (x_nA, weight_1, *others) = (refs[0], refs[2:]) if known is None else (known, refs)
+        scales_1 = None if kept is None else others.pop(0)
+        y_nc, *scratch = others
         visit, part = pl.program_id(1), pl.program_id(2)
+        weight_2 = weight_1.at[0] if kept is None else scratch.pop()
+        if kept is not None:
+            # A group's weights stay for its visits, if its terms are not cut.
+            is_new = (table[FIRST, visit] == 1) | (parts_a > 1)
+            pl.when(is_new)(lambda: fill(kept, weight_1, scales_1, weight_2))
         low, high, is_rest = table[LOW, visit], table[HIGH, visit], table[GROUP, visit] == G
 
         def some(first: Any, size: int, own: Any) -> jax.Array:
             x_sa = x_nA[pl.ds(first, size), :]
-            return _dot(x_sa, weight_1[0, own, :] if contract == 2 else weight_1[0, :, own], (1, contract - 1))
+            if bare and contract == 1:
+                x_sa = (x_sa.astype(jnp.float32) * scales_1[0, 0]).astype(x_sa.dtype)
+            w = weight_2[own, :] if terms_last else weight_2[:, own]
+            y_sc = _dot(x_sa, w, (1, 1 if terms_last else 0))
+            return y_sc * scales_1[0, 0, :, own] if bare and contract == 2 else y_sc
 
         def columns(first: Any, low: Any, high: Any, size: int, *, body: Callable[..., None]) -> None:
             chunk = b.wide if body is whole else b.chunk
@@ -186,7 +228,22 @@ def product(
 
     def weight_index(column: Any, visit: Any, part: Any, *refs: Any) -> tuple[Any, ...]:
         group, part = at(visit, refs)[1], part_of_a(visit, part, refs)
-        return (group, column, part) if contract == 2 else (group, part, column)
+        return (group, column, part) if terms_last else (group, part, column)
+
+    def scales_index(column: Any, visit: Any, part: Any, *refs: Any) -> tuple[Any, ...]:
+        group, part = at(visit, refs)[1], part_of_a(visit, part, refs)
+        # Outputs are columns of the forward product and terms of the other, and inputs are what these are not.
+        inputs, outputs = (part, column) if contract == 2 else (column, part)
+        return group, 0, 0 if bare else inputs, outputs
+
+    terms, columns_c = b.a // (per_byte if contract == 2 else 1), b.c // (per_byte if contract == 1 else 1)
+    arguments, specs, scratch = [x_NA, weight_GOI], [], []
+    if arranged is not None:
+        inputs, outputs = (b.a, b.c) if contract == 2 else (b.c, b.a)
+        blocks_of_inputs = 1 if bare else -(-inputs // (arranged.kept.size or 1))
+        shape = (1, arranged.scales.shape[1], blocks_of_inputs, outputs)
+        arguments, specs = [*arguments, arranged.scales], [pl.BlockSpec(shape, scales_index)]
+        scratch = [pltpu.VMEM((b.c, b.a) if terms_last else (b.a, b.c), x_NA.dtype)]
 
     call = pl.pallas_call(
         kernel,
@@ -195,17 +252,18 @@ def product(
             grid=(pl.cdiv(C, b.c), count, parts_a),
             in_specs=[
                 pl.BlockSpec((b.n, b.a), lambda c, v, a, *refs: (at(v, refs)[0], part_of_a(v, a, refs))),
-                pl.BlockSpec((1, b.c, b.a) if contract == 2 else (1, b.a, b.c), weight_index),
+                pl.BlockSpec((1, columns_c, terms) if terms_last else (1, terms, columns_c), weight_index),
+                *specs,
             ],
             out_specs=pl.BlockSpec((b.n, b.c), lambda c, v, a, *refs: (at(v, refs)[0], c)),
-            scratch_shapes=[pltpu.VMEM((b.n, b.c), jnp.float32)] if parts_a > 1 else [],
+            scratch_shapes=([pltpu.VMEM((b.n, b.c), jnp.float32)] if parts_a > 1 else []) + scratch,
         ),
         out_shape=jax.ShapeDtypeStruct((N, C), x_NA.dtype),
         compiler_params=_parameters("parallel", "arbitrary", "arbitrary"),
         cost_estimate=_cost(N, A, C, x_NA, weight_GOI),
         name="grouped_matmul" if contract == 2 else "grouped_matmul_dx",
     )
-    return call(*scalars, x_NA, weight_GOI)
+    return call(*scalars, *arguments)
 
 
 def gradient(

@@ -1,5 +1,6 @@
 """The contract of grouped_matmul, for every candidate: both directions against loops over rows, in float64."""
 
+import dataclasses
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from benchmarks.static import Request, compile_all
 from twinax.pallas_kernels import grouped_matmul as package
 from twinax.pallas_kernels.grouped_matmul import OPERATION, grouped_matmul, grouped_matmul_dweight, grouped_matmul_dx
-from twinax.pallas_kernels.quantized_matmul import dequantize, quantize
+from twinax.pallas_kernels.quantized_matmul import dequantize, quantize, with_inputs_first
 
 # test_grouped_matmul_gpu.py runs "gpu".
 NAMES = [name for name in OPERATION.names() if name != "gpu"]
@@ -126,6 +127,48 @@ def test_quantised_weights_are_their_floats_and_get_no_gradient(form, block, imp
     want = by_hand(x_NI.astype(np.float64), floats, dy_NO.astype(np.float64), sizes_G)
     for name, a, b in zip(("y", "dx"), got, want, strict=False):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6 * np.abs(b).max(), err_msg=name)
+
+
+QUANTISED = {
+    "int8": ("int8", (1, None), False, False),
+    "int8, inputs first": ("int8", (1, None), False, True),
+    "int8 in groups, inputs first": ("int8", (1, 128), True, True),
+    "int4 in groups": ("int4", (1, 32), True, False),
+    "int4, a channel": ("int4", (1, None), False, False),
+    "float8 in blocks": ("fp8_e4m3", (128, 128), False, True),
+    "mxfp4": ("mxfp4", (1, 32), False, False),
+}
+
+
+@pytest.mark.parametrize("cut", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    "kind", [k if k in ("int8", "int4 in groups") else pytest.param(k, marks=pytest.mark.slow) for k in QUANTISED]
+)
+def test_a_tpu_reads_quantised_weights_as_they_are_kept(kind, cut, monkeypatch):
+    """Several visits a group, an empty group, rows of none; with and without cut terms."""
+    from twinax.pallas_kernels.grouped_matmul import blocks, tpu
+
+    form, block, zeros, inputs_first = QUANTISED[kind]
+    sizes, I, O = [70, 0, 3, 55], 512, 256
+    rng = np.random.default_rng(1)
+    weight = quantize(rng.standard_normal((4, O, I)).astype(np.float32), form, block=block, zero_points=zeros)
+    weight = with_inputs_first(weight) if inputs_first else weight
+    monkeypatch.setattr(tpu, "dequantize", None)
+    given, floats = [jnp.asarray(rng.standard_normal((140, n)), jnp.bfloat16) for n in (I, O)], dequantize(weight)
+    exact = [np.asarray(a, np.float64) for a in (given[0], floats, given[1])]
+    wants = by_hand(*exact, sizes)
+    sums = by_hand(*map(np.abs, exact), sizes)
+    for rows, want, terms, contract in zip(given, wants, sums, (2, 1), strict=False):
+        A, C = (I, O) if contract == 2 else (O, I)
+        cuts = blocks.ProductBlocks(32, C // 2, A // 2, (32, 16), C // 4, C // 2) if cut else None
+        if cut and kind == "mxfp4":
+            cuts = dataclasses.replace(cuts, a=A if contract == 2 else A // 2, c=C if contract == 1 else C // 2)
+        with pltpu.force_tpu_interpret_mode():
+            got = jax.jit(partial(tpu.with_weights, contract=contract, blocks=cuts))(
+                rows, weight, jnp.asarray(sizes, jnp.int32)
+            )
+        # Weights are rounded, or rows times scales; then the result.
+        assert (np.abs(np.asarray(got, np.float64) - want) <= 2**-8 * (terms + np.abs(want)) + 1e-6).all(), contract
 
 
 @pytest.mark.parametrize("static", [False, pytest.param(True, marks=pytest.mark.slow)])
