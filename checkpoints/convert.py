@@ -1,7 +1,7 @@
 """Conversion between Twinax step folders and Hugging Face folders, tensor by tensor, without torch or transformers.
 
-- Every tensor of the source becomes exactly one tensor, or one layer of one, of the target, with the same bits (unless
-  a `dtype` is asked for); both forms lay numbers out alike, so nothing is transposed.
+- Every number of the source is one number of the target, with the same bits (unless a `dtype` is asked for): tensors
+  are parameters, or parts of them, as the family's table says.
 - Memory stays bounded: files are mapped on both sides, and layers are stacked in a mapped file of the target's folder.
 - At the end the target is read again and compared with the source. Only then it gets its name.
 """
@@ -22,9 +22,11 @@ import numpy as np
 
 from ..models import families
 from ..models.config import DecoderConfig
+from ..models.families import TensorEntry
 from . import files, hf, manifest, safetensors
 from .errors import CheckpointError, DamagedCheckpoint, SaveError
 from .manifest import ArraySpec, Description, Manifest
+from .pieces import Parameter, tensor_from, tensor_shape
 from .tokenizer import check_vocabulary
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -243,23 +245,31 @@ class _StepReader:
                 f"{found.folder} does not have the parameters of its config: missing {sorted(needed - stored)}, "
                 f"unknown {sorted(stored - needed)}"
             )
-        arrays = {entry.name: open_stored(found, f"params.{entry.name}") for entry in table}
-        self._entries, self._arrays, self._cast = {entry.hf_name: entry for entry in table}, arrays, cast
-        self.specs = [
-            safetensors.TensorSpec(
-                entry.hf_name,
-                cast.of(arrays[entry.name].dtype),
-                arrays[entry.name].shape if entry.layer is None else arrays[entry.name].shape[1:],
-            )
-            for entry in table
-        ]
+        self._arrays = {entry.name: open_stored(found, f"params.{entry.name}") for entry in table}
+        self._entries: dict[str, list[TensorEntry]] = {}
+        for entry in table:
+            self._entries.setdefault(entry.hf_name, []).append(entry)
+        shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
+        self._cast = cast
+        self.specs = []
+        for name, entries in self._entries.items():
+            dtypes = {self._arrays[entry.name].dtype for entry in entries}
+            if len(dtypes) > 1:
+                raise CheckpointError(
+                    f"{name} holds {', '.join(entry.name for entry in entries)}, which differ in dtype; ask for one "
+                    "with dtype (--dtype)"
+                )
+            spec = safetensors.TensorSpec(name, cast.of(dtypes.pop()), tensor_shape(entries, shapes))
+            self.specs.append(spec)
+        self._spec_of = {spec.name: spec for spec in self.specs}
 
     def read(self, name: str) -> np.ndarray:
-        entry = self._entries[name]
-        stored = self._arrays[entry.name]
-        if entry.layer is None:
-            return self._cast(name, stored.read())
-        return self._cast(name, stored.read((slice(entry.layer, entry.layer + 1),))[0])
+        spec = self._spec_of[name]
+        return tensor_from(self._entries[name], spec.shape, spec.dtype, lambda entry: self._cast(name, self._of(entry)))
+
+    def _of(self, entry: TensorEntry) -> np.ndarray:
+        one = tuple(slice(i, i + 1) for i in entry.index)
+        return self._arrays[entry.name].read(one)[(0,) * len(one)]
 
 
 def _write_hf_json(folder: Path, description: Description, config: DecoderConfig, dtype: str) -> None:
@@ -303,9 +313,10 @@ def _to_twinax(source: Path, final: Path, cast: _Cast, tell: Progress | None) ->
         check_vocabulary(tokenizer, opened.config.vocab_size)
     shapes = {name: shape.shape for name, shape in param_shapes(opened.config).items()}
     with opened.open_tensors() as tensors:
-        parts = hf.match_tensors(tensors, opened.config, shapes)
+        parameters = hf.match_tensors(tensors, opened.config, shapes)
         stored = tensors.specs()
-        used = [stored[name] for names in parts.values() for name in names]
+        names = dict.fromkeys(entry.hf_name for parameter in parameters.values() for entry in parameter.entries)
+        used = [stored[name] for name in names]
         specs = [safetensors.TensorSpec(spec.name, cast.of(spec.dtype), spec.shape) for spec in used]
         size = sum(spec.nbytes for spec in specs)
         _check_space(final.parent, 2 * size)
@@ -315,8 +326,8 @@ def _to_twinax(source: Path, final: Path, cast: _Cast, tell: Progress | None) ->
             stage = folder.tmp / "stage"
             stage.mkdir()
             flat = {}
-            for number, (name, names) in enumerate(parts.items()):
-                flat[f"params.{name}"] = _stack(tensors, names, shapes[name], cast, stage / str(number), meter)
+            for number, (name, parameter) in enumerate(parameters.items()):
+                flat[f"params.{name}"] = _whole(parameter, cast, stage / str(number), meter)
             try:
                 folder.start_arrays(flat, copy_host_arrays=False)()
             except Exception as error:
@@ -324,7 +335,7 @@ def _to_twinax(source: Path, final: Path, cast: _Cast, tell: Progress | None) ->
             arrays = {name: ArraySpec(tuple(array.shape), array.dtype.name) for name, array in flat.items()}
             del flat
             shutil.rmtree(stage)
-            _verify_step(folder.tmp, tensors, parts, shapes, cast, meter)
+            _verify_step(folder.tmp, parameters, cast, meter)
             description = Description(
                 family=opened.config.family,
                 model=opened.config.to_dict(),
@@ -339,46 +350,33 @@ def _to_twinax(source: Path, final: Path, cast: _Cast, tell: Progress | None) ->
     return _report(source, final, "to_twinax", specs, size, tuple(files.list_files(final)), notes)
 
 
-def _stack(
-    tensors: safetensors.SafetensorsFolder,
-    names: list[str],
-    shape: tuple[int, ...],
-    cast: _Cast,
-    path: Path,
-    meter: _Meter,
-) -> np.ndarray:
-    """One parameter as a mapped array: the tensor itself, or a file at `path` into which its layers are copied."""
-    first = tensors.specs()[names[0]]
-    if first.shape == shape and cast.of(first.dtype) == first.dtype:
-        meter.add(f"read {names[0]}", first.nbytes)
-        return tensors.read(names[0])
-    staged = np.memmap(path, cast.of(first.dtype), "w+", shape=shape)
-    for layer, name in enumerate(names):
-        place = staged if first.shape == shape else staged[layer]
-        place[...] = cast(name, tensors.read(name))
-        meter.add(f"read {name}", place.nbytes)
+def _whole(parameter: Parameter, cast: _Cast, path: Path, meter: _Meter) -> np.ndarray:
+    """A parameter as a mapped array: the tensor itself, or a file at `path` into which its parts are copied."""
+    dtype = cast.of(parameter.dtype)
+    (first, *more) = parameter.entries
+    if not more and not first.index and first.rows is None and not first.transposed and dtype == parameter.dtype:
+        found = parameter.read()
+        meter.add(f"read {first.hf_name}", found.nbytes)
+        return found
+    staged = np.memmap(path, dtype, "w+", shape=parameter.shape)
+    for entry, part in parameter.parts():
+        staged[entry.index] = cast(entry.hf_name, part)
+        meter.add(f"read {entry.hf_name}", part.size * dtype.itemsize)
     staged.flush()
     return np.asarray(staged)
 
 
-def _verify_step(
-    folder: Path,
-    tensors: safetensors.SafetensorsFolder,
-    parts: dict[str, list[str]],
-    shapes: dict[str, tuple[int, ...]],
-    cast: _Cast,
-    meter: _Meter,
-) -> None:
+def _verify_step(folder: Path, parameters: dict[str, Parameter], cast: _Cast, meter: _Meter) -> None:
     from .arrays import open_array
 
-    for name, names in parts.items():
+    for name, parameter in parameters.items():
         written = open_array(folder / manifest.ARRAYS / f"params.{name}")
-        stacked = tensors.specs()[names[0]].shape != shapes[name]
-        for layer, part in enumerate(names):
-            array = written.read((slice(layer, layer + 1),))[0] if stacked else written.read()
-            if not hf.same_bits(array, cast(part, tensors.read(part))):
-                raise DamagedCheckpoint(f"{part} was not written as it is; is the disk failing?")
-            meter.add(f"verify {part}", array.nbytes)
+        for entry, part in parameter.parts():
+            one = tuple(slice(i, i + 1) for i in entry.index)
+            array = written.read(one)[(0,) * len(one)]
+            if not hf.same_bits(array, cast(entry.hf_name, part)):
+                raise DamagedCheckpoint(f"{entry.hf_name} was not written as it is; is the disk failing?")
+            meter.add(f"verify {entry.hf_name}", array.nbytes)
 
 
 def _report(

@@ -15,8 +15,10 @@ import numpy as np
 
 from ..models import families
 from ..models.config import DecoderConfig
+from ..models.families import TensorEntry
 from . import safetensors
 from .errors import CheckpointError, DamagedCheckpoint, NoCheckpoint, first_few
+from .pieces import Parameter, tensor_shape
 from .safetensors import SafetensorsFolder
 from .tokenizer import Tokenizer
 
@@ -85,40 +87,43 @@ def open_folder(path: Path) -> HuggingFaceFolder:
 
 def match_tensors(
     tensors: SafetensorsFolder, config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, list[str]]:
-    """Parameter name -> its tensors: one, or one for each layer of a stacked parameter, in order.
+) -> dict[str, Parameter]:
+    """Parameter name -> the parameter, put together from its tensors as it is read.
 
     `shapes` are the parameters' shapes. Raises one `CheckpointError` that lists every tensor that is missing, unknown,
-    wrongly shaped, of a dtype that is no float, or unlike the other layers' dtype.
+    wrongly shaped, of a dtype that is no float, or unlike the others of its parameter in dtype.
     """
     family = families.load(config.family)
     specs = tensors.specs()
-    table = family.tensor_table(config)
-    found: dict[str, list[str]] = {}
+    by_tensor: dict[str, list[TensorEntry]] = {}
+    by_parameter: dict[str, list[TensorEntry]] = {}
+    for entry in family.tensor_table(config):
+        by_tensor.setdefault(entry.hf_name, []).append(entry)
+        by_parameter.setdefault(entry.name, []).append(entry)
     problems = []
-    for entry in table:
-        spec = specs.get(entry.hf_name)
-        shape = shapes[entry.name] if entry.layer is None else shapes[entry.name][1:]
-        first = found.setdefault(entry.name, [])
-        first.append(entry.hf_name)
+    for name, entries in by_tensor.items():
+        spec, shape = specs.get(name), tensor_shape(entries, dict(shapes))
+        first = by_parameter[entries[0].name][0].hf_name
         if spec is None:
-            problems.append(f"missing: {entry.hf_name} {list(shape)}")
+            problems.append(f"missing: {name} {list(shape)}")
         elif spec.shape != shape:
-            problems.append(f"wrong shape: {entry.hf_name} is {list(spec.shape)}, the config makes it {list(shape)}")
+            problems.append(f"wrong shape: {name} is {list(spec.shape)}, the config makes it {list(shape)}")
         elif spec.dtype.name not in _FLOATS:
-            problems.append(f"wrong dtype: {entry.hf_name} is {spec.dtype}, known are {', '.join(_FLOATS)}")
-        elif first[0] in specs and specs[first[0]].dtype != spec.dtype:
-            problems.append(f"mixed dtypes: {entry.hf_name} is {spec.dtype}, {first[0]} is {specs[first[0]].dtype}")
-    known = {entry.hf_name for entry in table}
+            problems.append(f"wrong dtype: {name} is {spec.dtype}, known are {', '.join(_FLOATS)}")
+        elif first in specs and specs[first].dtype != spec.dtype:
+            problems.append(f"mixed dtypes: {name} is {spec.dtype}, {first} is {specs[first].dtype}")
     for name in specs:
-        if name not in known and (reason := _why_not_ignored(tensors, name, config)):
+        if name not in by_tensor and (reason := _why_not_ignored(tensors, name, config)):
             problems.append(reason)
     if problems:
         raise CheckpointError(
             f"the tensors of {tensors.folder} do not fit its {CONFIG} (family {config.family}); "
             f"{len(problems)} problems:\n{first_few(problems, 20)}"
         )
-    return found
+    return {
+        name: Parameter(entries, tuple(shapes[name]), specs[entries[0].hf_name].dtype, tensors.read)
+        for name, entries in by_parameter.items()
+    }
 
 
 def _why_not_ignored(tensors: SafetensorsFolder, name: str, config: DecoderConfig) -> str | None:

@@ -152,7 +152,7 @@ def _match(tensors: safetensors.SafetensorsFolder, config: DecoderConfig) -> lis
         parts = hf.match_tensors(tensors, config, shapes)
     except CheckpointError as error:
         return [str(error)]
-    used = {name for names in parts.values() for name in names}
+    used = {entry.hf_name for parameter in parts.values() for entry in parameter.entries}
     return [f"{name}: not used, and provably without effect" for name in tensors.specs() if name not in used]
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from ..models.config import DecoderConfig
@@ -195,8 +194,8 @@ def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | None, progress: An
     shardings = _shardings(config, mesh)
     params = {}
     with opened.open_tensors() as tensors:
-        for name, parts in hf.match_tensors(tensors, config, shapes).items():
-            params[name] = to_device(_Stack(tensors, parts, shapes[name]), shardings.get(name), dtype)
+        for name, parameter in hf.match_tensors(tensors, config, shapes).items():
+            params[name] = to_device(parameter, shardings.get(name), dtype)
             if progress:
                 progress(name, len(params), len(shapes))
     return LoadedModel(
@@ -209,16 +208,3 @@ def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | None, progress: An
         kind="hugging_face",
     )
 
-
-class _Stack:
-    """A parameter whose layers are tensors of their own, read like a `StoredArray`."""
-
-    def __init__(self, tensors: Any, parts: list[str], shape: tuple[int, ...]):
-        self._tensors, self._parts, self.shape = tensors, parts, shape
-        self._stacked = tensors.specs()[parts[0]].shape != shape
-
-    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        if not self._stacked:
-            return self._tensors.read(self._parts[0])[index]
-        layers, rest = (index[0], index[1:]) if index else (slice(None), ())
-        return np.stack([self._tensors.read(part)[rest] for part in self._parts[layers]])

@@ -17,6 +17,9 @@ from ..pallas_kernels.ring_attention import ring_attention, zigzag
 from ..sharding.all_to_all import over_heads
 from ..sharding.plan import CHOICES
 from ..sharding.rules import ACTIVATION_RULES, current, mesh_axes, partition_spec
+from .attention import Mixing
+
+PLAIN = Mixing()
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["segment_ids_BT", "positions_BT"], meta_fields=["attention"])
@@ -49,29 +52,65 @@ class PackedContext:
         """Bool [B, T], False for padding."""
         return self.segment_ids_BT != 0
 
-    def attend(self, q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, cache: None, layer: Any):
+    @property
+    def lengths(self) -> jax.Array:
+        """int32 [B, T]: how many tokens each token's document has."""
+        ids_BT = self.segment_ids_BT
+        last_BN = jax.vmap(lambda at, ids: jax.ops.segment_max(at, ids, ids_BT.shape[1] + 1))(self.positions_BT, ids_BT)
+        return jnp.take_along_axis(last_BN, ids_BT, axis=1) + 1
+
+    def attend(
+        self,
+        q_BTHD: jax.Array,
+        k_BTKD: jax.Array,
+        v_BTKD: jax.Array,
+        cache: None,
+        layer: Any,
+        mixing: Mixing = PLAIN,
+        sinks_H: jax.Array | None = None,
+    ):
         """Mixes values within segments; returns ([B, T, H, D], None), as nothing is kept."""
-
-        mesh = current()
+        rows = partial(_attend_rows, mixing)
+        ids_BT, mesh = self.segment_ids_BT, current()
         if mesh is None:
-            return _attend_rows(q_BTHD, k_BTKD, v_BTKD, self.segment_ids_BT), cache
-        local, ring = _attend_rows, mesh_axes("tokens", mesh)
-        if ring and self.attention == "all_to_all":
-            local = partial(over_heads, _attend_rows, axis=ring[0])
-        elif ring:
-            local = partial(_attend_ring, axis=ring[0], two_way=self.attention == "ring_two_way")
+            return rows(q_BTHD, k_BTKD, v_BTKD, ids_BT, sinks_H), cache
+        ring = mesh_axes("tokens", mesh)
         heads = partition_spec(("batch", "tokens", "heads", None), mesh, ACTIVATION_RULES)
-        rows = partition_spec(("batch", "tokens"), mesh, ACTIVATION_RULES)
-        local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-        return local(q_BTHD, k_BTKD, v_BTKD, self.segment_ids_BT), cache
+        tokens = partition_spec(("batch", "tokens"), mesh, ACTIVATION_RULES)
+        if not ring:
+            specs = (heads, heads, heads, tokens, partition_spec(("heads",), mesh, ACTIVATION_RULES))
+            local = jax.shard_map(rows, in_specs=specs, out_specs=heads, check_vma=False)
+            return local(q_BTHD, k_BTKD, v_BTKD, ids_BT, sinks_H), cache
+        if sinks_H is not None:
+            raise NotImplementedError(
+                "Attention sinks have no sequence parallelism yet; train this model with a plan whose sequence is 1."
+            )
+        if self.attention == "all_to_all":
+            local = partial(over_heads, rows, axis=ring[0])
+        else:
+            local = partial(_attend_ring, mixing, axis=ring[0], two_way=self.attention == "ring_two_way")
+        local = jax.shard_map(local, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False)
+        return local(q_BTHD, k_BTKD, v_BTKD, ids_BT), cache
 
 
-def _attend_rows(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    return flash_attention(q_BTHD, k_BTKD, v_BTKD, q_segment_ids_BT=ids_BT, kv_segment_ids_BS=ids_BT)
+def _attend_rows(
+    mixing: Mixing,
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    ids_BT: jax.Array,
+    sinks_H: jax.Array | None = None,
+) -> jax.Array:
+    options = dataclasses.asdict(mixing)
+    return flash_attention(
+        q_BTHD, k_BTKD, v_BTKD, q_segment_ids_BT=ids_BT, kv_segment_ids_BS=ids_BT, sinks_H=sinks_H, **options
+    )
 
 
-def _attend_ring(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, ids_BT: jax.Array, **way: Any) -> jax.Array:
-    return ring_attention(q_BTHD, k_BTKD, v_BTKD, segment_ids_BT=ids_BT, **way)
+def _attend_ring(
+    mixing: Mixing, q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, ids_BT: jax.Array, **way: Any
+) -> jax.Array:
+    return ring_attention(q_BTHD, k_BTKD, v_BTKD, segment_ids_BT=ids_BT, **dataclasses.asdict(mixing), **way)
 
 
 def in_order(x_BT: jax.Array, attention: str) -> jax.Array:
@@ -89,7 +128,14 @@ def in_order(x_BT: jax.Array, attention: str) -> jax.Array:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions_T", "page_table_RM", "lengths_R", "query_start_R", "query_length_R"],
+    data_fields=[
+        "positions_T",
+        "page_table_RM",
+        "lengths_R",
+        "query_start_R",
+        "query_length_R",
+        "prompt_length_R",
+    ],
     meta_fields=["decode_rows"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +147,8 @@ class PagedContext:
         page_table_RM: int32; the pages of each request, in order.
         lengths_R: int32; tokens of each request in the cache after this step.
         query_start_R, query_length_R: int32; the token rows of each request (length 0: idle).
+        prompt_length_R: int32; tokens of each request when it was let in, for rope that hangs on lengths. That it stays
+            what it was then keeps the keys that are in the cache right.
         decode_rows: static; requests with one token sit at token row == request row, below this.
     """
 
@@ -109,6 +157,7 @@ class PagedContext:
     lengths_R: jax.Array
     query_start_R: jax.Array
     query_length_R: jax.Array
+    prompt_length_R: jax.Array
     decode_rows: int
 
     @property
@@ -122,13 +171,38 @@ class PagedContext:
         end_R = self.query_start_R + self.query_length_R
         return jnp.any((self.query_start_R <= row_T1) & (row_T1 < end_R), axis=1)
 
-    def attend(self, q_THD: jax.Array, k_TKD: jax.Array, v_TKD: jax.Array, cache: Any, layer: Any):
+    @property
+    def lengths(self) -> jax.Array:
+        """int32 [T]: how many tokens each row's request had when it was let in."""
+        row_T1 = jnp.arange(len(self.positions_T))[:, None]
+        end_R = self.query_start_R + self.query_length_R
+        owned_TR = (self.query_start_R <= row_T1) & (row_T1 < end_R)
+        return jnp.max(jnp.where(owned_TR, self.prompt_length_R, 1), axis=1)
+
+    def attend(
+        self,
+        q_THD: jax.Array,
+        k_TKD: jax.Array,
+        v_TKD: jax.Array,
+        cache: Any,
+        layer: Any,
+        mixing: Mixing = PLAIN,
+        sinks_H: jax.Array | None = None,
+    ):
         """Writes the new keys and values of `layer`, mixes over the cache; returns ([T, H, D], cache).
 
         On a mesh each device has its heads, of queries and of the cache, and all pages of these.
         """
 
-        def local(q_THD: jax.Array, k_TKD: jax.Array, v_TKD: jax.Array, cache: Any, layer: Any, context: PagedContext):
+        def local(
+            q_THD: jax.Array,
+            k_TKD: jax.Array,
+            v_TKD: jax.Array,
+            cache: Any,
+            layer: Any,
+            context: PagedContext,
+            sinks_H: jax.Array | None,
+        ):
             return paged_attention(
                 q_THD,
                 k_TKD,
@@ -140,6 +214,8 @@ class PagedContext:
                 query_start_R=context.query_start_R,
                 query_length_R=context.query_length_R,
                 decode_rows=context.decode_rows,
+                sinks_H=sinks_H,
+                **dataclasses.asdict(mixing),
             )
 
         mesh = current()
@@ -148,8 +224,8 @@ class PagedContext:
             pages, everywhere = partition_spec((None, None, "heads"), mesh, ACTIVATION_RULES), PartitionSpec()
             local = jax.shard_map(
                 local,
-                in_specs=(heads, heads, heads, pages, everywhere, everywhere),
+                in_specs=(heads, heads, heads, pages, everywhere, everywhere, PartitionSpec(*heads[1:2])),
                 out_specs=(heads, pages),
                 check_vma=False,
             )
-        return local(q_THD, k_TKD, v_TKD, cache, layer, self)
+        return local(q_THD, k_TKD, v_TKD, cache, layer, self, sinks_H)

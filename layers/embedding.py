@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from ..sharding.rules import ACTIVATION_RULES, PARAMETER_RULES, current, mesh_axes, partition_spec
+from ..sharding.rules import ACTIVATION_RULES, PARAMETER_RULES, current, gather, mesh_axes, partition_spec
 
 PIECE_BYTES = 512 * 2**20  # of a piece of the gradient, where the width can be cut so finely
 
@@ -34,6 +34,21 @@ class Embedding(nnx.Module):
         if mesh is None or tokens.ndim != 2 or not mesh_axes("embed", mesh, PARAMETER_RULES):
             return weight_VD[tokens].astype(dtype)
         return _look_up(_Cut(mesh, weight_VD.shape, weight_VD.dtype, jnp.dtype(dtype)), weight_VD, tokens)
+
+
+class PositionTable(nnx.Module):
+    """A learned vector [D] for each of `count` positions (GPT-2): int32 [...] to [..., D].
+
+    Positions lie below `count`; rows that are padding may say any, and get some vector.
+    """
+
+    def __init__(self, count: int, width: int, *, param_dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        draw = jax.random.normal(rngs.params(), (count, width), param_dtype)
+        self.weight = nnx.Param(draw * jnp.asarray(0.02, param_dtype), axes=("positions", "embed"))
+
+    def __call__(self, positions: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        weight_PD = gather(self.weight[...].astype(dtype), self.weight.axes)
+        return weight_PD[jnp.clip(positions, 0, len(weight_PD) - 1)]
 
 
 def pieces(height: int, width: int, part: int, itemsize: int) -> int:

@@ -1,4 +1,7 @@
-"""SwiGLU feed-forward (Shazeer, 2020, arXiv:2002.05202). Shapes: D width, F hidden width."""
+"""Feed-forward layers. Shapes: D width, F hidden width."""
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,27 +10,44 @@ from flax import nnx
 from ..sharding.rules import constrain
 from .linear import Linear
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
-class SwiGLU(nnx.Module):
-    """`down(silu(gate(x)) * up(x))`, [..., D] to [..., D]. `out_scale` shrinks the initial weights of `down`."""
+
+class MLP(nnx.Module):
+    """`down(act(gate(x)) * up(x))`, [..., D] to [..., D] (SwiGLU and GeGLU: Shazeer, 2020, arXiv:2002.05202).
+
+    Args:
+        gated: False is the older `down(act(up(x)))`.
+        activation: a name of `ACTIVATIONS`.
+        out_scale: shrinks the initial weights of `down`.
+    """
 
     def __init__(
         self,
         width: int,
         hidden: int,
         *,
+        gated: bool = True,
+        activation: str = "silu",
         bias: bool = False,
         out_scale: float = 1.0,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         common = {"bias": bias, "param_dtype": param_dtype, "rngs": rngs}
-        self.gate = Linear(width, hidden, axes=("mlp", "embed"), **common)
+        self.activation = activation
+        self.gate = Linear(width, hidden, axes=("mlp", "embed"), **common) if gated else None
         self.up = Linear(width, hidden, axes=("mlp", "embed"), **common)
         self.down = Linear(hidden, width, axes=("embed", "mlp"), scale=out_scale, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
+        act = ACTIVATIONS[self.activation]
+        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
         if hidden.ndim == 3:
             # For its gradient's sake, which else the compiler would place where the next norm wants tokens.
             hidden = constrain(hidden, ("batch", "tokens", "mlp"))

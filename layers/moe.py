@@ -37,7 +37,7 @@ from ..sharding.rules import (
     partition_spec,
 )
 from .linear import PRODUCT
-from .mlp import SwiGLU
+from .mlp import MLP
 from .moe_config import MoEConfig
 from .router import Router, route
 
@@ -95,7 +95,7 @@ class MoE(nnx.Module):
         self.up = ExpertLinear(into, axes=into_axes, **common)
         self.down = ExpertLinear(out, axes=out_axes, scale=out_scale, **common)
         self.shared = (
-            SwiGLU(width, config.shared_experts * config.expert_size, out_scale=out_scale, **common)
+            MLP(width, config.shared_experts * config.expert_size, out_scale=out_scale, **common)
             if config.shared_experts
             else None
         )

@@ -1,10 +1,39 @@
 """What a decoder is made of. No JAX here, so that a config can be read, checked and printed anywhere."""
 
 import dataclasses
+import math
 from typing import Any
 
 from ..layers.moe_config import MoEConfig
-from ..layers.rope_config import Llama3Scaling, RopeConfig
+from ..layers.rope_config import RopeConfig
+
+ROPES = ("rope", "local_rope")
+CHOICES = {
+    "norm": ("rms", "rms_offset", "layer"),
+    "norm_placement": ("before", "after", "both"),
+    "activation": ("silu", "gelu", "gelu_tanh", "relu"),
+    "qk_norm": (None, "head", "all"),
+    "layer_rope": ("rope", "local_rope", None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What may differ from layer to layer, and shapes no parameter.
+
+    Attributes:
+        window: tokens that attention sees, the token's own the last; None: all before it.
+        rope: the field of the config whose rotary embedding it takes, "rope" or "local_rope"; None: it takes none.
+    """
+
+    window: int | None = None
+    rope: str | None = "rope"
+
+    def __post_init__(self) -> None:
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise ValueError(f"A window is a whole number of tokens from 1 up, or None; got {self.window!r}.")
+        if self.rope not in CHOICES["layer_rope"]:
+            raise ValueError(f"A layer's rope is one of {CHOICES['layer_rope']}; got {self.rope!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +51,23 @@ class DecoderConfig:
         head_dim: size of one head; even.
         max_position_embeddings: longest context, in tokens.
         rope: rotary embedding.
-        norm_eps: epsilon of RMSNorm.
+        norm_eps: epsilon of the norms.
         tie_embeddings: the output projection is the embedding.
-        attention_bias, mlp_bias: biases on those projections.
+        attention_bias: biases on the projections to queries, keys and values, and on the one back unless
+            `attention_out_bias` says otherwise.
+        mlp_bias: biases on the feed-forward's projections.
         moe: the mixture of experts that takes the feed-forward's place in every layer; None is a dense model.
+        pattern: the kinds of the layers, repeated from the first layer on.
+        local_rope: rotary embedding of the layers that say so.
+        learned_positions: a table of max_position_embeddings vectors is added to the embeddings.
+        norm: "rms", "rms_offset" (one is added to the weight) or "layer" (with a bias).
+        norm_placement: norms come "before" attention and feed-forward, "after" them (before the addition), or "both".
+        qk_norm: RMSNorms of queries and keys: of each "head", of "all" heads of a token together, or None.
+        sinks: attention learns one more logit a head, without a value.
+        attention_scale: of the scores; None: 1 / sqrt(head_dim). attention_softcap: bends them; None: not.
+        activation, gated: of the feed-forward, see `layers.mlp`.
+        embedding_scale, residual_scale: multiply the embeddings, and what each layer adds.
+        logit_scale: multiplies the logits. logit_softcap: then bends them; None: not.
     """
 
     vocab_size: int
@@ -43,6 +85,22 @@ class DecoderConfig:
     mlp_bias: bool = False
     family: str = "llama"
     moe: MoEConfig | None = None
+    pattern: tuple[LayerKind, ...] = (LayerKind(),)
+    local_rope: RopeConfig | None = None
+    learned_positions: bool = False
+    norm: str = "rms"
+    norm_placement: str = "before"
+    qk_norm: str | None = None
+    sinks: bool = False
+    attention_out_bias: bool | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    activation: str = "silu"
+    gated: bool = True
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -59,6 +117,34 @@ class DecoderConfig:
             raise ValueError("mlp_bias=True is for a dense model; experts have no biases. Leave it out, or moe.")
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps lies between 0 and 1; got {self.norm_eps!r}.")
+        for name in ("norm", "norm_placement", "activation", "qk_norm"):
+            if getattr(self, name) not in CHOICES[name]:
+                raise ValueError(f"{name} is one of {', '.join(map(str, CHOICES[name]))}; got {getattr(self, name)!r}.")
+        for name in ("attention_scale", "attention_softcap", "embedding_scale", "residual_scale", "logit_scale"):
+            self._check_positive(name)
+        self._check_positive("logit_softcap")
+        if self.qk_norm is not None and self.norm == "layer":
+            raise ValueError("qk_norm is an RMSNorm of the model's own kind, and this model's norms are 'layer'.")
+        if not 1 <= len(self.pattern) <= self.num_layers:
+            raise ValueError(f"pattern has from 1 to num_layers={self.num_layers} kinds; got {len(self.pattern)}.")
+        if self.local_rope is None and any(kind.rope == "local_rope" for kind in self.pattern):
+            raise ValueError("pattern has layers with rope='local_rope', and local_rope is None; give it.")
+        if any(rope and rope.size is not None and rope.size > self.head_dim for rope in (self.rope, self.local_rope)):
+            raise ValueError(f"rope turns at most the head_dim={self.head_dim} numbers of a head; got {self.rope}.")
+
+    def _check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} is a positive number{'' if 'scale' in name else ' or None'}; got {value!r}.")
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return tuple(self.pattern[layer % len(self.pattern)] for layer in range(self.num_layers))
+
+    @property
+    def out_bias(self) -> bool:
+        return self.attention_bias if self.attention_out_bias is None else self.attention_out_bias
 
     @property
     def dimensions(self) -> dict[str, int]:
@@ -76,7 +162,9 @@ class DecoderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
-        return dataclasses.asdict(self)
+        ropes = {name: rope and rope.to_dict() for name, rope in ((name, getattr(self, name)) for name in ROPES)}
+        pattern = [dataclasses.asdict(kind) for kind in self.pattern]
+        return {**dataclasses.asdict(self), **ropes, "pattern": pattern}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DecoderConfig":
@@ -94,11 +182,9 @@ class DecoderConfig:
                 f"A decoder config has the keys {sorted(known)}; unknown here: {unknown}, missing: {missing}. "
                 "It may come from another version of Twinax."
             )
-        rope = dict(values.get("rope") or {})
-        scaling = rope.pop("scaling", None)
-        moe = values.get("moe")
-        return cls(
-            **{key: value for key, value in values.items() if key not in ("rope", "moe")},
-            moe=None if moe is None else MoEConfig.from_dict(moe),
-            rope=RopeConfig(**rope, scaling=Llama3Scaling(**scaling) if scaling else None),
-        )
+        nested: dict[str, Any] = {name: RopeConfig.from_dict(given) for name in ROPES if (given := values.get(name))}
+        if values.get("moe") is not None:
+            nested["moe"] = MoEConfig.from_dict(values["moe"])
+        if "pattern" in values:
+            nested["pattern"] = tuple(LayerKind(**kind) for kind in values["pattern"])
+        return cls(**{**values, **nested})

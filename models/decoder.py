@@ -1,4 +1,4 @@
-"""The decoder: token embedding, a stack of pre-norm blocks, a final norm and the unembedding.
+"""The decoder: token embedding, a stack of blocks, a final norm and the unembedding.
 
 Shapes: B rows, T tokens, D width, V vocabulary, L layers. Tokens are [B, T] in training and [T] in serving; every
 layer works on [..., D] and the context alone knows the difference.
@@ -6,6 +6,7 @@ layer works on [..., D] and the context alone knows the difference.
 A mixture of experts also gives `Statistics`, which training needs to balance the load; a dense model gives None.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any
@@ -17,18 +18,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from ..layers.attention import Attention
-from ..layers.embedding import Embedding
+from ..layers.embedding import Embedding, PositionTable
 from ..layers.linear import PRODUCT, matmul_precision
-from ..layers.mlp import SwiGLU
+from ..layers.mlp import MLP
 from ..layers.moe import MoE, Statistics
-from ..layers.norm import RMSNorm
+from ..layers.norm import LayerNorm, RMSNorm
 from ..layers.rope import angles
 from ..sharding import pipeline
 from ..sharding.plan import ONE_DEVICE, Plan
 from ..sharding.rules import GATHERED, constrain, current, parameter_sharding
-from .config import DecoderConfig
+from .config import ROPES, DecoderConfig, LayerKind
 
 Params = dict[str, jax.Array]
+Ropes = dict[str, tuple[jax.Array, jax.Array]]  # cosines and sines by the config's field
 BLOCK_INPUT = "block_input"
 BLOCKS = "blocks."  # begins the name of every parameter that all layers have, stacked
 
@@ -59,41 +61,69 @@ REMAT_POLICIES = {
 
 
 class Block(nnx.Module):
-    """One pre-norm transformer block: attention, then feed-forward, each added to the residual stream."""
+    """One transformer block: attention, then feed-forward, each added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        norm = partial(RMSNorm, config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype)
         # Two additions a layer: scaled so that the residual stream's variance does not grow with depth (GPT-2).
         out_scale = (2 * config.num_layers) ** -0.5
-        self.attention_norm = norm()
+        self.residual_scale = config.residual_scale
+        before, after = (config.norm_placement in (where, "both") for where in ("before", "after"))
+        self.attention_norm = _norm(config, param_dtype) if before else None
         self.attention = Attention(
             config.hidden_size,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             bias=config.attention_bias,
+            out_bias=config.out_bias,
+            norms=config.qk_norm,
+            norm_options={"epsilon": config.norm_eps, "offset": config.norm == "rms_offset"},
+            sinks=config.sinks,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
             out_scale=out_scale,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.mlp_norm = norm()
+        self.attention_out_norm = _norm(config, param_dtype) if after else None
+        self.mlp_norm = _norm(config, param_dtype) if before else None
         width, common = config.hidden_size, {"out_scale": out_scale, "param_dtype": param_dtype, "rngs": rngs}
         if config.moe is None:
-            self.mlp = SwiGLU(width, config.intermediate_size, bias=config.mlp_bias, **common)
+            more = {"gated": config.gated, "activation": config.activation, "bias": config.mlp_bias}
+            self.mlp = MLP(width, config.intermediate_size, **more, **common)
         else:
             self.mlp = MoE(width, config.moe, **common)
+        self.mlp_out_norm = _norm(config, param_dtype) if after else None
 
     def __call__(
-        self, x: jax.Array, rope: Any, context: Any, cache: Any, layer: Any
+        self, x: jax.Array, ropes: Ropes, context: Any, cache: Any, layer: Any, kind: LayerKind
     ) -> tuple[jax.Array, Any, Statistics | None]:
-        mixed, cache = self.attention(_inside(self.attention_norm(x)), rope, context, cache, layer)
-        x = x + _between(mixed)
-        normed, statistics = self.mlp_norm(x), None
+        """[..., D] and the cache to the same, and what a mixture of experts says of its load.
+
+        Args:
+            layer: which one of the cache's, an int or a traced one; `kind` is that layer's.
+        """
+        rope = None if kind.rope is None else ropes[kind.rope]
+        normed = x if self.attention_norm is None else self.attention_norm(x)
+        mixed, cache = self.attention(_inside(normed), rope, context, cache, layer, kind.window)
+        x = self._add(x, _between(mixed), self.attention_out_norm)
+        normed, statistics = x if self.mlp_norm is None else self.mlp_norm(x), None
         if isinstance(self.mlp, MoE):
             y, statistics = self.mlp(normed, context.is_token)
         else:
             y = self.mlp(_inside(normed))
-        return x + _between(y), cache, statistics
+        return self._add(x, _between(y), self.mlp_out_norm), cache, statistics
+
+    def _add(self, x: jax.Array, y: jax.Array, norm: nnx.Module | None) -> jax.Array:
+        y = y if norm is None else norm(y)
+        return x + (y if self.residual_scale == 1 else y * jnp.asarray(self.residual_scale, y.dtype))
+
+
+def _norm(config: DecoderConfig, param_dtype: jnp.dtype) -> RMSNorm | LayerNorm:
+    if config.norm == "layer":
+        return LayerNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype)
+    offset = config.norm == "rms_offset"
+    return RMSNorm(config.hidden_size, epsilon=config.norm_eps, offset=offset, param_dtype=param_dtype)
 
 
 def _between(x: jax.Array) -> jax.Array:
@@ -134,7 +164,12 @@ class Decoder(nnx.Module):
         # One stack [L, ...] of all blocks, run by `scan`: compile time does not grow with depth.
         make = partial(Block, config, param_dtype=param_dtype)
         self.blocks = nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(config.num_layers))
-        self.final_norm = RMSNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype)
+        self.positions = (
+            PositionTable(config.max_position_embeddings, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
+            if config.learned_positions
+            else None
+        )
+        self.final_norm = _norm(config, param_dtype)
         self.unembed_table = (
             None
             if config.tie_embeddings
@@ -143,21 +178,24 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: jax.Array, context: Any, cache: Any = None) -> tuple[jax.Array, Any, Statistics | None]:
         """Tokens [...] int32 to final hidden states [..., D] in the compute dtype, the cache after them, statistics."""
-        x, rope = self.begin(tokens, context)
-        x, cache, statistics = self.run_blocks(x, rope, context, cache)
+        x, ropes = self.begin(tokens, context)
+        x, cache, statistics = self.run_blocks(x, ropes, context, cache)
         return self.final_norm(x), cache, statistics
 
-    def begin(self, tokens: jax.Array, context: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def begin(self, tokens: jax.Array, context: Any) -> tuple[jax.Array, Ropes]:
         """What the blocks start from: embeddings [..., D], and the cosines and sines of the positions."""
-        rope = angles(self.config.rope, self.config.head_dim, context.positions)
-        return _between(self.embed(tokens, self.dtype)), rope
+        x = self.embed(tokens, self.dtype)
+        if self.config.embedding_scale != 1:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        if self.positions is not None:
+            x = x + self.positions(context.positions, self.dtype)
+        return _between(x), ropes_of(self.config, context)
 
-    def run_blocks(self, x: jax.Array, rope: Any, context: Any, cache: Any) -> tuple[jax.Array, Any, Statistics | None]:
+    def run_blocks(self, x: jax.Array, ropes: Ropes, context: Any, cache: Any) -> tuple[jax.Array, Any, Any]:
         """All blocks in turn; the cache is a carry, so that it is updated in place. Statistics are stacked [L, ...]."""
         block_def, block_state = nnx.split(self.blocks)
-        (x, cache), statistics = _scan_blocks(
-            lambda state: nnx.merge(block_def, state), block_state, x, rope, context, cache, 0, self.remat
-        )
+        run = _Run(lambda state: nnx.merge(block_def, state), ropes, context, self.remat)
+        (x, cache), statistics = run(block_state, self.config.kinds, x, cache, 0)
         return x, cache, statistics
 
     def unembedding_weight(self) -> jax.Array:
@@ -168,9 +206,13 @@ class Decoder(nnx.Module):
         """Logits [..., V] of hidden states [..., D], accumulated and returned in float32 or wider."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         weight_VD = self.unembedding_weight().astype(hidden.dtype)
-        return jnp.einsum(
+        logits = jnp.einsum(
             "...d,vd->...v", hidden, weight_VD, preferred_element_type=wide, precision=matmul_precision(hidden.dtype)
         )
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def params(self) -> Params:
         """The parameters by dotted name, such as "blocks.attention.query.weight" [L, H * head_dim, D]."""
@@ -183,28 +225,79 @@ class Decoder(nnx.Module):
         nnx.update(self, _state(nnx.to_flat_state(nnx.state(self, nnx.Param)), params))
 
 
-def _scan_blocks(
-    block: Callable[[Any], Block],
-    stacked: Any,
-    x: jax.Array,
-    rope: Any,
-    context: Any,
-    cache: Any,
-    first: Any,
-    remat: str,
-) -> tuple[tuple[jax.Array, Any], Statistics | None]:
-    """`stacked` blocks in turn, of which the first is layer `first`: ((x, cache), their statistics)."""
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Runs stacked blocks in turn: `scan` over what repeats, so that compile time does not grow with depth.
 
-    def body(carry: Any, scanned: Any) -> tuple[Any, Statistics | None]:
-        x, cache = carry
-        one, layer = scanned
-        x, cache, statistics = block(one)(checkpoint_name(x, BLOCK_INPUT), rope, context, cache, layer)
-        return (_between(x), cache), statistics
+    Attributes:
+        block: the block over the parameters of one layer.
+        ropes, context: as `Block` takes them. remat: as `Decoder` does.
+    """
 
-    if remat != "none" or current() is not None:
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    layers = first + jnp.arange(len(jax.tree.leaves(stacked)[0]), dtype=jnp.int32)
-    return jax.lax.scan(body, (x, cache), (stacked, layers))
+    block: Callable[[Any], Block]
+    ropes: Ropes
+    context: Any
+    remat: str
+
+    def __call__(
+        self, stacked: Any, kinds: tuple[LayerKind, ...], x: jax.Array, cache: Any, first: Any
+    ) -> tuple[tuple[jax.Array, Any], Statistics | None]:
+        """`stacked` blocks of these kinds, of which the first is layer `first`: ((x, cache), their statistics)."""
+        count = len(kinds)
+        period = period_of(kinds)
+        whole = count // period * period  # layers of whole periods; the last, broken one is not scanned
+        layers = first + jnp.arange(count, dtype=jnp.int32)
+        every = (stacked, layers)
+
+        def body(carry: Any, scanned: Any) -> tuple[Any, Statistics | None]:
+            return self._in_turn(carry, scanned, kinds[:period])
+
+        if period == 1:
+            return jax.lax.scan(lambda carry, one: self._one(kinds[0], carry, one), (x, cache), every)
+        periods = jax.tree.map(lambda a: a[:whole].reshape(whole // period, period, *a.shape[1:]), every)
+        carry, statistics = jax.lax.scan(body, (x, cache), periods)
+        if statistics is not None:
+            statistics = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), statistics)
+        if whole < count:
+            carry, last = self._in_turn(carry, jax.tree.map(lambda a: a[whole:], every), kinds[whole:])
+            if statistics is not None:
+                statistics = jax.tree.map(lambda *parts: jnp.concatenate(parts), statistics, last)
+        return carry, statistics
+
+    def _in_turn(self, carry: Any, several: Any, kinds: tuple[LayerKind, ...]) -> tuple[Any, Statistics | None]:
+        found = []
+        for nth, kind in enumerate(kinds):
+            carry, statistics = self._one(kind, carry, jax.tree.map(lambda a, nth=nth: a[nth], several))
+            found.append(statistics)
+        return carry, None if found[0] is None else jax.tree.map(lambda *parts: jnp.stack(parts), *found)
+
+    def _one(self, kind: LayerKind, carry: Any, one: Any) -> tuple[Any, Statistics | None]:
+        def step(carry: Any, one: Any) -> tuple[Any, Statistics | None]:
+            (x, cache), (state, layer) = carry, one
+            x, cache, statistics = self.block(state)(
+                checkpoint_name(x, BLOCK_INPUT), self.ropes, self.context, cache, layer, kind
+            )
+            return (_between(x), cache), statistics
+
+        if self.remat != "none" or current() is not None:
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return step(carry, one)
+
+
+def period_of(kinds: tuple[LayerKind, ...]) -> int:
+    """After how many layers the kinds repeat; all of them if they never do."""
+    return next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False)))
+
+
+def ropes_of(config: DecoderConfig, context: Any) -> Ropes:
+    """Cosines and sines of the context's positions, of each rotary embedding that some layer takes."""
+    ropes = {}
+    for name in ROPES:
+        if any(kind.rope == name for kind in config.pattern):
+            rope = getattr(config, name)
+            lengths = context.lengths if rope.by_length else None
+            ropes[name] = angles(rope, config.head_dim, context.positions, lengths)
+    return ropes
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -270,8 +363,8 @@ class FunctionalDecoder:
             return self.bind(params)(tokens, context, cache)
         outside, layers = self.split(params)
         model = self.bind(outside)
-        x, rope = model.begin(tokens, context)
-        x_M, pieces = pipeline.cut((x, (rope, context)), plan.pieces)
+        x, ropes = model.begin(tokens, context)
+        x_M, pieces = pipeline.cut((x, (ropes, context)), plan.pieces)
         x_M, statistics = pipeline.run(
             self.stage, layers, self.layer_axes, x_M, pieces, stages=plan.stage, rounds=plan.rounds
         )
@@ -280,14 +373,22 @@ class FunctionalDecoder:
     def stage(
         self, layers: Mapping[str, jax.Array], x: jax.Array, piece: Any, first: Any
     ) -> tuple[jax.Array, Statistics | None]:
-        """Some consecutive layers [l, ...], from layer `first` on, over x [..., D]; `piece` is (rope, context)."""
-        rope, context = piece
-        (x, _), statistics = _scan_blocks(self.block, layers, x, rope, context, None, first, self._remat)
+        """Some consecutive layers [l, ...], from layer `first` on, over x [..., D]; `piece` is (ropes, context)."""
+        ropes, context = piece
+        count = len(jax.tree.leaves(layers)[0])
+        kinds = self.config.kinds[:count]
+        if any(self.config.kinds[start : start + count] != kinds for start in range(0, self.config.num_layers, count)):
+            raise ValueError(
+                f"A pipeline's stages run the same program, and this model's layers differ in a pattern of "
+                f"{period_of(self.config.kinds)}; {count} layers a stage do not hold it whole. Use stages (and rounds) "
+                "that do, or stage=1."
+            )
+        (x, _), statistics = _Run(self.block, ropes, context, self._remat)(layers, kinds, x, None, first)
         return x, statistics
 
-    def rope(self, context: Any) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines of the context's positions."""
-        return angles(self.config.rope, self.config.head_dim, context.positions)
+    def ropes(self, context: Any) -> Ropes:
+        """See `ropes_of`."""
+        return ropes_of(self.config, context)
 
     @property
     def layer_axes(self) -> dict[str, tuple[str | None, ...]]:

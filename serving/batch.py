@@ -19,7 +19,7 @@ from .sampling import SamplingRows
 TOKEN_FIELDS: tuple[str, ...] = ("token", "position", "slot", "next", "generated")
 INT_FIELDS = (
     "slot", "flags", "position", "seed_high", "seed_low", "top_k",
-    "length", "query_start", "query_length", "sample_row",
+    "length", "query_start", "query_length", "prompt_length", "sample_row",
 )  # fmt: skip
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 ROW_FIELDS = INT_FIELDS + FLOAT_FIELDS
@@ -83,6 +83,7 @@ def unpack(array: jax.Array, bucket: Bucket, pages: int) -> DeviceBatch:
         lengths_R=rows_FR[ROW["length"]],
         query_start_R=rows_FR[ROW["query_start"]],
         query_length_R=rows_FR[ROW["query_length"]],
+        prompt_length_R=rows_FR[ROW["prompt_length"]],
         decode_rows=bucket.rows,
     )
     return DeviceBatch(tokens, rows_FR, context, rows_FR[ROW["sample_row"]])

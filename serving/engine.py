@@ -99,6 +99,7 @@ class _Live:
     seed_low: int
     prompt_logprobs: list[TokenLogprob | None] | None
     prompt_sent: bool = False
+    let_in: int = 0  # tokens that it had when its first chunk was sent, last time
 
 
 @dataclasses.dataclass(slots=True)
@@ -307,12 +308,14 @@ class Engine:
         if live.prompt_logprobs is not None:
             targets = prompt[start + 1 : end + 1]
             tokens[TOKEN["next"], token_row : token_row + len(targets)] = targets
+        if start == 0:
+            live.let_in = len(prompt) + len(output)
         flags = live.flags | (sampling.RESET if start == 0 else 0)
         if end - len(prompt) < params.min_tokens:
             flags |= sampling.HOLD_STOPS
         integers = (
             entry.slot, flags, end, live.seed_high, live.seed_low, params.top_k,
-            end, token_row, length, token_row + length - 1,
+            end, token_row, length, live.let_in, token_row + length - 1,
         )  # fmt: skip
         batch.rows[: len(integers), row] = integers
         batch.floats[len(integers) :, row] = (

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..models.config import DecoderConfig
+from ..models.config import DecoderConfig, LayerKind
 from ..models.decoder import BLOCKS, functional, param_axes, param_shapes, weight_dtype
 from ..pallas_kernels.paged_attention import init_pages
 from ..sharding.rules import PARAMETER_RULES, mesh_axes, parameter_sharding, use
@@ -76,6 +76,9 @@ class Programs:
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         # Layers of one call of the blocks; 0: all, stacked.
         self.group = math.gcd(CPU_LAYERS, config.num_layers) if CPU_LAYERS and platform == "cpu" else 0
+        starts = range(0, config.num_layers, self.group or config.num_layers)
+        # The kinds of the layers of each call: calls whose kinds are the same share a program.
+        self.kinds_of_calls = [config.kinds[start : start + (self.group or config.num_layers)] for start in starts]
         outside, stacks = self.split(param_shapes(config))
         layers: Any = {name: self._parameter(name, like.shape) for name, like in stacks.items()}
         if self.group:
@@ -118,8 +121,12 @@ class Programs:
         """On every device whole; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
-    def lower(self, name: str, key: Bucket | int | None) -> Any:
-        """The program `name` for a bucket, a number of rows, or None; ready to be compiled."""
+    def lower(self, name: str, key: Any) -> Any:
+        """The program `name`, ready to be compiled.
+
+        Its key is a bucket; for "blocks" a bucket and the kinds of the layers, for "finish" a number of rows, for
+        "setup" None.
+        """
         with use(self.mesh):
             return getattr(self, f"_lower_{name}")(key)
 
@@ -139,14 +146,22 @@ class Programs:
         return state, batch.rows_FR, *self._model.bind(outside).begin(token_T, batch.context)
 
     def _blocks(
-        self, bucket: Bucket, layers: Any, index: Any, x_TD: jax.Array, pages: Any, rope: Any, array: jax.Array
+        self,
+        bucket: Bucket,
+        kinds: tuple[LayerKind, ...],
+        layers: Any,
+        index: Any,
+        x_TD: jax.Array,
+        pages: Any,
+        ropes: Any,
+        array: jax.Array,
     ) -> Any:
         context = self._unpack(bucket, array).context
         if self.group:
-            for nth, one in enumerate(layers):
-                x_TD, pages, _ = self._model.block(one)(x_TD, rope, context, pages, index + nth)
+            for nth, (one, kind) in enumerate(zip(layers, kinds, strict=True)):
+                x_TD, pages, _ = self._model.block(one)(x_TD, ropes, context, pages, index + nth, kind)
             return x_TD, pages
-        return self._model.bind(layers).run_blocks(x_TD, rope, context, pages)[:2]
+        return self._model.bind(layers).run_blocks(x_TD, ropes, context, pages)[:2]
 
     def _select(self, bucket: Bucket, array: jax.Array, x_TD: jax.Array) -> jax.Array:
         return x_TD[self._unpack(bucket, array).sample_row]
@@ -210,11 +225,12 @@ class Programs:
         program = self._jit(partial(self._begin, bucket), (1,))
         return program.lower(self.like.outside, self.like.state, self._array(bucket))
 
-    def _lower_blocks(self, bucket: Bucket) -> Any:
-        _, x_TD, rope = self._begun(bucket)
-        program = self._jit(partial(self._blocks, bucket), (2, 3), (self.everywhere(), self.cache_place()))
+    def _lower_blocks(self, key: tuple[Bucket, tuple[LayerKind, ...]]) -> Any:
+        bucket, kinds = key
+        _, x_TD, ropes = self._begun(bucket)
+        program = self._jit(partial(self._blocks, bucket, kinds), (2, 3), (self.everywhere(), self.cache_place()))
         index = self._scalars((), jnp.int32)
-        return program.lower(self.like.layers, index, x_TD, self.like.pages, rope, self._array(bucket))
+        return program.lower(self.like.layers, index, x_TD, self.like.pages, ropes, self._array(bucket))
 
     def _lower_select(self, bucket: Bucket) -> Any:
         return self._jit(partial(self._select, bucket)).lower(self._array(bucket), self._begun(bucket)[1])

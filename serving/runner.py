@@ -107,7 +107,7 @@ class Runner:
                 ),
                 out_shardings=None if mesh is None else places,
             )()
-        self._programs: dict[tuple[str, Bucket | int | None], Any] = {}
+        self._programs: dict[tuple[str, Any], Any] = {}
         rows = [1] if slots == 1 else ladder(FEWEST_ROWS, max(slots, FEWEST_ROWS), 4)
         chunks = ladder(SMALLEST_CHUNK, max(chunk_tokens, SMALLEST_CHUNK), 4)
         # A chunk dwarfs decode rows, so with one there is no gain from fewer of these.
@@ -121,7 +121,9 @@ class Runner:
         """Compiles every program and runs each bucket once. `progress(done, total)` is called after each program."""
         wanted: list[tuple[str, Any]] = [("finish", rows) for rows in sorted({bucket.rows for bucket in self.buckets})]
         # The slowest to compile go first, so that the two threads end together.
-        wanted += itertools.product(("blocks", "begin", "prompt", "select"), reversed(self.buckets))
+        kinds = dict.fromkeys(self._made.kinds_of_calls)
+        wanted += itertools.product(("blocks",), itertools.product(reversed(self.buckets), kinds))
+        wanted += itertools.product(("begin", "prompt", "select"), reversed(self.buckets))
         wanted.append(("setup", None))
         # Tracing holds the interpreter, compiling does not: two threads keep two cores busy.
         with ThreadPoolExecutor(2) as pool:
@@ -142,10 +144,10 @@ class Runner:
         """Sends a step and returns at once."""
         program = self._programs
         array = self._put(batch.array)
-        self._state, rows_FR, x, rope = program["begin", bucket](self._outside, self._state, array)
-        blocks, pages = program["blocks", bucket], self._pages
-        for layers, index in zip(self._layers, self._indices, strict=True):
-            x, pages = blocks(layers, index, x, pages, rope, array)
+        self._state, rows_FR, x, ropes = program["begin", bucket](self._outside, self._state, array)
+        pages = self._pages
+        for layers, index, kinds in zip(self._layers, self._indices, self._made.kinds_of_calls, strict=True):
+            x, pages = program["blocks", (bucket, kinds)](layers, index, x, pages, ropes, array)
         self._pages = pages
         x_RD = program["select", bucket](array, x)
         self._state, token_R, logprobs = program["finish", bucket.rows](self._outside, self._state, rows_FR, x_RD)
@@ -162,7 +164,7 @@ class Runner:
         held[: len(stops)] = stops
         self._state = self._programs["setup", None](self._state, np.int32(slot), ids, values, held)
 
-    def _compile(self, name: str, key: Bucket | int | None) -> Any:
+    def _compile(self, name: str, key: Any) -> Any:
         return self._made.lower(name, key).compile()
 
     def _put(self, array: Any) -> jax.Array:

@@ -36,6 +36,7 @@ PARAMETER_RULES: Rules = {
     "expert_mlp": ("tensor",),
     # A router is small, and every device has all of it.
     "routes": (),
+    "positions": (),
     # The width of an expert's weights, which the expert axis already cuts by expert.
     "expert_embed": ("fsdp", "sequence"),
 }

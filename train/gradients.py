@@ -22,7 +22,7 @@ from ..models.decoder import FunctionalDecoder
 from ..sharding import pipeline
 from ..sharding.plan import ONE_DEVICE, Plan
 from . import balance
-from .loss import cross_entropy
+from .loss import Logits, cross_entropy
 
 Params = dict[str, jax.Array]
 Rows = dict[str, jax.Array]
@@ -85,7 +85,9 @@ def _context(batch: Rows, plan: Plan) -> PackedContext:
 
 
 def _loss(model: FunctionalDecoder, params: Params, hidden_BTD: jax.Array, batch: Rows) -> tuple[jax.Array, jax.Array]:
-    return cross_entropy(hidden_BTD, model.unembedding_weight(params), batch["targets_BT"], batch["weights_BT"])
+    logits = Logits(model.config.logit_scale, model.config.logit_softcap)
+    weight_VD = model.unembedding_weight(params)
+    return cross_entropy(hidden_BTD, weight_VD, batch["targets_BT"], batch["weights_BT"], logits=logits)
 
 
 def _forward(model: FunctionalDecoder, plan: Plan, params: Params, batch: Rows) -> tuple[Any, Statistics | None]:
@@ -133,7 +135,7 @@ def _one_by_one(
 
     def stage(weights: Params, x: jax.Array, piece: Rows, first_layer: jax.Array) -> tuple[jax.Array, Any]:
         context = _context(piece, plan)
-        return model.stage(weights, x, (model.rope(context), context), first_layer)
+        return model.stage(weights, x, (model.ropes(context), context), first_layer)
 
     def last(outside: Params, x: jax.Array, piece: Rows) -> tuple[jax.Array, jax.Array]:
         return _loss(model, outside, model.bind(outside).final_norm(x), piece)

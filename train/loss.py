@@ -11,8 +11,10 @@ The mathematics is the operation `cross_entropy`; here is what it has to do with
 - Sums, not means, are returned: accumulation and sharding then give the exact mean over tokens.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,33 @@ from ..sharding.rules import ACTIVATION_RULES, PARAMETER_RULES, current, mesh_ax
 CPU_CHUNK_BYTES, CHUNK_BYTES, LEAST_TOKENS = 32 * 2**20, 512 * 2**20, 256
 
 
-def cross_entropy(hidden_BTD, weight_VD, targets_BT, weights_BT, *, chunk_bytes: int | None = None):
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """How logits come from hidden states beside the product, and in what chunks.
+
+    Attributes:
+        scale, softcap: as the operation `cross_entropy` takes them.
+        chunk_bytes: bound on one chunk's float32 logits (at least one token of each row is taken). None: 32 MiB on a
+            CPU and 512 MiB elsewhere, but never fewer than 256 tokens.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    chunk_bytes: int | None = None
+
+    def options(self, weight_VD) -> dict[str, Any]:
+        """For the operation; V is this device's part of the vocabulary."""
+        chunk_bytes = self.chunk_bytes
+        if chunk_bytes is None:
+            chunk_bytes = CPU_CHUNK_BYTES if platform() == "cpu" else CHUNK_BYTES
+            chunk_bytes = max(chunk_bytes, LEAST_TOKENS * weight_VD.shape[0] * 4)
+        return {"scale": self.scale, "softcap": self.softcap, "chunk_bytes": chunk_bytes}
+
+
+PLAIN = Logits()
+
+
+def cross_entropy(hidden_BTD, weight_VD, targets_BT, weights_BT, *, logits: Logits = PLAIN):
     """The weighted sum of the tokens' negative log-likelihoods in nats, and the sum of the weights.
 
     Args:
@@ -36,43 +64,28 @@ def cross_entropy(hidden_BTD, weight_VD, targets_BT, weights_BT, *, chunk_bytes:
         weight_VD: Unembedding weight. Its gradient is summed in float32 and returned in its own dtype.
         targets_BT: int32 token ids; where the weight is 0 they may be anything.
         weights_BT: float32 weight of each token, 0 for padding.
-        chunk_bytes: Bound on one chunk's float32 logits (at least one token of each row is taken). By default 32 MiB
-            on a CPU and 512 MiB elsewhere, but never fewer than 256 tokens.
+        logits: What lies between the product and the softmax.
 
     Returns:
         ``(loss_sum, weight_sum)``, two float32 scalars, differentiable in hidden_BTD, weight_VD and weights_BT.
         Without differentiation no gradient is computed, so evaluation calls the same function.
     """
-    return _cross_entropy(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk_bytes)
+    return _cross_entropy(hidden_BTD, weight_VD, targets_BT, weights_BT, logits)
 
 
-def token_logprobs(hidden_BTD, weight_VD, targets_BT, *, chunk_bytes: int | None = None):
+def token_logprobs(hidden_BTD, weight_VD, targets_BT, *, logits: Logits = PLAIN):
     """The log-probability, float32 [B, T] in nats, of each target. For scoring: no gradient flows through it."""
-    return lax.stop_gradient(-_nll(hidden_BTD, weight_VD.astype(hidden_BTD.dtype), targets_BT, chunk_bytes))
+    return lax.stop_gradient(-_nll(hidden_BTD, weight_VD.astype(hidden_BTD.dtype), targets_BT, logits))
 
 
-def _nll(hidden_BTD, weight_VD, targets_BT, chunk_bytes: int | None, vocab_axes=()):
-    chunk_bytes = _chunk_bytes(weight_VD, chunk_bytes)
-    return operation.cross_entropy(hidden_BTD, weight_VD, targets_BT, axis=vocab_axes, chunk_bytes=chunk_bytes)
+def _nll(hidden_BTD, weight_VD, targets_BT, logits: Logits, vocab_axes=()):
+    return operation.cross_entropy(hidden_BTD, weight_VD, targets_BT, axis=vocab_axes, **logits.options(weight_VD))
 
 
-def _nll_and_gradients(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk_bytes: int | None, vocab_axes=()):
+def _nll_and_gradients(hidden_BTD, weight_VD, targets_BT, weights_BT, logits: Logits, vocab_axes=()):
     return operation.cross_entropy_and_gradients(
-        hidden_BTD,
-        weight_VD,
-        targets_BT,
-        weights_BT,
-        axis=vocab_axes,
-        chunk_bytes=_chunk_bytes(weight_VD, chunk_bytes),
+        hidden_BTD, weight_VD, targets_BT, weights_BT, axis=vocab_axes, **logits.options(weight_VD)
     )
-
-
-def _chunk_bytes(weight_VD, chunk_bytes: int | None) -> int:
-    """The bound on a chunk's logits, V being this device's part of the vocabulary."""
-    if chunk_bytes is not None:
-        return chunk_bytes
-    chunk_bytes = CPU_CHUNK_BYTES if platform() == "cpu" else CHUNK_BYTES
-    return max(chunk_bytes, LEAST_TOKENS * weight_VD.shape[0] * 4)
 
 
 class _Local:
@@ -96,16 +109,16 @@ class _Local:
             weight_VD = lax.all_gather(weight_VD, self.width_axes, axis=1, tiled=True)
         return weight_VD
 
-    def nll(self, hidden_BTD, weight_VD, targets_BT, chunk_bytes):
-        return _nll(hidden_BTD, self.take(weight_VD, hidden_BTD.dtype), targets_BT, chunk_bytes, self.vocab_axes)
+    def nll(self, hidden_BTD, weight_VD, targets_BT, logits):
+        return _nll(hidden_BTD, self.take(weight_VD, hidden_BTD.dtype), targets_BT, logits, self.vocab_axes)
 
-    def nll_and_gradients(self, hidden_BTD, weight_VD, targets_BT, weights_BT, chunk_bytes):
+    def nll_and_gradients(self, hidden_BTD, weight_VD, targets_BT, weights_BT, logits):
         nll_BT, dhidden_BTD, dweight_DV = _nll_and_gradients(
             hidden_BTD,
             self.take(weight_VD, hidden_BTD.dtype),
             targets_BT,
             weights_BT,
-            chunk_bytes,
+            logits,
             self.vocab_axes,
         )
         if self.vocab_axes:
@@ -122,29 +135,29 @@ def _sums(nll_BT, weights_BT):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk_bytes):
+def _cross_entropy(hidden_BTD, weight_VD, targets_BT, weights_BT, logits):
     mesh = current()
     if mesh is None:
-        return _sums(_nll(hidden_BTD, weight_VD.astype(hidden_BTD.dtype), targets_BT, chunk_bytes), weights_BT)
+        return _sums(_nll(hidden_BTD, weight_VD.astype(hidden_BTD.dtype), targets_BT, logits), weights_BT)
     local = _Local(mesh, targets_BT, weight_VD)
     specs = PartitionSpec(*local.rows, None), local.weight, local.rows
-    nll = functools.partial(local.nll, chunk_bytes=chunk_bytes)
+    nll = functools.partial(local.nll, logits=logits)
     nll_BT = jax.shard_map(nll, in_specs=specs, out_specs=local.rows, check_vma=False)(
         hidden_BTD, weight_VD, targets_BT
     )
     return _sums(nll_BT, weights_BT)
 
 
-def _forward(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk_bytes):
+def _forward(hidden_BTD, weight_VD, targets_BT, weights_BT, logits):
     mesh = current()
     if mesh is None:
         compute_weight_VD = weight_VD.astype(hidden_BTD.dtype)
-        found = _nll_and_gradients(hidden_BTD, compute_weight_VD, targets_BT, weights_BT, chunk_bytes)
+        found = _nll_and_gradients(hidden_BTD, compute_weight_VD, targets_BT, weights_BT, logits)
     else:
         local = _Local(mesh, targets_BT, weight_VD)
         hidden = PartitionSpec(*local.rows, None)
         found = jax.shard_map(
-            functools.partial(local.nll_and_gradients, chunk_bytes=chunk_bytes),
+            functools.partial(local.nll_and_gradients, logits=logits),
             in_specs=(hidden, local.weight, local.rows, local.rows),
             out_specs=(local.rows, hidden, PartitionSpec(*local.weight[::-1])),
             check_vma=False,
@@ -155,8 +168,8 @@ def _forward(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk_bytes):
     return _sums(nll_BT, weights_BT), residuals
 
 
-def _backward(chunk_bytes, residuals, cotangents):
-    del chunk_bytes
+def _backward(logits, residuals, cotangents):
+    del logits
     dhidden_BTD, dweight_VD, nll_BT, weights_BT = residuals
     dloss, dweight_sum = cotangents
     dweights_BT = dloss * jnp.where(weights_BT != 0, nll_BT, 0) + dweight_sum

@@ -2,9 +2,11 @@
 
 A family is a module with
 
-- `from_hf(config) -> DecoderConfig`: strict: a key it does not understand, and that could change a number, is refused;
+- `from_hf(config) -> DecoderConfig`: strict: a key it does not understand, and that could change a number, is refused
+  (`_reader`);
 - `to_hf(config) -> dict`: the config.json that gives the same model back;
-- `tensor_table(config) -> tuple[TensorEntry, ...]`: which Hugging Face tensor is which parameter, read both ways;
+- `tensor_table(config) -> tuple[TensorEntry, ...]`: which Hugging Face tensor is which parameter, read both ways (from
+  names of modules: `_table`);
 - `ignorable_tensors(config) -> tuple[str, ...]`: patterns of tensors that change nothing.
 """
 
@@ -19,11 +21,19 @@ from ..config import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """Tensor `hf_name` of a Hugging Face folder is `params[name]`, or `params[name][layer]`; same shape, same bytes."""
+    """Tensor `hf_name` of a Hugging Face folder is `params[name][index]`, or holds it among others.
+
+    Attributes:
+        index: of a parameter that is stacked, which one: (layer,) or (layer, expert).
+        rows: (start, stop, step) of the first dimension, of a tensor that holds several parameters; None: all.
+        transposed: the tensor's last two dimensions are exchanged (before `rows` are taken).
+    """
 
     hf_name: str
     name: str
-    layer: int | None = None
+    index: tuple[int, ...] = ()
+    rows: tuple[int, int, int] | None = None
+    transposed: bool = False
 
 
 class Family(Protocol):

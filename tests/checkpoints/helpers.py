@@ -48,7 +48,7 @@ def write_hugging_face(
     """A Hugging Face folder with these parameters (and `extra` tensors, without some)."""
     family = families.load(config.family)
     tensors = {
-        entry.hf_name: params[entry.name] if entry.layer is None else params[entry.name][entry.layer]
+        entry.hf_name: params[entry.name][entry.index]
         for entry in family.tensor_table(config)
         if entry.hf_name not in without
     }

@@ -176,7 +176,7 @@ def test_without_a_tokenizer(tmp_path):
     [
         ({"model_type": "mamba"}, "no model family 'mamba'"),
         ({"model_type": None}, "no model_type"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
         ({"frobnicate": 3}, "frobnicate"),
         ({"num_attention_heads": 3}, "num_kv_heads must divide"),
     ],

@@ -14,7 +14,7 @@ from tests.quick import QUICK
 from tests.thorough import thorough
 from twinax.layers.contexts import PackedContext
 from twinax.layers.moe_config import MoEConfig
-from twinax.models.config import DecoderConfig
+from twinax.models.config import DecoderConfig, LayerKind
 from twinax.models.decoder import (
     Decoder,
     check_params,
@@ -188,7 +188,7 @@ def test_layers_one_by_one_are_the_scan():
     context = packed([6], 6)
     x, rope = model.bind(outside).begin(jnp.arange(6)[None], context)
     for index, layer in enumerate(layers):
-        x, *_ = model.block(layer)(x, rope, context, None, index)
+        x, *_ = model.block(layer)(x, rope, context, None, index, LayerKind())
     x = model.bind(outside).final_norm(x)
     expected, *_ = model.hidden(params, jnp.arange(6)[None], context)
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)

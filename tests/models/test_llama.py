@@ -50,7 +50,8 @@ def test_written_and_read_again_is_the_same(change):
     [
         ({"hidden_act": "gelu"}, r"hidden_act='gelu' \(only 'silu'\)"),
         ({"attention_multiplier": 2.0}, r"attention_multiplier=2.0 \(unknown key\)"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, "'spiral' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "power": 2}}, r"unknown in config.json: \['power'\]"),
         ({"rope_scaling": {**LLAMA3, "beta": 1}}, r"unknown in config.json: \['beta'\]"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "missing: .*high_freq_factor"),
         ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, r"no further keys; config.json has \['factor'\]"),

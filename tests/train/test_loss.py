@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import enable_x64
 
-from twinax.train.loss import cross_entropy, token_logprobs
+from twinax.train.loss import Logits, cross_entropy, token_logprobs
 
 B, T, D, V = 3, 10, 8, 29
 
@@ -44,7 +44,7 @@ def test_values_and_gradients_match_the_definition_in_float64(columns, cotangent
 
             return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))(hidden, weight, weights)
 
-        got = scaled(cross_entropy, chunk_bytes=columns * B * V * 4)
+        got = scaled(cross_entropy, logits=Logits(chunk_bytes=columns * B * V * 4))
         want = scaled(naive)
         dweights = np.where(weights != 0, want[1][2], cotangents[1])  # padding's own loss is not worth a product
         assert got[0][0].dtype == np.float64
@@ -56,8 +56,8 @@ def test_values_and_gradients_match_the_definition_in_float64(columns, cotangent
 
 def test_without_differentiation_it_gives_the_same_sums():
     hidden, weight, targets, weights = arguments(np.float32)
-    plain = jax.jit(lambda h: cross_entropy(h, weight, targets, weights, chunk_bytes=0))(hidden)
-    value, _ = jax.value_and_grad(lambda h: cross_entropy(h, weight, targets, weights, chunk_bytes=0)[0])(hidden)
+    plain = jax.jit(lambda h: cross_entropy(h, weight, targets, weights, logits=Logits(chunk_bytes=0)))(hidden)
+    value, _ = jax.value_and_grad(lambda h: cross_entropy(h, weight, targets, weights, logits=Logits(chunk_bytes=0))[0])(hidden)
     close(plain[0], value, 1e-6)
     close(plain[1], weights.sum(), 0)
 
@@ -68,7 +68,7 @@ def test_logprobs_are_those_of_a_log_softmax():
         np.asarray(jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, weight))), targets[..., None], -1
     )[..., 0]
     for chunk_bytes in (0, 3 * B * V * 4, None):
-        close(token_logprobs(hidden, weight, targets, chunk_bytes=chunk_bytes), want, 1e-5)
+        close(token_logprobs(hidden, weight, targets, logits=Logits(chunk_bytes=chunk_bytes)), want, 1e-5)
 
 
 def test_padding_may_hold_anything():
@@ -103,9 +103,9 @@ def test_the_logits_of_a_batch_are_never_in_memory():
     shapes = (rows, length, width), (vocabulary, width), (rows, length)
     hidden, weight, weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
-    def memory(**options):
+    def memory(chunk_bytes):
         def value(hidden, weight, targets, weights):
-            return cross_entropy(hidden, weight, targets, weights, **options)[0]
+            return cross_entropy(hidden, weight, targets, weights, logits=Logits(chunk_bytes=chunk_bytes))[0]
 
         compiled = jax.jit(jax.grad(value, argnums=(0, 1))).lower(
             hidden, weight, jax.ShapeDtypeStruct((rows, length), jnp.int32), weights
@@ -113,7 +113,7 @@ def test_the_logits_of_a_batch_are_never_in_memory():
         return compiled.compile().memory_analysis().temp_size_in_bytes
 
     logits = rows * length * vocabulary * 4
-    assert memory(chunk_bytes=logits // 16) < logits / 2 < logits < memory(chunk_bytes=logits)
+    assert memory(logits // 16) < logits / 2 < logits < memory(logits)
 
 
 def test_it_is_the_loss_of_hugging_face():

@@ -13,6 +13,7 @@ from tests.thorough import thorough
 from tests.train.helpers import MODEL, difference, mean_gradients, random_batch, small_recipe
 from twinax.layers.contexts import PackedContext
 from twinax.layers.moe_config import MoEConfig
+from twinax.models.config import LayerKind
 from twinax.models.decoder import functional, init_params, split_layers
 from twinax.sharding.plan import Plan
 from twinax.train import balance
@@ -66,11 +67,11 @@ def test_the_gradient_is_that_of_the_loss_and_the_penalties_written_out(name):
 
         def objective(params):
             context = PackedContext(jnp.asarray(batch.segment_ids_BT), jnp.asarray(batch.positions_BT))
-            x, rope = model.bind(params).begin(batch.tokens_BT, context)
+            x, ropes = model.bind(params).begin(batch.tokens_BT, context)
             total = 0.0
             for index in range(model.config.num_layers):
                 block = model.block({n.removeprefix("blocks."): a[index] for n, a in params.items() if "blocks." in n})
-                mixed, _ = block.attention(block.attention_norm(x), rope, context, None, index)
+                mixed, _ = block.attention(block.attention_norm(x), ropes["rope"], context, None, index)
                 router = block.mlp.router
                 logits = (block.mlp_norm(x + mixed).reshape(-1, 32) @ router.weight[...].T)[real]
                 scores = jax.nn.softmax(logits) if name == "softmax" else jax.nn.sigmoid(logits)
@@ -79,7 +80,7 @@ def test_the_gradient_is_that_of_the_loss_and_the_penalties_written_out(name):
                 mean = jnp.mean(scores / jnp.sum(scores, axis=-1, keepdims=True), axis=0)
                 total += moe.balance_loss * 4 * jnp.sum(jax.lax.stop_gradient(share) * mean)
                 total += moe.z_loss * jnp.mean(jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) ** 2)
-                x = block(x, rope, context, None, index)[0]
+                x = block(x, ropes, context, None, index, LayerKind())[0]
             logits = model.bind(params).unembed(model.bind(params).final_norm(x))
             nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets_BT[..., None], axis=-1)[..., 0]
             return total + jnp.sum(nll * batch.weights_BT) / np.sum(batch.weights_BT)

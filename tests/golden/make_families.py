@@ -1,0 +1,117 @@
+"""Makes the golden families in `families/`: small random models of transformers, with the logits that it gives them.
+
+    python tests/golden/make_families.py [NAME ...]          needs torch and transformers (pip install 'twinax[peers]')
+
+Each folder is as `save_pretrained` writes it, in bfloat16; `logits.npz` in it holds tokens [B, T] int32, lengths [B]
+(what follows is padding) and logits [B, T, V] float32, computed in float32 from the weights as they are stored.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+HERE = Path(__file__).resolve().parent / "families"
+WINDOW, CONTEXT = 8, 128
+SMALL = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": None,
+}  # fmt: skip
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [1.5, 2.0, 3.0, 6.0]}
+
+
+def _rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+
+
+# Name -> (model class, changes to `SMALL`; None leaves one out).
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama_linear": ("Llama", _rope("linear", factor=4.0)),
+    "llama_dynamic": ("Llama", {**_rope("dynamic", factor=4.0), "max_position_embeddings": 24}),
+    "llama_yarn": ("Llama", _rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 24, "norm_topk_prob": True,
+                               "num_experts_per_tok": 2}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 24}),
+    "gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": WINDOW, "num_hidden_layers": 4, "layer_types":
+        ["sliding_attention", "full_attention"] * 2, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}}}),
+    "phi3": ("Phi3", {"sliding_window": WINDOW}),
+    "phi3_longrope": ("Phi3", {**_rope("longrope", **FACTORS), "original_max_position_embeddings": 16}),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
+    "granite": ("Granite", {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22,
+                            "attention_multiplier": 0.1}),
+    "starcoder2": ("Starcoder2", {"sliding_window": WINDOW}),
+    "gpt2": ("GPT2", {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 3, "n_head": 4, "hidden_size": None,
+                      "intermediate_size": None, "num_hidden_layers": None, "num_attention_heads": None,
+                      "num_key_value_heads": None, "max_position_embeddings": None}),
+}  # fmt: skip
+NAMES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "GPT2": ("GPT2Config", "GPT2LMHeadModel")}
+
+
+def random_model(name: str, seed: int = 0, **more: Any) -> Any:
+    """A model in bfloat16 whose every parameter is random, norms and biases too; `more` changes its config."""
+    kind, changes = CASES[name]
+    changes = {**changes, **more}
+    config_name, model_name = NAMES.get(kind, (f"{kind}Config", f"{kind}ForCausalLM"))
+    left_out = {key for key, value in changes.items() if value is None and key in SMALL and kind == "GPT2"}
+    given = {key: value for key, value in {**SMALL, **changes}.items() if key not in left_out}
+    model = getattr(transformers, model_name)(getattr(transformers, config_name)(**given))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = "norm" in parameter_name or ".ln_" in parameter_name
+            near = 0.0 if kind.startswith("Gemma") or parameter_name.endswith("bias") else 1.0
+            parameter.copy_(near + 0.2 * noise if is_norm else 0.3 * noise)
+    return model.to(torch.bfloat16).eval()
+
+
+def exact(model: Any) -> Any:
+    """The same model in float32, computed from the parameters as they are stored."""
+    # A fresh one: `to(bfloat16)` has rounded the rotary frequencies too, and `float()` would not bring them back.
+    made = type(model)(model.config).float().eval()
+    made.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    return made
+
+
+def batch(seed: int, vocab_size: int = SMALL["vocab_size"], length: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [3, T] and their lengths [3]."""
+    tokens = np.random.default_rng(seed).integers(3, vocab_size, (3, length), dtype=np.int32)
+    return tokens, np.array([length, length // 4, 13], np.int32)
+
+
+def logits_of(model: Any, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] float32; those of padding are zero. Rows one by one: some ropes look at the longest."""
+    found = np.zeros((*tokens.shape, model.config.vocab_size), np.float32)
+    with torch.no_grad():
+        for row, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
+            found[row, :length] = model(torch.from_numpy(ids[None, :length]).long()).logits[0].numpy()
+    return found
+
+
+def main(names: list[str]) -> None:
+    for name in names or CASES:
+        folder = HERE / name
+        shutil.rmtree(folder, ignore_errors=True)
+        model = random_model(name)
+        model.save_pretrained(folder)
+        tokens, lengths = batch(0)
+        logits = logits_of(exact(model), tokens, lengths)
+        np.savez_compressed(folder / "logits.npz", tokens=tokens, lengths=lengths, logits=logits)
+        print(name, f"{np.abs(logits).max():.1f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
