@@ -35,6 +35,14 @@ def compile_cache():
         compilation_cache.reset_cache()
 
 
+@pytest.fixture
+def plain_compile():
+    """XLA leaves out its dear optimisations, a third of such a test's time. For tests of meaning; never of bits."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the repository that the tests belong to."""

@@ -86,7 +86,7 @@ def test_gradients_of_the_loss(model):
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     theirs.save_pretrained(folder / "gradients")
     expected = load_model(folder / "gradients").params
-    # Some are zero but for rounding (a key's bias without rope moves all scores alike): rounding is that of the largest.
+    # Some are zero but for rounding, which is that of the largest: without rope a key's bias moves all scores alike.
     rounding = 1e-7 * max(float(jnp.max(jnp.abs(grad))) for grad in expected.values())
     for name, grad in expected.items():
         bound = 1e-3 * float(jnp.max(jnp.abs(grad))) + rounding
