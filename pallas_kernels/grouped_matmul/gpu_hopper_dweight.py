@@ -28,7 +28,8 @@ def dweight(x_NI: jax.Array, dy_NO: jax.Array, sizes_G: jax.Array, plan: Plan | 
     (N, I), O, G, dtype = x_NI.shape, dy_NO.shape[1], len(sizes_G), x_NI.dtype
     check(dtype, O, I)
     if rest := max(ROWS, -(-N // 8) * 8) - N:
-        return dweight(*(jnp.pad(a, ((0, rest), (0, 0))) for a in (x_NI, dy_NO)), sizes_G, plan)
+        x_NI, dy_NO = (jnp.pad(a, ((0, rest), (0, 0))) for a in (x_NI, dy_NO))
+        return dweight(x_NI, dy_NO, sizes_G, plan)
     p = plan or plan_of(I)
     scratch = {
         "x": plgpu.SMEM((p.stages, ROWS, p.c), dtype, transforms=swizzled(CHUNK, dtype)),

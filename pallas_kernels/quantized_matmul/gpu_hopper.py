@@ -254,7 +254,7 @@ def _launch(
             x_nb = refs["x_smem"].at[slot, half, :, pl.ds(j * f.b, f.b)]
             plgpu.wgmma(acc_ref, w_ob, plgpu.transpose_ref(x_nb, (1, 0)))
 
-    def scale(refs: Any, slot: Any, group: Any, j: int, shape: tuple[int, int]) -> jax.Array:
+    def scale(refs: Any, slot: Any, group: Any, j: int, shape: tuple[int, ...]) -> jax.Array:
         scale_o = read(refs["scales_smem"].at[slot, group, j // shared], OF_OUTPUT)
         return lax.broadcast_in_dim(scales_of(scale_o, jnp.float32), shape, [0])
 

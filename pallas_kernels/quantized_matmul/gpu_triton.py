@@ -292,7 +292,7 @@ def _step(kind: Kind, t: Tile, refs: Any, at: Any, rows: Any, columns: Any, s: A
     group = None
     if kind.groups > 1:
         group = lax.div(s * t.k, jnp.int32(kind.block[1]))
-    found_mc = 0
+    found_mc: Any = 0
     for x_mk, codes in zip(xs, weights, strict=True):
         w = _multiplied(kind, refs, at, group, columns, codes, contract)
         if x_mk.dtype == FLOAT8:
@@ -310,7 +310,7 @@ def _step(kind: Kind, t: Tile, refs: Any, at: Any, rows: Any, columns: Any, s: A
     elif kind.quantized_rows:
         found_mc = jnp.asarray(found_mc, jnp.float32)
         if kind.zeros:
-            x_m = sum(jnp.sum(x.astype(jnp.float32), axis=1) for x in xs)
+            x_m: Any = sum(jnp.sum(x.astype(jnp.float32), axis=1) for x in xs)
             found_mc -= x_m[:, None] * _by_column(kind, refs["zeros"], at, group, columns)[None]
         x_scale_m = plgpu.load(refs["x_scales"].at[rows, group])
         sums_mc += found_mc * x_scale_m[:, None] * _by_column(kind, refs["scales"], at, group, columns)[None]
