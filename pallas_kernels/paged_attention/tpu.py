@@ -78,7 +78,7 @@ def paged_attention(
         "vmem_bytes": vmem,
     }
     kept = as_kept(pages, k_TKD, v_TKV)
-    new_TKE = pages.join(kept.k_TKD, kept.v_TKV).astype(jnp.float32)
+    kept_TKE = pages.join(kept.k_TKD, kept.v_TKV)
     q_THC = jnp.pad(q_THD, ((0, 0), (0, 0), (0, sizes.C - D)))
     is_decode_R = (query_length_R == 1) & (query_start_R == jnp.arange(R)) & (query_start_R < decode_rows)
     kv, scales = pages.kv_LPKNSX, pages.scale_LPKZ
@@ -104,7 +104,7 @@ def paged_attention(
         q_NrC = pad(_by_key_head(q_THC[:N], K))
         sinks_r = None if sinks_H is None else _by_key_head(sinks_H[None, :, None], K)[0, :, 0]
         out, kv, scales = decode(
-            sizes, q_NrC, pad(new_TKE), new_scale_NKZ, sinks_r, state, kv, scales,
+            sizes, q_NrC, pad(_bits(kept_TKE)), new_scale_NKZ, sinks_r, state, kv, scales,
             lengths_N=lengths_N, begin_N=begin_N, block_rows=step, **common,
         )  # fmt: skip
         out = out[:N].reshape(N, K, -1, sizes.V)[:, :, : H // K].reshape(N, H, sizes.V)
@@ -124,7 +124,8 @@ def paged_attention(
         if scales is not None:
             at = rows._replace(start_R=query_start_R)
             scales = _write_scales(scales, layer, kept, at, common["table"])
-        out, kv = chunk(sizes, pad(q_THC), pad(new_TKE), sinks_H, kv, scales, rows, tile=tile, **common)
+        new_TKE = pad(kept_TKE.astype(jnp.float32))
+        out, kv = chunk(sizes, pad(q_THC), new_TKE, sinks_H, kv, scales, rows, tile=tile, **common)
         outs.append(out[: T - decode_rows])
 
     first = pages.value_lane - v_lane
@@ -164,6 +165,11 @@ def tile_rows(T: int, heads: int, sizes: Sizes) -> int:
 
 def _lanes(x: int) -> int:
     return -(-x // LANES) * LANES
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Of each number, in an int32."""
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.int32)
 
 
 def _by_key_head(x_NHC: jax.Array, K: int) -> jax.Array:

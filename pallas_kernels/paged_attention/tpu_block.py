@@ -130,13 +130,29 @@ class Cache:
                     copy.start()
 
     def wait(self, j: Any, low: Any, stop: Any, slot: Any) -> None:
-        for nth in range(self.sizes.n):
-            at = j * self.sizes.n + nth
+        """Until block j is there: a whole one at once, as a semaphore counts bytes, another page by page."""
+        n = self.sizes.n
+        whole = both(j * n >= low, (j + 1) * n <= stop)
 
-            @when(both(at >= low, at < stop))
-            def _(nth: int = nth) -> None:
-                for copy in self._copies(slot, nth, 0):
-                    copy.wait()
+        @when(whole)
+        def _() -> None:
+            for buffer, sem in self._block(slot):
+                pltpu.make_async_copy(buffer, buffer, sem).wait()
+
+        @when(not whole if isinstance(whole, bool) else jnp.logical_not(whole))
+        def _() -> None:
+            for nth in range(n):
+                at = j * n + nth
+
+                @when(both(at >= low, at < stop))
+                def _(nth: int = nth) -> None:
+                    for copy in self._copies(slot, nth, 0):
+                        copy.wait()
+
+    def _block(self, slot: Any) -> list[tuple[Any, Any]]:
+        """A block's buffers and what tells that they are full."""
+        buffers = [self.kv_buf] + ([self.scale_buf] if self.sizes.quantised else [])
+        return [(buffer.at[slot], self.sems.at[slot]) for buffer in buffers]
 
     def tidy(self, j: Any, low: Any, length: Any, slot: Any) -> None:
         """Zeros for what block j does not have: pages that were not copied, and slots from position `length` on.
@@ -231,15 +247,14 @@ def one_in_all(N: int) -> jax.Array:
 
 
 def over_lanes(x_N128: jax.Array) -> jax.Array:
-    """The sum over the lanes, in each of them: a tree, so that its order is the same on every chip and in every kernel.
+    """The sum over the lanes, in each of them: once for a token, by an instruction that takes every row alike."""
+    return jnp.broadcast_to(jnp.sum(x_N128, 1, keepdims=True), x_N128.shape)
 
-    (Of two numbers, either order of a sum has the same bits.)
-    """
-    shift = LANES // 2
-    while shift:
-        x_N128 = x_N128 + pltpu.roll(x_N128, shift, 1)
-        shift //= 2
-    return x_N128
+
+def result(acc_NV: jax.Array, sum_N128: jax.Array) -> jax.Array:
+    """[N, V], 0 in rows that saw nothing."""
+    total_N128 = over_lanes(sum_N128)
+    return acc_NV / wide(jnp.where(total_N128 > 0, total_N128, 1), acc_NV.shape[1])
 
 
 def _by_lane(p_NB: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .pages import LANES
-from .tpu_block import LOG2_E, MASKED, Cache, Sizes, one_in_all, over_lanes, softmax_step, when, wide
+from .tpu_block import LOG2_E, MASKED, Cache, Sizes, one_in_all, result, softmax_step, when, wide
 
 BUFFERS = 2
 ALIGN = 8  # rows of 32-bit numbers that a copy begins at multiples of
@@ -244,8 +244,7 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
 
     def end_head(h: Any, _: Any) -> None:
         if writes:
-            total = over_lanes(sum_Ht[h])
-            out_refs[0][h] = (acc_HtV[h] / wide(jnp.where(total > 0, total, 1), V)).astype(out_refs[0].dtype)
+            out_refs[0][h] = result(acc_HtV[h], sum_Ht[h]).astype(out_refs[0].dtype)
         else:
             out_refs[0][h], out_refs[1][h], out_refs[2][h] = top_Ht[h], sum_Ht[h], acc_HtV[h]
 

@@ -1,7 +1,8 @@
 """One new token of each of many requests on a TPU: writes it into its page and attends to the request's pages.
 
 Requests are taken in turn, each block by block; while one block is computed the next ones' pages are copied, be they of
-this request or of the next. The new token is put into the last block's buffer, and its tile of slots copied back.
+this request or of the next. The new token is put into the last block's buffer, and its tile of slots copied back while
+the next request is computed.
 
 On a chip whose two cores are one device each core takes half of the heads, which is an equal share whatever the
 requests are. (Equal shares of the pages, as in Lean Attention, arXiv:2405.10480, would have to keep every block's part
@@ -21,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .pages import LANES
-from .tpu_block import LOG2_E, MASKED, Cache, Sizes, one_in_all, over_lanes, softmax_step, when, wide
+from .tpu_block import LOG2_E, MASKED, Cache, Sizes, one_in_all, result, softmax_step, when, wide
 
 IN_FLIGHT = 8 * 2**20  # bytes of blocks that are on the chip or on the way to it
 BUFFERS = (2, 6)
@@ -49,6 +50,7 @@ def decode(
     """[N, K * r, V] and the updated cache.
 
     Args:
+        new_NKE: the bits of the new tokens as the cache keeps them, each number's in an int32.
         lengths_N: tokens of each request with the new one; 0: not a decode, result 0.
         begin_N: the block to begin with, where `state` holds maxima, sums and values of the ones before.
         block_rows: requests of one step of the grid; N is a multiple.
@@ -249,13 +251,30 @@ def _kernel(
         ahead = fetch(ahead)
         cache.wait(last, low_page, stop, slot)
         new = (new_ref[row], None if new_scale_ref is None else new_scale_ref[row])
-        writes = _insert(cache, r, length - 1, slot, *new, write_buf, scale_write_buf, write_sem)
+        when(known or a > 0)(written)  # what the request before began
+        _insert(cache, length - 1, slot, *new, write_buf, scale_write_buf)
         cache.tidy(last, low_page, length, slot)
         attend(last, slot, True)
-        out_ref[row] = (acc_ref[...] / wide(over_lanes(sum_ref[...]), sizes.V)).astype(out_ref.dtype)
-        for write in writes:
-            write.wait()
+        out_ref[row] = result(acc_ref[...], sum_ref[...]).astype(out_ref.dtype)
+        write(r)
         return following(slot), ahead
+
+    def write(r: Any) -> None:
+        """Begins to copy the tile of slots that the new token is in."""
+        rows, position = sizes.write_rows, length_of(r) - 1
+        page = cache.page(r, position // sizes.S)
+        first = position % sizes.S // rows * rows
+        for h, i in ((h, i) for h in range(K) for i in range(sizes.N)):
+            slots = cache.page_in_memory(page).at[cache.rows(h, i, first, rows)]
+            pltpu.make_async_copy(write_buf.at[h * sizes.N + i], slots, write_sem).start()
+        if scale_write_buf is not None:
+            pltpu.make_async_copy(scale_write_buf, cache.scales_in_memory(page), write_sem).start()
+
+    def written() -> None:
+        """Waits until a request's new token is in the cache."""
+        for buffer in (write_buf, scale_write_buf):
+            if buffer is not None:
+                pltpu.make_async_copy(buffer, buffer, write_sem).wait()
 
     out_ref[...] = jnp.zeros_like(out_ref)
 
@@ -267,52 +286,48 @@ def _kernel(
             ahead = fetch(ahead)
         if known:
             _, before, j = ahead  # of the first request; the same for each
+            write(0)  # for the first to wait for
             jax.lax.fori_loop(0, count, lambda a, _: one(a, (0, (buffers - 1, a + before, j))) and None, None)
             for slot in range(buffers - 1):
                 cache.wait(slot, 0, stop_of(0), slot)
         else:
             jax.lax.fori_loop(0, count, one, (0, ahead))
+        written()
 
 
 def _insert(
     cache: Cache,
-    r: Any,
     position: Any,
     slot: Any,
     new_KE: jax.Array,
     new_scale_KZ: jax.Array | None,
     write_buf: Any,
     scale_write_buf: Any,
-    sem: Any,
-) -> list[Any]:
-    """Puts the new token into the buffer of its request's last block, and begins to copy its tile of slots back.
+) -> None:
+    """Puts the new token into the buffer of its request's last block, and its tile of slots into one of their own.
 
-    (From a buffer of its own: what lies behind the token in that tile stays as it is, for others to tidy up.)
+    (What lies behind the token in that tile is written back as it is, for others to tidy up.)
     """
     sizes, S, rows = cache.sizes, cache.sizes.S, cache.sizes.write_rows
     entry, at = position // S, position % S
-    nth, page = entry % sizes.n, cache.page(r, entry)
+    nth = entry % sizes.n
     first = at // rows * rows
     tiles = [(h, i) for h in range(sizes.K) for i in range(sizes.N)]
+    # A tile in words of 32 bits, each of which holds a lane of as many neighbouring slots as fit.
+    bits = 8 * jnp.dtype(sizes.kept).itemsize
+    word, shift = at % rows * bits // 32, at * bits % 32
+    is_mine = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0) == word
+    others = ~(jnp.full((8, LANES), 2**bits - 1 if bits < 32 else -1, jnp.int32) << shift)
     for at_tile, (h, i) in enumerate(tiles):
         tile = cache.rows(h, i, first, rows)
-        old = cache.kv_buf[slot, nth, tile]
-        is_new = jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) == at % rows
-        lanes = new_KE[h : h + 1, i * LANES : (i + 1) * LANES]
-        new = jnp.where(is_new, lanes, old.astype(jnp.float32)).astype(old.dtype)
+        old = pltpu.bitcast(cache.kv_buf[slot, nth, tile], jnp.int32)
+        mine = (old & others) | (new_KE[h : h + 1, i * LANES : (i + 1) * LANES] << shift)
+        new = pltpu.bitcast(jnp.where(is_mine, mine, old), cache.kv_buf.dtype)
         cache.kv_buf[slot, nth, tile] = new
         write_buf[at_tile] = new
-    writes = [
-        pltpu.make_async_copy(write_buf.at[at_tile], cache.page_in_memory(page).at[cache.rows(h, i, first, rows)], sem)
-        for at_tile, (h, i) in enumerate(tiles)
-    ]
     if new_scale_KZ is not None:
         old = cache.scale_buf[slot, nth]
         lane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
         new = jnp.where((lane == at) | (lane == S + at), new_scale_KZ, old)
         cache.scale_buf[slot, nth] = new
         scale_write_buf[...] = new
-        writes.append(pltpu.make_async_copy(scale_write_buf, cache.scales_in_memory(page), sem))
-    for write in writes:
-        write.start()
-    return writes
