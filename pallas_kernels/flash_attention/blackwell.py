@@ -31,7 +31,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .blackwell_warp import any_of_warp, wait_load_of_warp
 from .gpu_blocks import (
     LOG2E,
-    MANY_LOADS,
     NEVER,
     UNSEEN,
     Options,
@@ -170,13 +169,16 @@ def forward(
 
 
 def _kernel(o: Options, p: Plan, given: dict[str, Any], scratch: dict[str, Any]) -> None:
-    batch, head, group = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
-    # The last queries see the most keys under a causal mask: they start first.
-    pair = i32(given["q"].shape[1] // p.rows - 1) - lax.axis_index("tile")
-    offset = i32(o.offset) if o.offset is not None else given["offset"][batch]
-    n = given["k"].shape[1] // p.block
+    group, n = lax.axis_index("warpgroup"), given["k"].shape[1] // p.block
 
-    def range_of(t: Any) -> tuple[Any, Any, Any, Any]:
+    # Found out by each role for itself: what is known before they part is kept where registers are few.
+    def place() -> tuple[Any, Any, Any, Any]:
+        batch, tiles = lax.axis_index("batch"), given["q"].shape[1] // p.rows
+        # The last queries see the most keys under a causal mask: they start first.
+        pair = i32(tiles - 1) - lax.axis_index("tile")
+        return batch, lax.axis_index("head"), pair, i32(o.offset) if o.offset is not None else given["offset"][batch]
+
+    def range_of(t: Any, batch: Any, head: Any, pair: Any, offset: Any) -> tuple[Any, Any, Any, Any]:
         tile = pair * i32(p.tiles) + t
         low, full_low, full_high, high = keys_of(o, tile * i32(ROWS) + offset, ROWS, p.block, n)
         if not o.segments:
@@ -187,15 +189,13 @@ def _kernel(o: Options, p: Plan, given: dict[str, Any], scratch: dict[str, Any])
 
     @pl.when(group < p.tiles)
     def _compute() -> None:
-        if p.tiles > 1:
-            plgpu.set_max_registers(MANY_LOADS[0], action="increase")
-        _compute_tile(o, p, given, scratch, (batch, head, pair, group, offset), range_of(group))
+        here = place()
+        _compute_tile(o, p, given, scratch, (*here, lax.axis_index("warpgroup")), range_of(group, *here))
 
     @pl.when(group == p.tiles)
     def _drive() -> None:
-        if p.tiles > 1:
-            plgpu.set_max_registers(MANY_LOADS[1], action="decrease")
-        ranges = [range_of(i32(t)) for t in range(p.tiles)]
+        here = place()
+        ranges = [range_of(i32(t), *here) for t in range(p.tiles)]
         spans = [(x[0], x[3]) for x in ranges]
         low, high = reduce(jnp.minimum, [x[0] for x in spans]), reduce(jnp.maximum, [x[1] for x in spans])
 
@@ -203,7 +203,7 @@ def _kernel(o: Options, p: Plan, given: dict[str, Any], scratch: dict[str, Any])
         def _(warp: Any) -> None:
             @pl.when(warp == 0)
             def _() -> None:
-                _load(o, p, given, scratch, (batch, head, pair), (low, high))
+                _load(o, p, given, scratch, here[:3], (low, high))
 
             @pl.when(warp == 1)
             def _() -> None:
@@ -249,10 +249,6 @@ def _multiply(p: Plan, scratch: Any, spans: list[tuple[Any, Any]], span: tuple[A
 
         @pl.when(in_tile(t, j))
         def _() -> None:
-            @pl.when(j == spans[t][0])
-            def _() -> None:
-                plgpu.barrier_wait(scratch["q_ready"].at[t])
-
             scores_qs = scratch["scores_of"].at[:, pl.ds(slot * i32(p.block), p.block)]
             for part in range(scratch["q"].shape[1]):
                 columns = scratch["k"].at[stage, :, pl.ds(part * p.width, p.width)]
@@ -281,6 +277,9 @@ def _multiply(p: Plan, scratch: Any, spans: list[tuple[Any, Any]], span: tuple[A
         if t == p.tiles - 1:
             plgpu.tcgen05_commit_arrive(scratch["v_free"].at[stage])
 
+    for t in range(p.tiles):
+        plgpu.barrier_wait(scratch["q_ready"].at[t])
+
     # Two tiles: the probabilities of the last block, then the scores of this one in their place. One: two places.
     order = (values, scores) if p.tiles > 1 else (scores, values)
 
@@ -297,13 +296,13 @@ def _multiply(p: Plan, scratch: Any, spans: list[tuple[Any, Any]], span: tuple[A
 def _compute_tile(
     o: Options, p: Plan, given: Any, scratch: Any, place: tuple[Any, ...], spans: tuple[Any, ...]
 ) -> None:
-    batch, head, pair, group, offset = place
+    batch, head, pair, offset, group = place
     low, full_low, full_high, high = spans
     E, dtype = given["v"].shape[3], given["v"].dtype
     tile = pair * i32(p.tiles) + group
     first = tile * i32(ROWS)
     rows, added = pl.ds(first, ROWS), scratch["added"].at[group]
-    part = min(PART, p.block)
+    part = PART if o.bend is None and o.window is None and not o.segments else PART // 2
     parts = range(0, p.block, part)
     # The widest part of an output that is a power of two of its columns.
     wide = next(x for x in (64, 32, 16) if E % x == 0)
@@ -324,16 +323,20 @@ def _compute_tile(
     def step(j: Any, carry: Any, masked: bool) -> Any:
         max_q, sum_q = carry
         slot = group if p.tiles > 1 else lax.rem(j - low, i32(2))
-        # Masks and bends of 128 scores at a time do not fit the registers: they are put back, and loaded once more.
-        back = masked and (o.segments or o.window is not None or o.bend is not None)
+        # 128 scores at a time would want more registers than 168: they are loaded twice, and what was masked or bent is
+        # put back in between.
+        back = masked or o.bend is not None
 
         def scores_part(start: int) -> Any:
             return scratch["scores_of"].at[:, pl.ds(slot * i32(p.block) + i32(start), part)]
 
+        def load(start: int) -> Any:
+            return plgpu.async_load_tmem(scores_part(start), layout=NATIVE)
+
         plgpu.barrier_wait(scratch["scores"].at[slot])
-        x_parts, highest_q = [], max_q
+        highest_q = max_q
         for start in parts:
-            x_qc = plgpu.async_load_tmem(scores_part(start), layout=NATIVE)
+            x_qc = load(start)
             if o.bend is not None:
                 x_qc = tanh(x_qc * o.bend)
             if masked:
@@ -346,25 +349,24 @@ def _compute_tile(
                 x_qc = jnp.where(sees, x_qc, UNSEEN)
             highest_q = jnp.maximum(highest_q, x_qc.max(axis=1) * o.base2)
             if back:
-                plgpu.wait_load_tmem()
+                wait_load_of_warp()
                 plgpu.async_store_tmem(scores_part(start), x_qc)
-            x_parts.append(x_qc)
+        if back:
+            plgpu.commit_tmem()
         grew_q = highest_q - max_q > GROWTH
         new_max_q = jnp.where(grew_q, highest_q, max_q)
         decay_q = jnp.exp2(max_q - new_max_q)
-        if back:
-            plgpu.commit_tmem()
-        else:
-            plgpu.wait_load_tmem()  # before the scores' place is written
         sum_q = sum_q * decay_q
-        for start, x_qc in zip(parts, x_parts, strict=True):
-            if back:
-                x_qc = plgpu.async_load_tmem(scores_part(start), layout=NATIVE)
-                plgpu.wait_load_tmem()
+        x_qc = load(0)
+        for start in parts:
+            # Probabilities go where scores were that have been loaded by now; the next are on their way.
+            wait_load_of_warp()
+            next_qc = load(start + part) if start + part < p.block else x_qc
             p_qc = jnp.exp2(x_qc * o.base2 - of_rows(new_max_q, part))
             sum_q = sum_q + p_qc.sum(axis=1)
             weights_qc = scratch["weights_of"].at[:, pl.ds(slot * i32(2 * p.block) + i32(start), part)]
             plgpu.async_store_tmem(weights_qc, p_qc.astype(dtype))
+            x_qc = next_qc
 
         @pl.when(j > low)
         def _() -> None:
@@ -403,9 +405,9 @@ def _compute_tile(
     scratch["norm"].at[group][...] = norm_q
     plgpu.commit_smem()
     norm_q = read(scratch["norm"].at[group], SPREAD.reduce(1))
-    # The products have read q, or where there are none it has come at least: now there is room for the output.
+    # Where q is there is room for the output once it has come, and the products, if there are any, have read it.
+    plgpu.barrier_wait(scratch["q_ready"].at[group])
     pl.when(high > low)(lambda: plgpu.barrier_wait(added))
-    pl.when(high <= low)(lambda: plgpu.barrier_wait(scratch["q_ready"].at[group]))
     whole = scratch["out"].at[group] if p.own_out else None
     for start in range(0, E, wide):
         acc_qc, norm_qc = plgpu.async_load_tmem(out_part(start), layout=SPREAD), of_rows(norm_q, wide)

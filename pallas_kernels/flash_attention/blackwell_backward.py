@@ -391,7 +391,6 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
 
                 @pl.when(in_tile(t, j))
                 def _() -> None:
-                    pl.when(j == spans[t][0])(lambda: plgpu.barrier_wait(scratch["q_ready"].at[t]))
                     for left, right, place in (("q", "k", "scores_of"), ("d_out", "v", "slopes_of")):
                         turned = plgpu.transpose_ref(scratch[right].at[stage], (1, 0))
                         acc = scratch[place].at[_wide(i32(t))]
@@ -410,14 +409,15 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
                 if t == tiles - 1:
                     plgpu.tcgen05_commit_arrive(scratch["free"].at[stage])
 
+            for t in range(tiles):
+                plgpu.barrier_wait(scratch["q_ready"].at[t])
+
             @pl.loop(low, high + 1)
             def _(j: Any) -> None:
                 for t in range(tiles):
                     pl.when(j > low)(lambda t=t: add(t, j - 1))
                     pl.when(j < high)(lambda t=t: start(t, j))
 
-            for t in range(tiles):  # what was loaded for nothing must have come before the end
-                pl.when(spans[t][0] >= spans[t][1])(lambda t=t: plgpu.barrier_wait(scratch["q_ready"].at[t]))
             plgpu.tcgen05_commit_arrive(scratch["done"])
 
         @pl.when(group < tiles)
