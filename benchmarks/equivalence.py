@@ -31,6 +31,8 @@ DEVICES, LIMIT, STEPS = 8, 1e-9, 5
 QUICK = {"xla_backend_optimization_level": 0}  # the same sums and products, compiled in a third of the time
 ROWS, TOKENS, VOCABULARY = 16, 16, 64
 MODELS = ("dense", "mixture of experts")
+# Not in the matrix: what families other than Llama bring, all at once.
+EVERY_OPTION = "every option"
 FILE = Path(__file__).parent.parent / "docs" / "equivalence.md"
 
 
@@ -50,11 +52,31 @@ VARIANTS = tuple(itertools.starmap(Variant, itertools.product(("none", "full"), 
 
 def model_config(name: str) -> Any:
     from twinax.layers.moe_config import MoEConfig
-    from twinax.models.config import DecoderConfig
+    from twinax.layers.rope_config import RopeConfig
+    from twinax.models.config import DecoderConfig, LayerKind
 
     moe = MoEConfig(
         num_experts=8, experts_per_token=2, expert_size=16, shared_experts=1, balance_loss=0.02, z_loss=1e-3
     )  # fmt: skip
+    more: dict[str, Any] = {}
+    if name == EVERY_OPTION:
+        more = {
+            "pattern": (LayerKind(window=5, rope="local_rope"), LayerKind(rope=None)),
+            "local_rope": RopeConfig(theta=100.0, size=2),
+            "learned_positions": True,
+            "norm": "rms_offset",
+            "norm_placement": "both",
+            "qk_norm": "all",
+            "attention_scale": 0.3,
+            "attention_softcap": 5.0,
+            "activation": "gelu_tanh",
+            "gated": False,
+            "embedding_scale": 2.0,
+            "residual_scale": 0.7,
+            "logit_scale": 0.5,
+            "logit_softcap": 3.0,
+            "tie_embeddings": True,
+        }
     return DecoderConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -65,7 +87,8 @@ def model_config(name: str) -> Any:
         head_dim=4,
         max_position_embeddings=TOKENS,
         attention_bias=True,
-        moe=None if name == "dense" else moe,
+        moe=moe if name == MODELS[1] else None,
+        **more,
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 from jax import lax
 
 from benchmarks import equivalence
-from benchmarks.equivalence import LIMIT, MODELS, VARIANTS, compare, plans
+from benchmarks.equivalence import EVERY_OPTION, LIMIT, MODELS, VARIANTS, compare, plans
 from tests.thorough import thorough
 from twinax.sharding.plan import Plan
 
@@ -30,6 +30,21 @@ def float64():
 )
 def test_layouts_give_the_numbers_of_one_device(model, plan, variant):
     found = compare(model, Plan.parse(plan), variant)
+    assert isinstance(found, dict) and max(found.values()) < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("plan", "variant"),
+    thorough(
+        [
+            ("stage=2,fsdp=2,tensor=2", VARIANTS[0]),
+            ("sequence=2,tensor=2,data=2", VARIANTS[3]),
+            ("stage=2,sequence=2,attention=all_to_all,schedule=1f1b", VARIANTS[1]),
+        ]
+    ),
+)
+def test_every_option_of_a_decoder_gives_the_numbers_of_one_device(plan, variant):
+    found = compare(EVERY_OPTION, Plan.parse(plan), variant)
     assert isinstance(found, dict) and max(found.values()) < LIMIT
 
 
