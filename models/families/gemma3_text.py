@@ -24,7 +24,8 @@ def from_hf(config: dict[str, Any]) -> DecoderConfig:
     read = Reader("gemma3_text", config, OWN)
     fields = common(read)
     layers, window = fields["num_layers"], read.take("sliding_window")
-    every = read.take("sliding_window_pattern", None) or read.take("_sliding_window_pattern", None) or 6
+    own, private = (read.take(key, None) for key in ("sliding_window_pattern", "_sliding_window_pattern"))
+    every = own or private or 6
     default = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
     types = read.layer_types(layers, default)
     kinds = {"sliding_attention": LayerKind(window, "local_rope"), "full_attention": LayerKind()}
