@@ -101,9 +101,9 @@ def product_blocks(
 ) -> ProductBlocks:
     """For rows [N, A] times weights to [N, C]. Terms and columns of a block are `multiples` or all that there are."""
     on, size = chip(), jnp.dtype(dtype).itemsize
-    s = pieces(N)
+    s = pieces(N if N // G > 256 else min(N, 256))
     # Tiles of about a group: in smaller ones weights are less used, in larger ones most are shared.
-    n, best = min(_up(N, s[0]), 1024 if N // G >= 1024 else 512), None
+    n, best = min(_up(N, s[0]), 1024 if N // G >= 1024 else 512 if N // G > 256 else s[0]), None
     for a, c in itertools.product(_cuts(A, (), True), _cuts(C, PARTS, False)):
         held = 2 * size * (n * a + a * c + n * c) + 4 * n * c * (a < A) + 4 * s[0] * c
         if held > on.vmem * 0.8 or (a < A and a % multiples[0]) or (c < C and c % multiples[1]):
@@ -131,7 +131,7 @@ def product_blocks(
 def gradient_blocks(N: int, I: int, O: int, G: int, dtype: jnp.dtype) -> GradientBlocks:
     """For [G, O, I] from rows [N, I] and [N, O]."""
     on, size = chip(), jnp.dtype(dtype).itemsize
-    s = pieces(N)
+    s = pieces(N if N // G > 256 else min(N, 256))
     n, best = s[0], None
     for o, i in itertools.product(_cuts(O, PARTS, False), _cuts(I, PARTS, False)):
         held = 2 * size * (n * o + n * i + o * i) + 8 * o * i + 6 * n * (o + i)

@@ -197,14 +197,18 @@ def product(
         def run(condition: Any, body: Callable[..., None], low: Any = low, high: Any = high) -> None:
             pl.when(condition)(lambda: _pieces(low, high, b.n, b.s, partial(columns, body=body)))
 
-        is_whole = (low == 0) & (high == b.n)
         if parts_a == 1:
-            pl.when(is_whole & ~is_rest)(lambda: _parts(b.n, b.s[0], lambda f: columns(f, 0, b.n, b.s[0], body=whole)))
-            run(~is_whole & ~is_rest, shared)
+            is_whole = (low == 0) & (high == b.n) & ~is_rest
+            pl.when(is_whole)(lambda: _parts(b.n, b.s[0], lambda f: columns(f, 0, b.n, b.s[0], body=whole)))
+
+            @pl.when(~is_whole)
+            def _() -> None:
+                run(~is_rest, shared)
+                run(is_rest, nothing)
         else:
             run((part < parts_a - 1) & ~is_rest, add)
             run((part == parts_a - 1) & ~is_rest, last)
-        run((part == parts_a - 1) & is_rest, nothing)
+            run((part == parts_a - 1) & is_rest, nothing)
 
     known = None
     if isinstance(sizes_G, tuple):
