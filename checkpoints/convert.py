@@ -289,8 +289,12 @@ def _write_hf_json(folder: Path, description: Description, config: DecoderConfig
 
 
 def _verify_hugging_face(folder: Path, config: DecoderConfig, reader: _StepReader, meter: _Meter) -> None:
-    if (read := hf.open_folder(folder).config) != config:
-        raise DamagedCheckpoint(f"config.json does not give the config back: {read} instead of {config}")
+    read, own = (one.without_training().to_dict() for one in (hf.open_folder(folder).config, config))
+    if different := [f"{key}={own[key]!r} (config.json: {read[key]!r})" for key in own if own[key] != read[key]]:
+        raise CheckpointError(
+            f"The Hugging Face family {config.family!r} cannot express this model: {', '.join(different)}. It stays a "
+            "Twinax checkpoint: `twinax serve` and `twinax train` take it as it is."
+        )
     with safetensors.SafetensorsFolder(folder) as tensors:
         if set(tensors.specs()) != {spec.name for spec in reader.specs}:
             raise DamagedCheckpoint(f"{folder} does not have the tensors that were written to it")

@@ -160,6 +160,12 @@ class DecoderConfig:
             return {**sizes, "mlp": self.intermediate_size, "experts": 0}
         return {**sizes, "experts": self.moe.num_experts, "expert_mlp": self.moe.expert_size}
 
+    def without_training(self) -> "DecoderConfig":
+        """The same model without what only training reads, such as the load-balancing loss of a mixture."""
+        if self.moe is None:
+            return self
+        return dataclasses.replace(self, moe=dataclasses.replace(self.moe, balance_loss=0, z_loss=0, bias_update=0))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
         ropes = {name: rope and rope.to_dict() for name, rope in ((name, getattr(self, name)) for name in ROPES)}

@@ -38,8 +38,8 @@ def check_dense(config: DecoderConfig) -> None:
     if config.moe is not None:
         raise ValueError(
             f"The Hugging Face family {config.family!r} has no mixture of experts, and this model has "
-            f"{config.moe.num_experts} experts a layer. It stays a Twinax checkpoint: `twinax serve` and `twinax "
-            "train` take it as it is."
+            f"{config.moe.num_experts} experts a layer. It stays a Twinax checkpoint, which `twinax serve` and `twinax "
+            "train` take as it is; one that was trained with model.family=mixtral can be exported."
         )
 
 

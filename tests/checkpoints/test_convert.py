@@ -188,6 +188,20 @@ def test_a_mixture_of_experts_has_no_hugging_face_form_in_a_dense_family(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_trained_mixture_of_experts_is_exported_as_mixtral(tmp_path):
+    moe = MoEConfig(num_experts=4, experts_per_token=2, expert_size=CONFIG.intermediate_size, balance_loss=0.5)
+    config = small_config(moe=moe, family="mixtral")
+    convert(make_run(tmp_path, 1, config=config), tmp_path / "out")
+    assert load_model(tmp_path / "out").config.without_training() == config.without_training()
+
+
+def test_what_a_family_cannot_express_is_not_exported(tmp_path):
+    run = make_run(tmp_path, 1, config=small_config(family="mistral", attention_bias=True))
+    with pytest.raises(CheckpointError, match=r"'mistral' cannot express this model: attention_bias=True"):
+        convert(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_tokenizer(tmp_path):
     source = write_hugging_face(tmp_path / "hf", CONFIG, random_params(CONFIG), tokenizer=False)
     there = convert(source, tmp_path / "step")
