@@ -16,12 +16,70 @@ HEADS = {"Llama-3 8B": (32, 8), "Llama-3 70B": (64, 8)}
 
 def cases(chip: str) -> Iterator[Case]:
     if not chip.startswith(("v", "tpu")):
-        return  # of GPUs' kernels ptxas knows no time: tests/pallas_kernels/test_paged_attention_gpu.py
+        yield from _on_gpus()
+        return
     for words, (H, K) in HEADS.items():
         for dtype in ("bfloat16", "int8", "float8_e4m3fn"):
             given: dict[str, Any] = {"H": H, "K": K, "D": 128, "dtype": dtype}
             name = f"decode, {words}, {REQUESTS} x {CONTEXT}, pages of {dtype}"
             yield Case("paged_attention", name, Kernel("decode", given), {}, of_limit=0.86)
+
+
+def _on_gpus() -> Iterator[Case]:
+    """Static, registers and spills; timed, also jax's own paged attention, by the split of the context."""
+    for words, (H, K) in HEADS.items():
+        for dtype in ("bfloat16", "int8"):
+            given: dict[str, Any] = {"H": H, "K": K, "D": 128, "dtype": dtype}
+            library = tuple(Kernel("pallas", {**given, "splits": splits}) for splits in (4, 16))
+            peers = {"pallas": library} if dtype == "bfloat16" else {}
+            name = f"decode, {words}, {REQUESTS} x {CONTEXT}, pages of {dtype}"
+            yield Case("paged_attention", name, Kernel("decode_on_gpu", given), peers, of_limit=0.86)
+
+
+def _requests() -> tuple[Any, Any]:
+    """Page table and lengths of requests whose pages lie apart, as data that nothing is computed from beforehand."""
+    import jax
+    import numpy as np
+
+    M = CONTEXT // PAGE
+    table_NM = np.random.default_rng(0).permutation(REQUESTS * M).reshape(REQUESTS, M).astype(np.int32)
+    return jax.lax.optimization_barrier((jax.numpy.asarray(table_NM), jax.numpy.full(REQUESTS, CONTEXT, "int32")))
+
+
+def decode_on_gpu(target: Any, H: int, K: int, D: int, dtype: str) -> Program:
+    """Decodes alone, without writing the new tokens: pages that are not given away would be copied for that."""
+    from unittest import mock
+
+    import jax
+    import jax.numpy as jnp
+
+    from twinax.pallas_kernels.paged_attention import gpu, init_pages
+
+    N, kept = REQUESTS, jnp.dtype(dtype)
+    made = jax.eval_shape(lambda: init_pages(1, N * CONTEXT // PAGE, PAGE, K, D, kept, layout="split"))
+    pages = jax.tree.map(lambda x: target.array(x.shape, x.dtype), made)
+
+    def step(q_NHD: Any, new_NKD: Any, pages: Any) -> Any:
+        table_NM, lengths_N = _requests()
+        r_N = jnp.arange(N, dtype=jnp.int32)
+        ragged = table_NM, lengths_N, r_N, jnp.ones_like(r_N)
+        with mock.patch.object(gpu, "write", lambda pages, *_: pages):
+            return gpu.attend(q_NHD, new_NKD, new_NKD, pages, 0, *ragged, N, None, D**-0.5, None, None)[0]
+
+    given = target.array((N, H, D)), target.array((N, K, D)), pages
+    hbm_bytes = N * CONTEXT * K * (2 * D * kept.itemsize + (8 if kept.itemsize == 1 else 0))
+    return Program(step, given, 4.0 * N * H * CONTEXT * D, float(hbm_bytes))
+
+
+def pallas(target: Any, H: int, K: int, D: int, dtype: str, splits: int) -> Program:
+    from jax.experimental.pallas.ops.gpu import paged_attention as library
+
+    def step(q_NHD: Any, k_KPSD: Any, v_KPSD: Any) -> Any:
+        return library.paged_attention(q_NHD * D**-0.5, k_KPSD, v_KPSD, *_requests(), k_splits=splits)
+
+    N, pages = REQUESTS, target.array((K, REQUESTS * CONTEXT // PAGE, PAGE, D), dtype)
+    work = 4.0 * N * H * CONTEXT * D, 4.0 * N * CONTEXT * K * D
+    return Program(step, (target.array((N, H, D)), pages, pages), *work)
 
 
 def decode(target: Any, H: int, K: int, D: int, dtype: str) -> Program:

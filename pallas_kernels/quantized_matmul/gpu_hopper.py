@@ -52,6 +52,8 @@ MOST_APART = 64  # rows up to which sums of blocks are scaled, and not weights
 # Bytes of a line of packed weights: sixteen more than are used, so that a warp's four lines lie in different banks.
 WIDE = 2 * ROWS + 16
 OF_OUTPUT = plgpu.Layout.WGMMA.reduce(1)
+# WGMMA's, but loaded element by element, as what lies the other way round must be; JAX means to take it away.
+SINGLY = getattr(plgpu.Layout, "_WGMMA_ACC_32BIT", None)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ def product(
         raise NotImplementedError("the Hopper kernel takes no zero points with groups of rows")
     size = weight.block_sizes[1] if weight.scales.shape[-2] > 1 else None
     packed = weight.format in PACKED
+    if packed and SINGLY is None:
+        raise NotImplementedError("this JAX has no layout to load packed weights in")
     f = cut or cut_of(M, I, O, size, packed, E=None if sizes_E is None else len(sizes_E))
     if not M:
         return jnp.zeros((0, O), out_dtype)
@@ -243,7 +247,7 @@ def _launch(
         if packed:
             first = t["outputs"][0] - jnp.minimum(t["outputs"][0], i32(O - WIDE)) + group * i32(ROWS)
             turned = plgpu.transpose_ref(refs["w_smem"].at[slot, :, pl.ds(first, ROWS)], (1, 0))
-            bytes_ok = plgpu.layout_cast(read(turned, plgpu.Layout._WGMMA_ACC_32BIT), plgpu.Layout.WGMMA)
+            bytes_ok = plgpu.layout_cast(read(turned, SINGLY), plgpu.Layout.WGMMA)
         else:
             bytes_ok = read(refs["w_smem"].at[slot, group], plgpu.Layout.WGMMA_UPCAST_2X)
         parts = [lax.slice(bytes_ok, (0, j), (ROWS, j + f.b)) for j in range(0, f.k, f.b)]
