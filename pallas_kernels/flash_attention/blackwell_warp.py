@@ -20,10 +20,12 @@ def any_of_warp(holds_q: jax.Array) -> jax.Array:
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm, nvvm
 
-    @plgpu.inline_mgpu(
+    of_kernel: Any = plgpu.inline_mgpu(
         arg_types=(OF_ROW,),
         return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
     )
+
+    @of_kernel
     def vote_of_warp(_: Any, x: Any) -> Any:
         i1, i32 = ir.IntegerType.get_signless(1), ir.IntegerType.get_signless(32)
         every = arith.constant(i32, EVERY_LANE)
@@ -39,7 +41,9 @@ def wait_load_of_warp() -> None:
     """`plgpu.wait_load_tmem` for the warp itself: that one waits for the whole warpgroup too."""
     from jaxlib.mlir.dialects import nvvm
 
-    @plgpu.inline_mgpu()
+    of_kernel: Any = plgpu.inline_mgpu()
+
+    @of_kernel
     def wait_load_of_warp(_: Any) -> None:
         nvvm.tcgen05_wait(nvvm.Tcgen05WaitKind.LOAD)
 
