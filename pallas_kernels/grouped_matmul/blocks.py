@@ -5,11 +5,13 @@ takes. Memory: rows are read once for each part of C, weights once for each grou
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 
 from ..chips import target_chip
+from ..tuned import best
 
 MIB = 1 << 20
 PARTS = (256, 384, 512, 768, 1024, 1536, 2048, 4096)
@@ -71,6 +73,35 @@ def vmem_bytes() -> int:
     return chip().vmem
 
 
+def _key(kernel: str, N: int, A: int, C: int, G: int, dtype: jnp.dtype) -> dict[str, int | str | bool]:
+    """Rows up to a power of two, terms and columns (of the gradient: inputs and outputs), groups."""
+    rows = 1 << max(N - 1, 0).bit_length()
+    return {"kernel": kernel, "N": rows, "A": A, "C": C, "G": G, "dtype": jnp.dtype(dtype).name}
+
+
+def tuning_space(name: str, key: dict[str, Any]) -> list[dict[str, Any]]:
+    """For `benchmarks.tune`: block sizes worth trying on a chip, the closed form first."""
+    on, dtype = CHIPS[name], jnp.dtype(key["dtype"])
+    N, A, C, G = (key[part] for part in "NACG")
+    if key["kernel"] == "dweight":
+        first = _gradient_blocks(on, N, A, C, G, dtype)
+        others = [replace(first, o=o) for o in _cuts(C, PARTS, False)]
+        others += [replace(first, i=i) for i in _cuts(A, PARTS, False)]
+        others += [replace(first, n=n, s=pieces(n)) for n in (256, 512)]
+        others = [b for b in others if b.n * b.o * b.i <= LARGEST_PRODUCT[128]]
+        held = lambda b: 2 * dtype.itemsize * (b.n * (b.o + b.i) + b.o * b.i) + 8 * b.o * b.i  # noqa: E731
+    else:
+        first = _product_blocks(on, N, A, C, G, dtype)
+        others = [replace(first, n=n, s=pieces(n)) for n in (256, 512, 1024)]
+        cuts = [c for c in _cuts(C, PARTS, False) if c >= 512]
+        others += [replace(first, c=c, chunk=_chunk(c, first.chunk), wide=_chunk(c, first.wide)) for c in cuts]
+        parts = [_chunk(first.c, first.wide // n) for n in (2, 4)]
+        others += [replace(first, chunk=part, wide=part) for part in parts]
+        held = lambda b: 2 * dtype.itemsize * (b.n * (b.a + b.c) + b.a * b.c)  # noqa: E731
+    fitting = [b for b in others if b != first and held(b) <= on.vmem * 0.9]
+    return [asdict(b) for b in [first, *dict.fromkeys(fitting)]][:12]
+
+
 def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
@@ -100,10 +131,19 @@ def product_blocks(
     N: int, A: int, C: int, G: int, dtype: jnp.dtype, contract: int, multiples: tuple[int, int] = (1, 1)
 ) -> ProductBlocks:
     """For rows [N, A] times weights to [N, C]. Terms and columns of a block are `multiples` or all that there are."""
-    on, size = chip(), jnp.dtype(dtype).itemsize
+    found = best("grouped_matmul", target_chip(), _key("forward" if contract == 2 else "dx", N, A, C, G, dtype))
+    if found and all(found[x] >= all_ or found[x] % m == 0 for x, all_, m in zip("ac", (A, C), multiples, strict=True)):
+        return ProductBlocks(**{**found, "s": tuple(found["s"])})
+    return _product_blocks(chip(), N, A, C, G, jnp.dtype(dtype), multiples)
+
+
+def _product_blocks(
+    on: Chip, N: int, A: int, C: int, G: int, dtype: jnp.dtype, multiples: tuple[int, int] = (1, 1)
+) -> ProductBlocks:
+    size = dtype.itemsize
     s = pieces(N if N // G > 256 else min(N, 256))
     # Tiles of about a group: in smaller ones weights are less used, in larger ones most are shared.
-    n, best = min(_up(N, s[0]), 1024 if N // G >= 1024 else 512 if N // G > 256 else s[0]), None
+    n, least = min(_up(N, s[0]), 1024 if N // G >= 1024 else 512 if N // G > 256 else s[0]), None
     for a, c in itertools.product(_cuts(A, (), True), _cuts(C, PARTS, False)):
         held = 2 * size * (n * a + a * c + n * c) + 4 * n * c * (a < A) + 4 * s[0] * c
         if held > on.vmem * 0.8 or (a < A and a % multiples[0]) or (c < C and c % multiples[1]):
@@ -119,20 +159,27 @@ def product_blocks(
         seconds += columns * G * max(0, a * c * size / on.bytes_per_second - 2 * n * a * c / on.flops)
         if columns % on.cores:
             seconds *= 1 + 1 / columns
-        if best is None or seconds < best[0] * 0.999:
-            best = seconds, a, c
-    if best is None:
+        if least is None or seconds < least[0] * 0.999:
+            least = seconds, a, c
+    if least is None:
         raise NotImplementedError(f"no blocks of {A} terms by {C} columns fit the chip's {on.vmem} bytes")
-    _, a, c = best
+    _, a, c = least
     wide = max(256, LARGEST_PRODUCT[on.unit] // (s[0] * a))
     return ProductBlocks(n, c, a, s, _chunk(c, max(256, wide // 2)), _chunk(c, wide))
 
 
 def gradient_blocks(N: int, I: int, O: int, G: int, dtype: jnp.dtype) -> GradientBlocks:
     """For [G, O, I] from rows [N, I] and [N, O]."""
-    on, size = chip(), jnp.dtype(dtype).itemsize
+    found = best("grouped_matmul", target_chip(), _key("dweight", N, I, O, G, dtype))
+    if found:
+        return GradientBlocks(**{**found, "s": tuple(found["s"])})
+    return _gradient_blocks(chip(), N, I, O, G, jnp.dtype(dtype))
+
+
+def _gradient_blocks(on: Chip, N: int, I: int, O: int, G: int, dtype: jnp.dtype) -> GradientBlocks:
+    size = dtype.itemsize
     s = pieces(N if N // G > 256 else min(N, 256))
-    n, best = s[0], None
+    n, least = s[0], None
     for o, i in itertools.product(_cuts(O, PARTS, False), _cuts(I, PARTS, False)):
         held = 2 * size * (n * o + n * i + o * i) + 8 * o * i + 6 * n * (o + i)
         if held > on.vmem * 0.8 or n * o * i > LARGEST_PRODUCT[128]:
@@ -146,8 +193,8 @@ def gradient_blocks(N: int, I: int, O: int, G: int, dtype: jnp.dtype) -> Gradien
         seconds += STEP_SECONDS * blocks_o * blocks_i * visits
         if blocks_o * blocks_i % on.cores:
             seconds *= 1 + 1 / (blocks_o * blocks_i)
-        if best is None or seconds < best[0] * 0.999:
-            best = seconds, o, i
-    if best is None:
+        if least is None or seconds < least[0] * 0.999:
+            least = seconds, o, i
+    if least is None:
         raise NotImplementedError(f"no blocks of {O} by {I} fit the chip's {on.vmem} bytes")
-    return GradientBlocks(n, *best[1:], s[1:] or s)
+    return GradientBlocks(n, *least[1:], s[1:] or s)

@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..quantized_matmul import QuantizedWeight, dequantize
 from .blocks import GradientBlocks, ProductBlocks, gradient_blocks, product_blocks, vmem_bytes
+from .blocks import tuning_space as tuning_space
 from .tpu_quantized import Arranged, arrange, fill
 from .visits import FIRST, GROUP, HIGH, LAST, LOW, TILE, Known, quotient, visits
 

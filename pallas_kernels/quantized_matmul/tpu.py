@@ -90,9 +90,17 @@ def plan(M: int, x_dtype: jnp.dtype, weight: QuantizedWeight, activation_format:
     most = 1024 if min(M, rows) * taken.pieces <= 256 else 512
     outputs = max(128, min(most, ((1 << 22) if deep == 256 else (1 << 21)) // wide // 128 * 128))
     outputs = min(outputs, -(-O // 128) * 128)
-    key = {"M": 1 << max(M - 1, 0).bit_length(), "I": I, "O": O, "format": weight.format, "grouped": grouped}
+    key = {"M": 1 << max(M - 1, 0).bit_length(), "I": I, "O": O, "format": weight.format}
+    key |= {"size": size if grouped else 0, "rows": activation_format or x_dtype.name}
     found = best("quantized_matmul", chip, key) or {}
     return Plan(taken, scaled_first, min(M, found.get("rows", rows)), tile, inputs, found.get("outputs", outputs))
+
+
+def tuning_space(chip: str, key: dict[str, Any]) -> list[dict[str, Any]]:
+    """For `benchmarks.tune`: how many outputs a block may have; the closed form, which says none, comes first."""
+    O = key["O"]
+    even = [n for n in range(256, 4097, 128) if O % n == 0 and (O // n) % CORES.get(chip, 1) == 0]
+    return [{}, *({"outputs": n} for n in even[:11])]
 
 
 def makes_rows(cut: Plan, M: int, I: int, O: int, weight: QuantizedWeight, chip: str | None) -> bool:

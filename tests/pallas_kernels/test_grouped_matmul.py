@@ -1,6 +1,7 @@
 """The contract of grouped_matmul, for every candidate: both directions against loops over rows, in float64."""
 
 import dataclasses
+import json
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.static import Request, compile_all
 from twinax.pallas_kernels import grouped_matmul as package
+from twinax.pallas_kernels import tuned
 from twinax.pallas_kernels.grouped_matmul import OPERATION, grouped_matmul, grouped_matmul_dweight, grouped_matmul_dx
 from twinax.pallas_kernels.quantized_matmul import dequantize, quantize, with_inputs_first
 
@@ -304,3 +306,24 @@ def test_it_compiles(chip):
     ]
     found = compile_all([Request(chip, f"{__file__}:program", kind) for kind in kinds])
     assert [x.failed for x in found] == [None] * len(kinds)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "7x"])
+@pytest.mark.parametrize("kernel", ["forward", "dx", "dweight"])
+def test_block_sizes_are_the_closed_form_or_what_was_tuned(chip, kernel, monkeypatch):
+    from twinax.pallas_kernels.grouped_matmul import blocks, tpu
+
+    monkeypatch.setattr(blocks, "target_chip", lambda: chip)
+    # Nothing was tuned for these shapes.
+    sizes = (4096, 1408, 2560, 7, jnp.bfloat16)
+    choose = partial(blocks.gradient_blocks, *sizes)
+    if kernel != "dweight":
+        choose = partial(blocks.product_blocks, *sizes, 2 if kernel == "forward" else 1)
+    with tuned.asked() as asked:
+        closed = choose()
+    ((operation, key),) = asked
+    space = tpu.tuning_space(chip, key)
+    assert space[0] == dataclasses.asdict(closed) and 2 < len(space) <= 12
+    for other in space:
+        with tuned.using(operation, key, json.loads(json.dumps(other))):
+            assert dataclasses.asdict(choose()) == other

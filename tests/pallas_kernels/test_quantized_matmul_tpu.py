@@ -1,6 +1,8 @@
 """quantized_matmul on a TPU: its ways for other chips and many rows, in interpret mode, and through the compiler."""
 
 import importlib.util
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels import test_quantized_matmul as contract
+from twinax.pallas_kernels import tuned
 from twinax.pallas_kernels.quantized_matmul import quantize, quantized_matmul, tpu, with_inputs_first, xla
 from twinax.pallas_kernels.quantized_matmul.tpu_rows import evens_first, operand, split
 
@@ -98,6 +101,20 @@ def test_evens_come_first():
     x = np.arange(2 * 512, dtype=np.float32).reshape(2, 512)
     want = np.concatenate([np.concatenate([t[:, ::2], t[:, 1::2]], axis=1) for t in np.split(x, 2, axis=1)], axis=1)
     np.testing.assert_array_equal(evens_first(jnp.asarray(x), 256), want)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_outputs_of_a_block_can_be_tuned(chip):
+    weight = jax.eval_shape(lambda w: quantize(w, "int4", block=(1, 128)), jax.ShapeDtypeStruct((1536, 512), "float32"))
+    choose = partial(tpu.plan, 5, jnp.dtype("bfloat16"), weight, None, chip)
+    with tuned.asked() as asked:
+        closed = choose()
+    ((operation, key),) = asked
+    first, *others = tpu.tuning_space(chip, key)
+    assert first == {} and {"outputs": 768} in others
+    for given in others:
+        with tuned.using(operation, key, given):
+            assert choose() == replace(closed, **given)
 
 
 def test_refusals_say_why():
