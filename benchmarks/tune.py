@@ -37,6 +37,7 @@ from .static import Request, Static, compile_all
 
 Blocks = dict[str, Any]
 LEAST = 0.02
+A_CHILD = 6  # kernels
 Compile = Callable[[Sequence[Request]], list[Static]]
 
 
@@ -161,10 +162,11 @@ def main() -> None:
             cases = [case for case in found if options.match is None or options.match in case.name]
 
             def compile(requests: Sequence[Request]) -> list[Static]:
-                def told(index: int, found: Static) -> None:
-                    Console(stderr=True).print(f"{index + 1}/{len(requests)}", highlight=False, end="\r")
-
-                return compile_all(requests, progress=told)
+                found: list[Static] = []
+                for first in range(0, len(requests), A_CHILD):  # which keeps all that it profiled in memory
+                    Console(stderr=True).print(f"{first}/{len(requests)}", highlight=False, end="\r")
+                    found += compile_all(requests[first : first + A_CHILD])
+                return found
 
             choices = tune(cases, target, compile, options.least)
         except (PlannerError, ValueError) as error:
@@ -172,9 +174,7 @@ def main() -> None:
         show(choices, target, console)
         for one in choices:
             case = f"{target}, {one.operation}: {tuned.name_of(one.key)}"
-            rows.append(
-                report.Row("tune", case, one.microseconds, one.closed_form, "closed form", "us", None, False)
-            )
+            rows.append(report.Row("tune", case, one.microseconds, one.closed_form, "closed form", "us", None, False))
         if not options.dry_run:
             for file in write(choices, tuned_name(target)):
                 console.print(f"wrote {file}")

@@ -13,7 +13,7 @@ the square of the length. It is given few heads (`_heads`), and of long rows a p
 backward pass) against all the others (`_part`): with all tiles computed these are all alike too, and under our causal
 kernels' diagonal the two blocks in the middle are the mean of all, as their grid pairs a long row with a short one.
 Cycles are multiplied accordingly, for ours and the peers alike, and so what begins and ends a kernel is counted more
-than once, for all alike.
+than once. Backward that is against ours, which writes the queries' gradient at a head's end, once for each part.
 """
 
 import dataclasses
@@ -215,6 +215,7 @@ def _as_kernels_want(target: Any, program: Program) -> Program:
 
     with target.context():
         results = jax.eval_shape(program.function, *program.arguments)
+    jax.clear_caches()  # what is compiled is traced again, with the block sizes that `benchmarks.tune` asks for
     formats = jax.tree.map(format_of, program.arguments), jax.tree.map(format_of, results)
     jitted = jax.jit(program.function, in_shardings=formats[0], out_shardings=formats[1])
     return dataclasses.replace(program, function=jitted)
