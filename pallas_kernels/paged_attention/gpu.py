@@ -11,9 +11,11 @@ There was no GPU when this was written: the numbers are those of Pallas's interp
 nothing has been timed, and that a decode rounds as a prompt's tile does has not been tried on one.
 
 Shapes: T token rows, R requests, M pages a request, S slots a page, K key/value heads, G query heads for each (padded
-to a power of two), D head size, V size of a value; t: the tokens of a tile, r = t * G their rows; N: tiles; P: parts.
+to a power of two; of a latent, those of one program), D head size, V size of a value; t: the tokens of a tile,
+r = t * G their rows; N: tiles; P: parts.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +26,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ..chips import known_platform
+from ..chips import known_platform, target_chip
 from .batch import SharedPrefixes, token_rows, write
 from .pages import Pages
 
 ROWS = 64  # of a prompt's tile
 FEWEST = 16  # rows that a product of Triton's takes
 PART = 512  # tokens
+WIDE = 256  # larger heads (those of a latent) leave registers for `FEWEST` rows only
+WIDEST = 1024
 LOG2E = math.log2(math.e)
 UNSEEN = -(2.0**100)  # stands for -inf where a difference of two of them must not be nan
 
@@ -44,12 +48,19 @@ class _Plan:
     scale: float
     K: int
     G: int
+    groups: int
     tokens: int  # of a tile
     part: int  # pages of a part
 
     @property
     def rows(self) -> int:
         return self.tokens * self.G
+
+    def place(self, program: Any) -> tuple[Any, Any]:
+        """A program's key head, and its query heads among those of this one."""
+        if self.groups == 1:
+            return program, pl.ds(0, self.G)
+        return lax.div(program, self.groups), pl.ds(lax.rem(program, self.groups) * self.G, self.G)
 
 
 def paged_attention(
@@ -104,18 +115,20 @@ def attend(
     r_R = jnp.arange(R, dtype=jnp.int32)
     in_decode_R = (query_length_R == 1) & (query_start_R == r_R) & (r_R < decode_rows)
     G, part = H // K, max(1, PART // pages.page_size)
+    wide = pages.head_dim > WIDE
     out_THV = jnp.zeros((T, H, pages.value_dim), q_THD.dtype)
     common = (pages, jnp.asarray(layer, jnp.int32).reshape(1), table_RM, sinks_H)
     if decode_rows:
         N = min(decode_rows, R)
-        plan = _Plan(window, softcap, scale, K, max(FEWEST, pl.next_power_of_2(G)), 1, part)
+        plan = _Plan(window, softcap, scale, K, *_heads(G, wide, FEWEST), 1, part)
         tiles = jnp.stack([r_R[:N], r_R[:N], first_R[:N], in_decode_R[:N].astype(jnp.int32)], -1)
         decoded_NKGV = _decode(plan, _grouped(q_THD[:N], plan), tiles, *common)
         decoded_NHV = decoded_NKGV[:, :, :G].reshape(N, *out_THV.shape[1:])
         out_THV = out_THV.at[:N].set(jnp.where(in_decode_R[:N, None, None], decoded_NHV, 0))
     if decode_rows < T:
-        padded = pl.next_power_of_2(G)
-        plan = _Plan(window, softcap, scale, K, padded, max(1, ROWS // padded), part)
+        padded, groups = _heads(G, wide, 1)
+        rows = FEWEST if wide else ROWS // 2 if pages.head_dim > 128 else ROWS
+        plan = _Plan(window, softcap, scale, K, padded, groups, max(1, rows // padded), part)
         tiles = _tiles(plan.tokens, T - decode_rows, jnp.where(in_decode_R, 0, query_length_R), query_start_R, first_R)
         q_TKGD = _grouped(jnp.pad(q_THD, ((0, plan.tokens), (0, 0), (0, 0))), plan)
         chunks_THV = _prompts(plan, q_TKGD, tiles, *common)[:T, :, :G].reshape(out_THV.shape)
@@ -125,27 +138,46 @@ def attend(
 
 
 def _check(q_THD: jax.Array, pages: Pages) -> None:
-    sizes = {"head size": pages.head_dim, "size of a value": pages.value_dim, "page size": pages.page_size}
     if pages.layout != "split":
         raise NotImplementedError("the Triton kernel wants pages of layout 'split'")
     if q_THD.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"the Triton kernel takes bfloat16, float16 and float32, got {q_THD.dtype}")
-    if pages.dtype not in (q_THD.dtype, jnp.int8):
-        raise NotImplementedError(f"the Triton kernel reads pages of the queries' dtype or int8, got {pages.dtype}")
-    for what, size in sizes.items():
-        if size < FEWEST or size & (size - 1):
-            raise NotImplementedError(f"the Triton kernel wants a {what} of 16, 32, 64, ..., got {size}")
-    if max(sizes.values()) > 256:
-        raise NotImplementedError(f"the Triton kernel takes heads and pages up to 256, got {sizes}")
+    if not pages.quantised and pages.dtype != q_THD.dtype:
+        raise NotImplementedError(
+            f"the Triton kernel reads pages of the queries' dtype or quantised, got {pages.dtype}"
+        )
+    if pages.dtype == jnp.float8_e4m3fn and target_chip() in ("a100",):
+        raise NotImplementedError("an A100 has no float8")
+    for what, size in {"head size": pages.head_dim, "size of a value": pages.value_dim}.items():
+        if size % FEWEST or size > WIDEST:
+            raise NotImplementedError(f"the Triton kernel wants a {what} of 16, 32, 48, ..., {WIDEST}, got {size}")
+    if pages.page_size not in (16, 32, 64, 128, 256):
+        raise NotImplementedError(
+            f"the Triton kernel wants pages of 16, 32, 64, 128 or 256 slots, got {pages.page_size}"
+        )
     count = math.prod(pages.v_LPKSD.shape) if pages.v_LPKSD is not None else 0
     if 2**31 <= count < 2**32 and pages.dtype.itemsize == 1:
         raise NotImplementedError("Pallas addresses arrays of 2 to 4 GiB by 32 bits with a sign")
 
 
+def _heads(G: int, wide: bool, fewest: int) -> tuple[int, int]:
+    """Query heads of a program, a power of 2, and how many such groups a key head has."""
+    padded = pl.next_power_of_2(G)
+    mine = max(fewest, min(padded, FEWEST) if wide else padded)
+    return mine, -(-padded // mine)
+
+
+def _lanes(size: int) -> list[Any]:
+    """A head's numbers as powers of 2, which is what Triton's arrays are made of: 80 = 64 + 16, 576 = 512 + 64."""
+    powers = [bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
+    starts = [size >> (bit + 1) << (bit + 1) for bit in powers]
+    return [pl.ds(start, 1 << bit) for start, bit in zip(starts, powers, strict=True)]
+
+
 def _grouped(q_THD: jax.Array, plan: _Plan) -> jax.Array:
     T, H, D = q_THD.shape
     q_TKGD = q_THD.reshape(T, plan.K, H // plan.K, D)
-    return jnp.pad(q_TKGD, ((0, 0), (0, 0), (0, plan.G - H // plan.K), (0, 0)))
+    return jnp.pad(q_TKGD, ((0, 0), (0, 0), (0, plan.G * plan.groups - H // plan.K), (0, 0)))
 
 
 def _tiles(t: int, rows: int, length_R: jax.Array, start_R: jax.Array, first_R: jax.Array) -> jax.Array:
@@ -166,25 +198,28 @@ def _given(plan: _Plan, q: jax.Array, tiles: jax.Array, pages: Pages, layer: Any
         given["scales"] = pages.scale_LPKZ
     if sinks_H is not None:
         sinks_KG = sinks_H.astype(jnp.float32).reshape(plan.K, -1) * LOG2E
-        given["sinks"] = jnp.pad(sinks_KG, ((0, 0), (0, plan.G - sinks_KG.shape[1])))
+        given["sinks"] = jnp.pad(sinks_KG, ((0, 0), (0, plan.G * plan.groups - sinks_KG.shape[1])))
     return given
 
 
-def _start(plan: _Plan, refs: Any, head: Any, V: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _start(plan: _Plan, refs: Any, place: Any, V: int) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
     """The state of a softmax over no keys yet, but for the sinks: values, maxima and sums."""
+    head, heads = place
     zeros_r = jnp.zeros((plan.rows,), jnp.float32)
+    values = tuple(jnp.zeros((plan.rows, lanes.size), jnp.float32) for lanes in _lanes(V))
     if "sinks" not in refs:
-        return jnp.zeros((plan.rows, V), jnp.float32), zeros_r + UNSEEN, zeros_r
-    sink_G = refs["sinks"][head, :]
+        return values, zeros_r + UNSEEN, zeros_r
+    sink_G = refs["sinks"][head, heads]
     sink_r = jnp.broadcast_to(sink_G[None], (plan.tokens, plan.G)).reshape(plan.rows)
-    return jnp.zeros((plan.rows, V), jnp.float32), jnp.maximum(sink_r, UNSEEN), zeros_r + 1.0
+    return values, jnp.maximum(sink_r, UNSEEN), zeros_r + 1.0
 
 
 def _combine(one: Any, other: Any) -> Any:
     (acc, top, total), (new_acc, new_top, new_total) = one, other
     highest = jnp.maximum(top, new_top)
     keep, take = jnp.exp2(top - highest), jnp.exp2(new_top - highest)
-    return acc * keep[:, None] + new_acc * take[:, None], highest, total * keep + new_total * take
+    acc = tuple(x * keep[:, None] + y * take[:, None] for x, y in zip(acc, new_acc, strict=True))
+    return acc, highest, total * keep + new_total * take
 
 
 def _extent(plan: _Plan, S: int, position: Any, count: Any) -> tuple[Any, Any]:
@@ -193,24 +228,25 @@ def _extent(plan: _Plan, S: int, position: Any, count: Any) -> tuple[Any, Any]:
     return low, jnp.where(count > 0, lax.div(position + count - 1, jnp.int32(S)) + 1, low)
 
 
-def _part(plan: _Plan, refs: Any, tile: Any, head: Any, q_rD: Any, p: Any, extent: Any) -> Any:
-    """The softmax over part p of a tile's request: values, maxima and sums."""
+def _part(plan: _Plan, refs: Any, tile: Any, head: Any, q: Any, p: Any, extent: Any) -> Any:
+    """The softmax over part p of a tile's request: values, maxima and sums. `q` is cut as `_lanes` says."""
     request, _, position, count = tile
     S, V, layer = refs["v"].shape[3], refs["v"].shape[4], refs["layer"][0]
+    D, dtype = refs["k"].shape[3], q[0].dtype
     nth_r = lax.div(jnp.arange(plan.rows, dtype=jnp.int32), jnp.int32(plan.G))
     position_r, real_r = position + nth_r, nth_r < count
 
     def page(j: Any, state: Any) -> Any:
-        acc_rV, top_r, total_r = state
+        acc, top_r, total_r = state
         number = refs["table"][request, j]
-        k_DS, v_SV = refs["k"][layer, number, head, :, :], refs["v"][layer, number, head, :, :]
         s_S = j * S + jnp.arange(S, dtype=jnp.int32)
         # Slots beyond the request may hold what another one left, even nan, which a weight of 0 would not hide.
-        v_SV = jnp.where((s_S <= position + count - 1)[:, None], v_SV.astype(q_rD.dtype), 0)
+        is_mine_S = s_S <= position + count - 1
         sees_rS = (s_S[None] <= position_r[:, None]) & real_r[:, None]
         if plan.window is not None:
             sees_rS &= s_S[None] > position_r[:, None] - plan.window
-        x_rS = _dot(q_rD, k_DS.astype(q_rD.dtype)) * plan.scale
+        keys = [refs["k"][layer, number, head, lanes, :].astype(dtype) for lanes in _lanes(D)]
+        x_rS = functools.reduce(jnp.add, (_dot(x, k_DS) for x, k_DS in zip(q, keys, strict=True))) * plan.scale
         if "scales" in refs:
             x_rS *= refs["scales"][layer, number, head, pl.ds(0, S)][None]
         if plan.softcap is not None:
@@ -222,12 +258,17 @@ def _part(plan: _Plan, refs: Any, tile: Any, head: Any, q_rD: Any, p: Any, exten
         total_r = total_r * keep_r + p_rS.sum(axis=1)
         if "scales" in refs:
             p_rS = jnp.where(sees_rS, p_rS * refs["scales"][layer, number, head, pl.ds(S, S)][None], 0.0)
-        return acc_rV * keep_r[:, None] + _dot(p_rS.astype(q_rD.dtype), v_SV), new_top_r, total_r
+        p_rS = p_rS.astype(dtype)
+        values = (refs["v"][layer, number, head, :, lanes].astype(dtype) for lanes in _lanes(V))
+        values = [jnp.where(is_mine_S[:, None], v_SV, 0) for v_SV in values]
+        acc = tuple(x * keep_r[:, None] + _dot(p_rS, v_SV) for x, v_SV in zip(acc, values, strict=True))
+        return acc, new_top_r, total_r
 
     low, high = extent
     zeros_r = jnp.zeros((plan.rows,), jnp.float32)
     first, last = jnp.maximum(low, p * plan.part), jnp.minimum(high, (p + 1) * plan.part)
-    return lax.fori_loop(first, last, page, (jnp.zeros((plan.rows, V), jnp.float32), zeros_r + UNSEEN, zeros_r))
+    nothing = tuple(jnp.zeros((plan.rows, lanes.size), jnp.float32) for lanes in _lanes(V))
+    return lax.fori_loop(first, last, page, (nothing, zeros_r + UNSEEN, zeros_r))
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -262,31 +303,33 @@ def _prompts(plan: _Plan, q_TKGD: jax.Array, tiles: jax.Array, *common: Any) -> 
     S, V = given["v"].shape[3:]
 
     def kernel(refs: Any) -> None:
-        tile, head = _read_tile(refs, pl.program_id(0)), pl.program_id(1)
-        _, row, position, count = tile
+        tile, place = _read_tile(refs, pl.program_id(0)), plan.place(pl.program_id(1))
+        (_, row, position, count), (head, heads) = tile, place
 
         @pl.when(count > 0)
         def _() -> None:
             rows = pl.ds(row, plan.tokens)
-            q_rD = refs["q"][rows, head, :, :].reshape(plan.rows, -1)
+            q = [refs["q"][rows, head, heads, lanes].reshape(plan.rows, -1) for lanes in _lanes(q_TKGD.shape[3])]
             low, high = extent = _extent(plan, S, position, count)
             parts = (lax.div(jnp.int32(low), jnp.int32(plan.part)), lax.div(high + (plan.part - 1), plan.part))
 
             def step(p: Any, state: Any) -> Any:
-                return _combine(state, _part(plan, refs, tile, head, q_rD, p, extent))
+                return _combine(state, _part(plan, refs, tile, head, q, p, extent))
 
-            acc_rV, _, total_r = lax.fori_loop(*parts, step, _start(plan, refs, head, V))
-            out_rV = acc_rV / jnp.where(total_r > 0, total_r, 1.0)[:, None]
+            acc, _, total_r = lax.fori_loop(*parts, step, _start(plan, refs, place, V))
             real_t11 = (jnp.arange(plan.tokens, dtype=jnp.int32) < count)[:, None, None]
-            plgpu.store(
-                refs["out"].at[rows, head, :, :],
-                out_rV.reshape(plan.tokens, plan.G, V).astype(q_TKGD.dtype),
-                mask=jnp.broadcast_to(real_t11, (plan.tokens, plan.G, V)),
-            )
+            for lanes, acc_rV in zip(_lanes(V), acc, strict=True):
+                out_rV = acc_rV / jnp.where(total_r > 0, total_r, 1.0)[:, None]
+                shape = (plan.tokens, plan.G, lanes.size)
+                plgpu.store(
+                    refs["out"].at[rows, head, heads, lanes],
+                    out_rV.reshape(shape).astype(q_TKGD.dtype),
+                    mask=jnp.broadcast_to(real_t11, shape),
+                )
 
     outs = {"out": jax.ShapeDtypeStruct((*q_TKGD.shape[:3], V), q_TKGD.dtype)}
     warps = 8 if max(q_TKGD.shape[3], V) > 64 else 4  # of 4, each would hold more of a tile than its registers do
-    return _launch("paged_attention_prompts", kernel, given, outs, (tiles.shape[0], plan.K), warps)[0]
+    return _launch("paged_attention_prompts", kernel, given, outs, (tiles.shape[0], plan.K * plan.groups), warps)[0]
 
 
 def _decode(plan: _Plan, q_NKGD: jax.Array, tiles: jax.Array, *common: Any) -> jax.Array:
@@ -296,35 +339,45 @@ def _decode(plan: _Plan, q_NKGD: jax.Array, tiles: jax.Array, *common: Any) -> j
     P = -(-given["table"].shape[1] // plan.part)
 
     def parts(refs: Any) -> None:
-        i, head, p = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        i, (head, heads), p = pl.program_id(0), plan.place(pl.program_id(1)), pl.program_id(2)
         tile = _read_tile(refs, i)
         low, high = extent = _extent(plan, S, tile[2], tile[3])
 
         @pl.when((p * plan.part < high) & ((p + 1) * plan.part > low))
         def _() -> None:
-            acc, top, total = _part(plan, refs, tile, head, refs["q"][i, head, :, :], p, extent)
-            refs["acc"][i, head, p, :, :], refs["top"][i, head, p, :], refs["total"][i, head, p, :] = acc, top, total
+            q = [refs["q"][i, head, heads, lanes] for lanes in _lanes(q_NKGD.shape[3])]
+            acc, refs["top"][i, head, p, heads], refs["total"][i, head, p, heads] = _part(
+                plan, refs, tile, head, q, p, extent
+            )
+            for lanes, acc_GV in zip(_lanes(V), acc, strict=True):
+                refs["acc"][i, head, p, heads, lanes] = acc_GV
 
     wide = {
         "acc": jax.ShapeDtypeStruct((N, K, P, G, V), jnp.float32),
         "top": jax.ShapeDtypeStruct((N, K, P, G), jnp.float32),
         "total": jax.ShapeDtypeStruct((N, K, P, G), jnp.float32),
     }
-    found = dict(zip(wide, _launch("paged_attention_parts", parts, given, wide, (N, K, P)), strict=True))
+    warps = 8 if max(q_NKGD.shape[3], V) > 128 else 4
+    found = dict(
+        zip(wide, _launch("paged_attention_parts", parts, given, wide, (N, K * plan.groups, P), warps), strict=True)
+    )
 
     def merge(refs: Any) -> None:
-        i, head = pl.program_id(0), pl.program_id(1)
+        i, place = pl.program_id(0), plan.place(pl.program_id(1))
+        head, heads = place
         _, _, position, count = _read_tile(refs, i)
         low, high = _extent(plan, S, position, count)
 
         def step(p: Any, state: Any) -> Any:
-            part = refs["acc"][i, head, p, :, :], refs["top"][i, head, p, :], refs["total"][i, head, p, :]
-            return _combine(state, part)
+            acc = tuple(refs["acc"][i, head, p, heads, lanes] for lanes in _lanes(V))
+            return _combine(state, (acc, refs["top"][i, head, p, heads], refs["total"][i, head, p, heads]))
 
         first, last = lax.div(jnp.int32(low), jnp.int32(plan.part)), lax.div(high + (plan.part - 1), plan.part)
-        acc_GV, _, total_G = lax.fori_loop(first, last, step, _start(plan, refs, head, V))
-        refs["out"][i, head, :, :] = (acc_GV / jnp.where(total_G > 0, total_G, 1.0)[:, None]).astype(q_NKGD.dtype)
+        acc, _, total_G = lax.fori_loop(first, last, step, _start(plan, refs, place, V))
+        for lanes, acc_GV in zip(_lanes(V), acc, strict=True):
+            out_GV = acc_GV / jnp.where(total_G > 0, total_G, 1.0)[:, None]
+            refs["out"][i, head, heads, lanes] = out_GV.astype(q_NKGD.dtype)
 
     known = {"tiles": tiles, **({"sinks": given["sinks"]} if "sinks" in given else {}), **found}
     outs = {"out": jax.ShapeDtypeStruct((N, K, G, V), q_NKGD.dtype)}
-    return _launch("paged_attention_merge", merge, known, outs, (N, K))[0]
+    return _launch("paged_attention_merge", merge, known, outs, (N, K * plan.groups))[0]

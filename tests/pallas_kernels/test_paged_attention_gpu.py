@@ -1,5 +1,6 @@
 """paged_attention's GPU kernels: in Pallas's interpreter, or on a GPU where there is one, and through the compiler."""
 
+import dataclasses
 import shutil
 from functools import partial
 
@@ -49,22 +50,35 @@ def test_against_the_reference(case):
     jax.tree.map(np.testing.assert_array_equal, pages, of_xla)
 
 
-@pytest.mark.parametrize("what", ["sinks", pytest.param("int8", marks=SLOW), pytest.param("latent", marks=SLOW)])
-def test_options(what):
-    case = CASES["a mix"]
+OPTIONS = {
+    "sinks": {},
+    "heads of 80, sinks": {"D": 80},
+    "int8": {"dtype": jnp.int8},
+    "fp8": {"dtype": jnp.float8_e4m3fn},
+    "latent, in groups of heads": {"D": 48, "latent": 32, "H": 24, "K": 1},
+}
+
+
+@pytest.mark.parametrize("what", [pytest.param(x, marks=() if "latent" in x else SLOW) for x in OPTIONS])
+def test_options(what, monkeypatch):
+    given = OPTIONS[what]
+    monkeypatch.setattr(gpu, "WIDE", 40 if "latent" in what else 256)
+    sizes = {name: x for name, x in given.items() if name in ("D", "H", "K")}
+    case = dataclasses.replace(CASES["a mix"], **sizes)
     batch, num_pages = make(case, np.float32)
     rng = np.random.default_rng(5)
-    dtype, latent = jnp.int8 if what == "int8" else jnp.float32, 16 if what == "latent" else None
-    pages = init_pages(2, num_pages, 16, case.K, 16, dtype, layout="split", latent=latent)
-    if what == "int8":
+    dtype, latent = given.get("dtype", jnp.float32), given.get("latent")
+    pages = init_pages(2, num_pages, 16, case.K, case.D, dtype, layout="split", latent=latent)
+    if dtype != jnp.float32:
         fill = {"int8": lambda shape: rng.integers(-90, 90, shape), "float32": lambda shape: rng.random(shape) / 90}
+        fill["float8_e4m3fn"] = lambda shape: 90 * rng.standard_normal(shape)
         pages = jax.tree.map(lambda x: jnp.asarray(fill[x.dtype.name](x.shape), x.dtype), pages)
     options = {**batch.options, "scale": 0.3, "prefixes": None, "window": 30, "layer": 1, "sinks_H": None}
-    if what == "sinks":
+    if "sinks" in what:
         options["sinks_H"] = jnp.asarray(rng.standard_normal(case.H), jnp.float32)
     q, k, v = map(jnp.nan_to_num, (batch.q, batch.k, batch.v))
     ragged = jax.tree.map(jnp.asarray, batch.ragged)
-    v = None if what == "latent" else v
+    v = None if latent else v
     gpu_out, xla_out = (
         jax.jit(partial(OPERATION.load(name), **options))(q, k, v, pages, **ragged)[0] for name in ("gpu", "xla")
     )
@@ -81,26 +95,40 @@ def test_neighbours_change_no_bit():
     np.testing.assert_array_equal(run(batch, pages, "gpu")[0][mine], out[mine])
 
 
-def build(target, dtype="bfloat16", **options):
-    """For `benchmarks.static`: 8 decodes and 256 tokens of prompts, heads of Llama 3 8B."""
-    (H, K, D), (S, R, M, T) = (32, 8, 128), (64, 12, 32, 264)
+def build(target, dtype="bfloat16", H=32, K=8, D=128, latent=None, sinks=False, **options):
+    """For `benchmarks.static`: 8 decodes and 256 tokens of prompts, heads of Llama 3 8B if not told."""
+    S, R, M, T = 64, 12, 32, 264
     x, i = partial(target.array, dtype="bfloat16"), partial(target.array, dtype="int32")
-    pages = jax.eval_shape(lambda: init_pages(2, 512, S, K, D, jnp.dtype(dtype), layout="split"))
+    pages = jax.eval_shape(lambda: init_pages(2, 512, S, K, D, jnp.dtype(dtype), layout="split", latent=latent))
     pages = jax.tree.map(lambda p: target.array(p.shape, p.dtype), pages)
 
-    def step(q, k, v, pages, table, lengths, start, length):
+    def step(q, k, v, pages, table, lengths, start, length, sinks_H):
         ragged = table, lengths, start, length
-        return gpu.attend(q, k, v, pages, 1, *ragged, 8, options.get("window"), 0.1, options.get("softcap"), None)
+        softcap, sinks_H = options.get("softcap"), sinks_H if sinks else None
+        v = None if latent else v
+        return gpu.attend(q, k, v, pages, 1, *ragged, 8, options.get("window"), 0.1, softcap, sinks_H)
 
-    inputs = (x((T, H, D)), x((T, K, D)), x((T, K, D)), pages, i((R, M)), i((R,)), i((R,)), i((R,)))
+    inputs = (x((T, H, D)), x((T, K, D)), x((T, K, D)), pages, i((R, M)), i((R,)), i((R,)), i((R,)), x((H,)))
     return Program(step, inputs, 0.0, 1.0)
+
+
+COMPILED = [
+    {},
+    {"dtype": "int8", "window": 500, "softcap": 20.0},
+    {"dtype": "float8_e4m3fn", "sinks": True, "window": 500},
+    {"H": 128, "K": 1, "D": 576, "latent": 512},
+    {"H": 16, "K": 1, "D": 576, "latent": 512, "dtype": "float8_e4m3fn"},
+    {"D": 80, "sinks": True},
+    {"H": 64, "D": 64, "sinks": True, "window": 128},
+    {"H": 16, "D": 256, "softcap": 50.0, "window": 500},
+]
 
 
 @SLOW
 @pytest.mark.skipif(not has_cuda_plugin() or not shutil.which("ptxas"), reason="wants JAX's CUDA plug-in and ptxas")
 @pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
 def test_compiles_without_spills(chip):
-    cases = [{}, {"dtype": "int8", "window": 500, "softcap": 20.0}]
+    cases = [x for x in COMPILED if chip != "a100" or "float8" not in x.get("dtype", "")]
     for case, found in zip(cases, compile_all([Request(chip, f"{__file__}:build", x) for x in cases]), strict=True):
         assert found.failed is None, (case, found.failed)
         assert (found.spills, found.warnings) == (0, ()), (case, found)
