@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints.helpers import assert_same_bits
+from tests.thorough import thorough
 from twinax.checkpoints.convert import convert
 from twinax.checkpoints.load import LoadedModel, load_model
 from twinax.checkpoints.safetensors import SafetensorsFolder
@@ -17,7 +18,9 @@ from twinax.models import families
 from twinax.models.decoder import functional
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "families"
+pytestmark = pytest.mark.usefixtures("plain_compile")
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/logits.npz"))
+QUICK = ("gpt2", "phi3", "qwen3_moe")
 
 
 def logits_of(model: LoadedModel, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -45,7 +48,7 @@ def test_golden_logits(case):
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", thorough(CASES, quick=[n for n, case in enumerate(CASES) if case in QUICK]))
 def test_a_checkpoint_and_back_gives_the_same_bytes(case, tmp_path):
     convert(GOLDEN / case, tmp_path / "step")
     convert(tmp_path / "step", tmp_path / "back", max_shard_bytes=30_000)

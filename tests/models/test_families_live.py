@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 VOCABULARY = Tokenizer.bytes().vocab_size + 3
+pytestmark = pytest.mark.usefixtures("plain_compile")
 
 
 def _maker():
@@ -37,7 +38,7 @@ def _maker():
 
 MAKER = _maker()
 NAMES = list(MAKER.CASES)
-CASES = thorough(NAMES, quick=[NAMES.index(name) for name in ("gemma3", "gpt2", "phi3_longrope", "qwen3_moe")])
+CASES = thorough(NAMES, quick=[NAMES.index(name) for name in ("gemma3", "gpt2")])
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_gradients_of_the_loss(model):
     theirs.save_pretrained(folder / "gradients")
     expected = load_model(folder / "gradients").params
     # Some are zero but for rounding, which is that of the largest: without rope a key's bias moves all scores alike.
-    rounding = 1e-7 * max(float(jnp.max(jnp.abs(grad))) for grad in expected.values())
+    rounding = 1e-6 * max(float(jnp.max(jnp.abs(grad))) for grad in expected.values())
     for name, grad in expected.items():
         bound = 1e-3 * float(jnp.max(jnp.abs(grad))) + rounding
         assert float(jnp.max(jnp.abs(grads[name] - grad))) < bound, name
