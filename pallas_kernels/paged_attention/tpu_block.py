@@ -73,6 +73,10 @@ def both(a: Any, b: Any) -> Any:
     return a & b
 
 
+def _no(a: Any) -> Any:
+    return not a if isinstance(a, bool) else jnp.logical_not(a)
+
+
 @dataclass(frozen=True)
 class Cache:
     """The pages in the large memory, and the buffers on the chip that blocks of them come to."""
@@ -139,7 +143,7 @@ class Cache:
             for buffer, sem in self._block(slot):
                 pltpu.make_async_copy(buffer, buffer, sem).wait()
 
-        @when(not whole if isinstance(whole, bool) else jnp.logical_not(whole))
+        @when(_no(whole))
         def _() -> None:
             for nth in range(n):
                 at = j * n + nth
@@ -163,20 +167,27 @@ class Cache:
 
         def page(nth: Any, _: Any = None) -> None:
             at = j * n + nth
+            there = both(at >= low, at * S < length)
             whole = both(at >= low, (at + 1) * S <= length)
 
-            @when(not whole if isinstance(whole, bool) else jnp.logical_not(whole))
+            @when(_no(there))
+            def _() -> None:
+                self.kv_buf[slot, nth] = jnp.zeros(self.kv_buf.shape[2:], self.kv_buf.dtype)
+                if self.sizes.quantised:
+                    self.scale_buf[slot, nth] = jnp.zeros(self.scale_buf.shape[2:], jnp.float32)
+
+            @when(both(there, _no(whole)))
             def _() -> None:
                 page = self.kv_buf[slot, nth]
                 # 32 bits: masks of packed numbers are not for every chip.
                 row = jax.lax.broadcasted_iota(jnp.int32, page.shape, 0)
-                keep = (jax.lax.rem(row, S) < length - at * S) & (at >= low)
+                keep = jax.lax.rem(row, S) < length - at * S
                 wide = page.astype(jnp.float32)
                 self.kv_buf[slot, nth] = jnp.where(keep, wide, 0).astype(page.dtype)
                 if self.sizes.quantised:
                     scales = self.scale_buf[slot, nth]
                     lane = jax.lax.broadcasted_iota(jnp.int32, scales.shape, 1)
-                    keep = (jnp.where(lane >= S, lane - S, lane) < length - at * S) & (at >= low)
+                    keep = jnp.where(lane >= S, lane - S, lane) < length - at * S
                     self.scale_buf[slot, nth] = jnp.where(keep, scales, 0)
 
         if isinstance(j, int) and isinstance(length, int):  # for the profiler
