@@ -2,8 +2,8 @@
 shares of the rows.
 
 Both read from prefetched tables which rows are whose, which the static profiler cannot follow. Ours takes static sizes;
-megablox's own kernel is compiled with its tables as functions of the program ids (`_Known`). Where groups repeat, one of
-their periods is profiled, with the block sizes of the whole, and counted as often.
+megablox's own kernel is compiled with its tables as functions of the program ids (`_Known`). Where groups repeat, one
+of their periods is profiled, with the block sizes of the whole, and counted as often.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,8 +38,9 @@ def cases(chip: str) -> Iterator[Case]:
 
 def _on_gpus() -> Iterator[Case]:
     """Groups of decoding too, and quantised weights; sizes are data there."""
-    few = (("8 experts, decoding", EIGHT, [8] * 8), ("128 experts, decoding", MANY, [4] * 128))
-    for words, (I, O), sizes in (*SHAPES, *few):
+    few = (("8 experts, decoding", EIGHT, [8] * 8, 1), ("128 experts, decoding", MANY, [4] * 128, 1))
+    for words, (I, O), period, times in (*SHAPES, *few):
+        sizes = period * times
         for kind in ("forward", "dx", "dweight"):
             if kind != "forward" and "decoding" in words:
                 continue
@@ -93,7 +94,7 @@ def pallas(target: Any, I: int, O: int, sizes: list[int], kind: str, blocks: tup
             return transposed_ragged_dot_mgpu.transposed_ragged_dot(b, a, group_sizes=sizes_G, **block)
         return ragged_dot_mgpu.ragged_dot(a, b, group_sizes=sizes_G, transpose_rhs=kind == "forward", **block)
 
-    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes, times), share=times)
+    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes))
 
 
 def _on_device(sizes: list[int]) -> Any:
@@ -103,7 +104,7 @@ def _on_device(sizes: list[int]) -> Any:
     return jax.lax.optimization_barrier(jax.numpy.asarray(sizes, "int32"))
 
 
-def _work(I: int, O: int, sizes: Sequence[int], times: int) -> tuple[float, float]:
+def _work(I: int, O: int, sizes: Sequence[int], times: int = 1) -> tuple[float, float]:
     """FLOPs and bytes: rows, weights (or their gradient) and results of 2 bytes, each once."""
     N, G = sum(sizes) * times, len(sizes) * times
     return 2.0 * N * I * O, 2.0 * (N * I + G * I * O + N * O)
