@@ -6,8 +6,8 @@ else float8. Four-bit codes become bytes by a mask and a shift of whole words: 0
 too (below its normal numbers, in units of 2 ** -9); e2m1's bits, moved, are float8 in units of 2 ** -6. With many rows,
 bfloat16 activations meet bfloat16 weights, as pieces would cost more than they save.
 
-Blocks of inputs are summed apart and scaled in float32 (`apart`). Only packed weights with many rows are scaled before
-they are multiplied, rounded to bfloat16 there (mxfp4's powers of two round nothing).
+Blocks of inputs are summed apart and scaled in float32 (`apart`). Only packed weights with many rows may be scaled
+before they are multiplied, rounded to bfloat16 there (mxfp4's powers of two round nothing).
 
 Shapes: M rows   R rows of the unit (pieces of M)   I inputs   O outputs   G blocks of inputs   T inputs of a tile
 """
@@ -38,6 +38,8 @@ DEEP = ("v6e", "7x")  # matrix units of 256, not 128
 PIECES_ROWS = {128: 96, 256: 256}
 # Cores that share a device's work.
 CORES = {"v5p": 2, "v4": 2}
+# Where blocks of inputs fill the unit and bfloat16 is computed in float32, so few sums are scaled sooner than weights.
+FEW_ROWS = 128
 MOST_INPUTS = 1 << 14
 VMEM_BYTES = 48 << 20
 
@@ -73,6 +75,8 @@ def plan(M: int, x_dtype: jnp.dtype, weight: QuantizedWeight, activation_format:
         if x_dtype == jnp.bfloat16 and (many or (native == jnp.int8 and chip in NATIVE_FLOAT8)):
             taken = operand(jnp.dtype(jnp.bfloat16), x_dtype)
     scaled_first = grouped and packed and taken.dtype == jnp.bfloat16
+    if deep == 128 and size % 128 == 0 and M <= FEW_ROWS:
+        scaled_first = False
     blocks = -(-I // MOST_INPUTS)
     # Blocks of inputs of which several make the weight start at whole tiles of scales.
     unit = max(deep, size if grouped and size >= 128 else 0)

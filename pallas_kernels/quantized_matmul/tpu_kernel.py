@@ -24,7 +24,14 @@ TOP = 0x80808080 - (1 << 32)  # each byte's top bit, as an int32
 HIGH = 0xF0F0F0F0 - (1 << 32)
 OUTPUTS = 256
 CODES_OFF = 8.0
-UNITS = {("int4", FLOAT8): 2.0**9, ("mxfp4", FLOAT8): 2.0**6, ("int4", jnp.dtype(jnp.int8)): 2.0**-4}
+BFLOAT16, INT8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int8)
+UNITS = {
+    ("int4", FLOAT8): 2.0**9,
+    ("int4", INT8): 2.0**-4,
+    ("int4", BFLOAT16): 2.0**-4,
+    ("mxfp4", FLOAT8): 2.0**6,
+    ("mxfp4", BFLOAT16): 2.0**6,
+}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ CASES = {
     "scaled first, powers of two": ("v5e", 1 << 14, (40, 160, 40, "mxfp4", (1, 32), False, None, "bfloat16", None)),
     "scaled first, in bfloat16": ("v6e", 1 << 14, (100, 256, 40, "int4", (1, 128), False, None, "bfloat16", None)),
     "many rows": ("v5e", 1 << 14, (40, 70, 200, "int8", (1, None), True, None, "bfloat16", None)),
+    "many rows of four bits": ("v5e", 1 << 14, (40, 70, 200, "int4", (1, None), True, None, "bfloat16", None)),
+    "many rows of four bits, 7x": ("7x", 1 << 14, (140, 70, 40, "int4", (1, None), False, None, "bfloat16", None)),
+    "many rows of e2m1": ("v5e", 1 << 14, (100, 32, 40, "mxfp4", (1, 32), False, None, "bfloat16", None)),
+    "many sums scaled": ("v5e", 1 << 14, (40, 300, 40, "int4", (1, 128), True, None, "bfloat16", None)),
     "codes as float8": ("7x", 1 << 14, (3, 300, 40, "int4", (1, 128), True, None, "float32", None)),
     "codes as float8, eight blocks": ("7x", 1 << 14, (3, 1024, 40, "int4", (1, 128), False, None, "bfloat16", "relu")),
     "two cores": ("v5p", 1 << 14, (3, 300, 2040, "int8", (1, None), False, None, "bfloat16", None)),
@@ -33,7 +37,7 @@ CASES = {
     "blocks of float8 with a rest": ("v6e", 256, (3, 600, 40, "fp8_e4m3", (1, None), False, None, "bfloat16", None)),
     "several tiles of rows": ("v5e", 1 << 14, (150, 64, 40, "int4", (1, 64), False, None, "float32", "gelu")),
 }
-QUICK = ("scaled first, in bfloat16", "codes as float8, eight blocks")
+QUICK = ("scaled first, in bfloat16", "many rows of four bits", "codes as float8, eight blocks")
 
 
 @pytest.mark.parametrize("case", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in CASES])
