@@ -14,7 +14,7 @@ ROWS = (1, 16, 64, 256)
 # Format of the weights, inputs of a scale (None: all), format of the activations.
 KINDS = (("int8", None, None), ("int4", 128, None), ("int8", None, "int8"), ("fp8_e4m3", None, None))
 
-# On GPUs, int8 rows with one scale each are cuBLAS's.
+# On GPUs, int8 rows with one scale each are XLA's.
 KINDS_ON_GPUS = (
     ("int8", None, None),
     ("int4", 128, None),
