@@ -69,6 +69,7 @@ def compiles(chip, names, **more):
     found = compile_all([Request(chip, f"{__file__}:build", {**CASES[name], **more}) for name in names])
     assert {name: x.failed for name, x in zip(names, found, strict=True)} == dict.fromkeys(names)
     for name, x in zip(names, found, strict=True):
+        assert x.spills is not None and x.temp_bytes is not None, name
         # Pages of float32 are for tests: their products are many, which want more registers than there are.
         assert "float32" in name or x.spills <= 300, (name, x.spills)
         assert x.temp_bytes < 2**21, (name, x.temp_bytes)
