@@ -150,14 +150,14 @@ def product(
 
     def kernel(*refs: Any) -> None:
         table, (x_nA, weight_1, *others) = (refs[0], refs[2:]) if known is None else (known, refs)
-        scales_1 = None if kept is None else others.pop(0)
+        scales_1: Any = None if kept is None else others.pop(0)
         y_nc, *scratch = others
         visit, part = pl.program_id(1), pl.program_id(2)
         weight_2 = weight_1.at[0] if kept is None else scratch.pop()
         if kept is not None:
             # A group's weights stay for its visits, if its terms are not cut.
             is_new = (table[FIRST, visit] == 1) | (parts_a > 1)
-            pl.when(is_new)(lambda: fill(kept, weight_1, scales_1, weight_2))
+            pl.when(is_new)(partial(fill, kept, weight_1, scales_1, weight_2))
         low, high, is_rest = table[LOW, visit], table[HIGH, visit], table[GROUP, visit] == G
 
         def some(first: Any, size: int, own: Any) -> jax.Array:

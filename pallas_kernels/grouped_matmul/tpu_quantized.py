@@ -127,7 +127,7 @@ def _scaled(part: jax.Array, kept: Kept, scales: list[jax.Array] | None, start: 
 def _spread(form: str, words: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Low and high four bits of each byte as 8-bit numbers, 1 / UNITS of what they mean."""
     if form == "int4":
-        return tuple(pltpu.bitcast(half ^ TOP, jnp.int8) for half in ((words << 4) & HIGH, words & HIGH))
+        return pltpu.bitcast(((words << 4) & HIGH) ^ TOP, jnp.int8), pltpu.bitcast((words & HIGH) ^ TOP, jnp.int8)
     low = ((words << 4) & TOP) | ((words << 2) & E2M1)
     high = (words & TOP) | ((words >> 2) & E2M1)
     return pltpu.bitcast(low, FLOAT8), pltpu.bitcast(high, FLOAT8)

@@ -187,6 +187,7 @@ def quantized_matmul(
         shift_GO = shift_GO * scales_of(scales_GO, jnp.float32)
     if shift_GO is not None and not cut.scaled_first and not inside:
         # Even and odd inputs of packed weights' tiles stand apart.
+        assert means_MI is not None
         means = means_MI.reshape(M, padded // cut.tile, 1 + packed, G_all * cut.tile // padded if grouped else 1, -1)
         totals_MG = jnp.sum(means, axis=(2, 4)).reshape(M, -1)
         totals_MG = totals_MG if grouped else jnp.sum(totals_MG, axis=1, keepdims=True)
