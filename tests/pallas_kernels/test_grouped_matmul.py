@@ -66,6 +66,7 @@ def run(x_NI, weight_GOI, dy_NO, sizes_G, implementation):
         return jax.tree.map(np.asarray, function(x_NI, weight_GOI, dy_NO, sizes_G))
 
 
+@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize(
     ("case", "implementation"),
     [
@@ -90,6 +91,7 @@ def test_values_and_gradients_are_those_of_each_row_with_its_weight(case, implem
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale, err_msg=name)
 
 
+@pytest.mark.usefixtures("plain_compile")
 @ALL
 def test_bfloat16_is_summed_in_float32(implementation):
     arguments = [jnp.asarray(a, jnp.bfloat16) if a.dtype != np.int32 else a for a in make("uneven, more than a block")]
@@ -101,6 +103,7 @@ def test_bfloat16_is_summed_in_float32(implementation):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize(
     ("form", "block", "implementation"),
     [
@@ -173,6 +176,7 @@ def test_a_tpu_reads_quantised_weights_as_they_are_kept(kind, cut, monkeypatch):
         assert (np.abs(np.asarray(got, np.float64) - want) <= 2**-8 * (terms + np.abs(want)) + 1e-6).all(), contract
 
 
+@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize("static", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tpu_kernels_with_several_blocks_of_every_kind(static):
     """Terms, columns and rows are cut, the last blocks reach beyond the arrays, and pieces back over each other."""
@@ -207,6 +211,7 @@ def test_tpu_kernels_with_several_blocks_of_every_kind(static):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6 * np.abs(b).max(), err_msg=name)
 
 
+@pytest.mark.usefixtures("plain_compile")
 def test_visits_by_arithmetic_are_those_of_the_table():
     from twinax.pallas_kernels.grouped_matmul.visits import Known, visits
 
