@@ -35,7 +35,7 @@ from .xla import quantized_matmul_transposed as quantized_matmul_transposed
 NATIVE_FLOAT8 = ("7x",)
 DEEP = ("v6e", "7x")  # matrix units of 256, not 128
 # Rows of the unit up to which pieces are faster than weights made bfloat16, by its depth.
-PIECES_ROWS = {128: 96, 256: 256}
+PIECES_ROWS = {128: 96, 256: 192}
 # Cores that share a device's work.
 CORES = {"v5p": 2, "v4": 2}
 # Where blocks of inputs fill the unit and bfloat16 is computed in float32, so few sums are scaled sooner than weights.
@@ -87,7 +87,7 @@ def plan(M: int, x_dtype: jnp.dtype, weight: QuantizedWeight, activation_format:
     if scaled_first:
         tile = inputs
     apart_by = 1 if scaled_first else apart_by
-    most_rows = 512 if taken.pieces == 1 else max(192, PIECES_ROWS[deep])
+    most_rows = 512 if taken.pieces == 1 else 192
     rows = max(16, most_rows // (taken.pieces * min(apart_by, 4)) // 16 * 16)
     wide = inputs // 2 if packed else inputs
     # Fast memory wants large blocks, as each step has its cost; a slow one small ones, as nothing hides the first.
