@@ -140,7 +140,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = {}
     for entry in family.tensor_table(config):
         array = np.asarray(params[entry.name])
-        tensors[entry.hf_name] = np.ascontiguousarray(array if entry.layer is None else array[entry.layer])
+        tensors[entry.hf_name] = np.ascontiguousarray(array[entry.index])
     folder = tmp_path_factory.mktemp("models") / MODEL
     folder.mkdir()
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
