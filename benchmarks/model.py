@@ -31,7 +31,7 @@ def write(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps({**llama.to_hf(CONFIG), "torch_dtype": "float32"}))
     Tokenizer.bytes().save(folder)
     tensors = {
-        entry.hf_name: params[entry.name] if entry.layer is None else params[entry.name][entry.layer]
+        entry.hf_name: params[entry.name][entry.index]
         for entry in llama.tensor_table(CONFIG)
     }
     specs = [TensorSpec(name, array.dtype, array.shape) for name, array in tensors.items()]
