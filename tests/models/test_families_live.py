@@ -104,13 +104,13 @@ def test_the_engine_generates_its_tokens_and_logprobs(model):
     limits = {"max_running": 4, "page_size": 16, "chunk_tokens": 16, "max_model_len": min(room, 96)}
     engine = Engine.from_path(folder, EngineConfig(compile_cache="", **limits))
     engine.warmup()
+    theirs.generation_config.eos_token_id = None  # or it would end there, or be forbidden
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, logprobs=0)
     done = engine.generate(prompts, [params] * len(prompts))
     for prompt, one in zip(prompts, done, strict=True):
         with torch.no_grad():
-            expected = theirs.generate(
-                torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False
-            )[0, len(prompt) :].tolist()
+            ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)
+        expected = ids[0, len(prompt) :].tolist()
         assert one.token_ids == expected
         ids = np.array([prompt + one.token_ids], np.int32)
         logits = logits_of(load_model(folder), ids, np.array([ids.shape[1]]))[0, len(prompt) - 1 : -1]
