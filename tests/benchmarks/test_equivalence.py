@@ -40,7 +40,8 @@ def test_layouts_give_the_numbers_of_one_device(model, plan, variant):
             ("stage=2,fsdp=2,tensor=2", VARIANTS[0]),
             ("sequence=2,tensor=2,data=2", VARIANTS[3]),
             ("stage=2,sequence=2,attention=all_to_all,schedule=1f1b", VARIANTS[1]),
-        ]
+        ],
+        quick=0,
     ),
 )
 def test_every_option_of_a_decoder_gives_the_numbers_of_one_device(plan, variant):

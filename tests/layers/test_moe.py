@@ -95,7 +95,8 @@ def assert_same(got, want, tolerance=1e-10):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), (jax.tree_util.keystr(path), a, b)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.usefixtures("plain_compile")
+@pytest.mark.parametrize("name", thorough(CONFIGS, range(0, len(CONFIGS), 2)))
 def test_values_statistics_and_gradients_are_those_of_a_loop_over_tokens_and_experts(name):
     config = CONFIGS[name]
     with jax.enable_x64(True):
@@ -124,7 +125,7 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize(("plan", "name"), thorough(PLANS, 4))
+@pytest.mark.parametrize(("plan", "name"), thorough(PLANS, 2))
 def test_a_plan_gives_the_values_statistics_and_gradients_of_one_device(plan, name):
     check_plan(Plan.parse(plan), CONFIGS[name])
 

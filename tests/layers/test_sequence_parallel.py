@@ -51,7 +51,7 @@ def outputs(attend, arrays):
     return run(*arrays)
 
 
-@pytest.mark.parametrize(("devices", "H", "K"), HEADS)
+@pytest.mark.parametrize(("devices", "H", "K"), thorough(HEADS, 3))
 def test_tokens_for_heads_is_attention_on_one_device(devices, H, K):
     def local(q, k, v, ids):
         return flash_attention(

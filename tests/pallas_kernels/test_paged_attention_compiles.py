@@ -83,4 +83,6 @@ def test_compiles_and_copies_no_pool_of_pages():
 @SLOW
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_with_every_option(chip):
-    compiles(chip, list(CASES))
+    """The plain case for every chip, the others for one of them in turn: all for all take a quarter of an hour."""
+    place = CHIPS.index(chip)
+    compiles(chip, [name for n, name in enumerate(CASES) if n == 0 or n % len(CHIPS) == place])

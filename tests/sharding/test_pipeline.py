@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.quick import QUICK
+from tests.thorough import thorough
 from twinax.sharding import pipeline
 from twinax.sharding.plan import Plan
 from twinax.sharding.rules import use
@@ -64,16 +65,19 @@ def check(got, want, places=1e-11):
 
 @pytest.mark.parametrize(
     ("plan", "pieces", "rounds"),
-    [
-        ("stage=2", 2, 1),
-        ("stage=4", 8, 1),
-        ("stage=8", 4, 1),
-        ("stage=4", 1, 1),
-        ("stage=2,fsdp=2,tensor=2", 4, 1),
-        ("stage=2", 4, 2),
-        ("stage=4", 8, 2),
-        ("stage=2,data=2", 2, 4),
-    ],
+    thorough(
+        [
+            ("stage=4", 8, 1),
+            ("stage=2,fsdp=2,tensor=2", 4, 1),
+            ("stage=4", 8, 2),
+            ("stage=2", 2, 1),
+            ("stage=8", 4, 1),
+            ("stage=4", 1, 1),
+            ("stage=2", 4, 2),
+            ("stage=2,data=2", 2, 4),
+        ],
+        3,
+    ),
 )
 def test_gpipe_and_interleaved(plan, pieces, rounds):
     plan = Plan.parse(plan)

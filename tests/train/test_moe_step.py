@@ -55,7 +55,7 @@ def test_any_layout_gives_the_gradients_and_statistics_of_one_device_in_float64(
     np.testing.assert_array_equal(got[3].tokens_E, want[3].tokens_E)
 
 
-@pytest.mark.parametrize("name", MOES)
+@pytest.mark.parametrize("name", thorough(MOES))
 def test_the_gradient_is_that_of_the_loss_and_the_penalties_written_out(name):
     """Load-balancing loss and z-loss from each token's logits, as the papers write them."""
     moe, batch = MOES[name], random_batch(0)
@@ -139,6 +139,7 @@ def test_the_load_balancing_loss_evens_the_load():
     assert max(balanced[-8:]) < 1.3
 
 
+@pytest.mark.slow
 def test_the_bias_alone_evens_the_load_and_the_optimizer_leaves_it():
     moe = dataclasses.replace(SIGMOID, balance_loss=0.0, z_loss=0.0)
     found, state = loads(moe, lr=1e-12)  # all else stands still
@@ -179,6 +180,7 @@ def test_a_bad_step_leaves_the_bias_too():
     assert jax.tree.all(jax.tree.map(np.array_equal, after, before))
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_tokens():
     (metrics,), _ = run(SOFTMAX, 1)
     mesh, model = ONE.mesh(), functional(config(SOFTMAX))
