@@ -51,8 +51,6 @@ from jax.sharding import PartitionSpec
 from benchmarks.static import Program
 from twinax.pallas_kernels.ring_attention import ring_attention
 
-pytestmark = pytest.mark.usefixtures("plain_compile")
-
 
 def both(target, segments=False, **options):
     cut = PartitionSpec(None, "x")
