@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ..pallas_kernels.flash_attention import flash_attention
-from ..pallas_kernels.paged_attention import paged_attention
+from ..pallas_kernels.paged_attention import Pages, paged_attention
 from ..pallas_kernels.ring_attention import ring_attention, zigzag
 from ..sharding.all_to_all import over_heads
 from ..sharding.plan import CHOICES
 from ..sharding.rules import ACTIVATION_RULES, current, mesh_axes, partition_spec
-from .attention import Mixing
+from .cache import Cache
+from .mixers.attention import Mixing
 
 PLAIN = Mixing()
 
@@ -135,6 +136,7 @@ def in_order(x_BT: jax.Array, attention: str) -> jax.Array:
         "query_start_R",
         "query_length_R",
         "prompt_length_R",
+        "slot_R",
     ],
     meta_fields=["decode_rows"],
 )
@@ -149,6 +151,7 @@ class PagedContext:
         query_start_R, query_length_R: int32; the token rows of each request (length 0: idle).
         prompt_length_R: int32; tokens of each request when it was let in, for rope that hangs on lengths. That it stays
             what it was then keeps the keys that are in the cache right.
+        slot_R: int32; where the state of each request is kept; idle rows have the number of slots.
         decode_rows: static; requests with one token sit at token row == request row, below this.
     """
 
@@ -158,6 +161,7 @@ class PagedContext:
     query_start_R: jax.Array
     query_length_R: jax.Array
     prompt_length_R: jax.Array
+    slot_R: jax.Array
     decode_rows: int
 
     @property
@@ -184,11 +188,11 @@ class PagedContext:
         q_THD: jax.Array,
         k_TKD: jax.Array,
         v_TKD: jax.Array,
-        cache: Any,
+        cache: Cache,
         layer: Any,
         mixing: Mixing = PLAIN,
         sinks_H: jax.Array | None = None,
-    ):
+    ) -> tuple[jax.Array, Cache]:
         """Writes the new keys and values of `layer`, mixes over the cache; returns ([T, H, D], cache).
 
         On a mesh each device has its heads, of queries and of the cache, and all pages of these.
@@ -198,7 +202,7 @@ class PagedContext:
             q_THD: jax.Array,
             k_TKD: jax.Array,
             v_TKD: jax.Array,
-            cache: Any,
+            pages: Pages,
             layer: Any,
             context: PagedContext,
             sinks_H: jax.Array | None,
@@ -207,7 +211,7 @@ class PagedContext:
                 q_THD,
                 k_TKD,
                 v_TKD,
-                cache,
+                pages,
                 layer=layer,
                 page_table_RM=context.page_table_RM,
                 lengths_R=context.lengths_R,
@@ -221,11 +225,13 @@ class PagedContext:
         mesh = current()
         if mesh is not None:
             heads = partition_spec((None, "heads", None), mesh, ACTIVATION_RULES, q_THD.shape)
-            pages, everywhere = partition_spec((None, None, "heads"), mesh, ACTIVATION_RULES), PartitionSpec()
+            paged, everywhere = partition_spec((None, None, "heads"), mesh, ACTIVATION_RULES), PartitionSpec()
             local = jax.shard_map(
                 local,
-                in_specs=(heads, heads, heads, pages, everywhere, everywhere, PartitionSpec(*heads[1:2])),
-                out_specs=(heads, pages),
+                in_specs=(heads, heads, heads, paged, everywhere, everywhere, PartitionSpec(*heads[1:2])),
+                out_specs=(heads, paged),
                 check_vma=False,
             )
-        return local(q_THD, k_TKD, v_TKD, cache, layer, self, sinks_H)
+        assert cache.pages is not None
+        mixed_THD, new = local(q_THD, k_TKD, v_TKD, cache.pages, layer, self, sinks_H)
+        return mixed_THD, cache.with_pages(new)

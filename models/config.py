@@ -8,32 +8,41 @@ from ..layers.moe_config import MoEConfig
 from ..layers.rope_config import RopeConfig
 
 ROPES = ("rope", "local_rope")
+MIXERS = ("attention",)
+FEED_FORWARDS = ("mlp", "moe")
 CHOICES = {
     "norm": ("rms", "rms_offset", "layer"),
     "norm_placement": ("before", "after", "both"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu"),
     "qk_norm": (None, "head", "all"),
     "layer_rope": ("rope", "local_rope", None),
+    "mixer": MIXERS,
+    "feed_forward": ("default", "mlp", None),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What may differ from layer to layer, and shapes no parameter.
+    """What may differ from layer to layer.
 
     Attributes:
         window: tokens that attention sees, the token's own the last; None: all before it.
         rope: the field of the config whose rotary embedding it takes, "rope" or "local_rope"; None: it takes none.
+        mixer: what mixes tokens, a file of `layers/mixers`.
+        feed_forward: "default": the model's mixture of experts, or an MLP in a model without one; "mlp"; None: none.
     """
 
     window: int | None = None
     rope: str | None = "rope"
+    mixer: str = "attention"
+    feed_forward: str | None = "default"
 
     def __post_init__(self) -> None:
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise ValueError(f"A window is a whole number of tokens from 1 up, or None; got {self.window!r}.")
-        if self.rope not in CHOICES["layer_rope"]:
-            raise ValueError(f"A layer's rope is one of {CHOICES['layer_rope']}; got {self.rope!r}.")
+        for name, field in (("layer_rope", "rope"), ("mixer", "mixer"), ("feed_forward", "feed_forward")):
+            if getattr(self, field) not in CHOICES[name]:
+                raise ValueError(f"A layer's {field} is one of {CHOICES[name]}; got {getattr(self, field)!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +150,24 @@ class DecoderConfig:
     def kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
         return tuple(self.pattern[layer % len(self.pattern)] for layer in range(self.num_layers))
+
+    def feed_forward(self, kind: LayerKind) -> str | None:
+        """The module after the mixer in layers of this kind: "mlp", "moe" or None."""
+        if kind.feed_forward == "default":
+            return "mlp" if self.moe is None else "moe"
+        return kind.feed_forward
+
+    def has(self, kind: LayerKind, module: str) -> bool:
+        """Whether blocks of layers of this kind have this module ("attention", "mlp_norm", ...)."""
+        if module in MIXERS:
+            return kind.mixer == module
+        if module in FEED_FORWARDS:
+            return self.feed_forward(kind) == module
+        return not module.startswith("mlp_") or self.feed_forward(kind) is not None
+
+    def layers_with(self, module: str) -> tuple[int, ...]:
+        """The layers whose blocks have this module: what its stack [L, ...] holds, in order."""
+        return tuple(layer for layer, kind in enumerate(self.kinds) if self.has(kind, module))
 
     @property
     def out_bias(self) -> bool:

@@ -6,134 +6,28 @@ layer works on [..., D] and the context alone knows the difference.
 A mixture of experts also gives `Statistics`, which training needs to balance the load; a dense model gives None.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from ..layers.attention import Attention
 from ..layers.embedding import Embedding, PositionTable
-from ..layers.linear import PRODUCT, matmul_precision
-from ..layers.mlp import MLP
-from ..layers.moe import MoE, Statistics
-from ..layers.norm import LayerNorm, RMSNorm
+from ..layers.linear import matmul_precision
+from ..layers.moe import Statistics
 from ..layers.rope import angles
 from ..sharding import pipeline
 from ..sharding.plan import ONE_DEVICE, Plan
-from ..sharding.rules import GATHERED, constrain, current, parameter_sharding
+from ..sharding.rules import parameter_sharding
+from .block import Block, Ropes, Stacks, between, bind_block, name_of, norm_of, state_of
 from .config import ROPES, DecoderConfig, LayerKind
+from .stack import REMAT_POLICIES, Run, module_of, segments
 
 Params = dict[str, jax.Array]
-Ropes = dict[str, tuple[jax.Array, jax.Array]]  # cosines and sines by the config's field
-BLOCK_INPUT = "block_input"
-BLOCKS = "blocks."  # begins the name of every parameter that all layers have, stacked
-
-
-def _all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """What is kept without `remat`: all but weights, and tokens, as they were gathered.
-
-    Said of the steps that gather as well as of the name: with the name alone, what goes into it would be kept.
-    """
-    if primitive.name == "name":
-        return parameters["name"] != GATHERED
-    return primitive.name not in ("sharding_constraint", "all_gather")
-
-
-REMAT_POLICIES = {
-    "none": _all_but_gathered,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    # By name: they are made in a `custom_vjp`, where JAX's policies see no product.
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
-    # What enters each block waits in the host's memory; all else is computed again.
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[BLOCK_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
-
-
-class Block(nnx.Module):
-    """One transformer block: attention, then feed-forward, each added to the residual stream."""
-
-    def __init__(self, config: DecoderConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        # Two additions a layer: scaled so that the residual stream's variance does not grow with depth (GPT-2).
-        out_scale = (2 * config.num_layers) ** -0.5
-        self.residual_scale = config.residual_scale
-        before, after = (config.norm_placement in (where, "both") for where in ("before", "after"))
-        self.attention_norm = _norm(config, param_dtype) if before else None
-        self.attention = Attention(
-            config.hidden_size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            bias=config.attention_bias,
-            out_bias=config.out_bias,
-            norms=config.qk_norm,
-            norm_options={"epsilon": config.norm_eps, "offset": config.norm == "rms_offset"},
-            sinks=config.sinks,
-            scale=config.attention_scale,
-            softcap=config.attention_softcap,
-            out_scale=out_scale,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.attention_out_norm = _norm(config, param_dtype) if after else None
-        self.mlp_norm = _norm(config, param_dtype) if before else None
-        width, common = config.hidden_size, {"out_scale": out_scale, "param_dtype": param_dtype, "rngs": rngs}
-        if config.moe is None:
-            more = {"gated": config.gated, "activation": config.activation, "bias": config.mlp_bias}
-            self.mlp = MLP(width, config.intermediate_size, **more, **common)
-        else:
-            self.mlp = MoE(width, config.moe, **common)
-        self.mlp_out_norm = _norm(config, param_dtype) if after else None
-
-    def __call__(
-        self, x: jax.Array, ropes: Ropes, context: Any, cache: Any, layer: Any, kind: LayerKind
-    ) -> tuple[jax.Array, Any, Statistics | None]:
-        """[..., D] and the cache to the same, and what a mixture of experts says of its load.
-
-        Args:
-            layer: which one of the cache's, an int or a traced one; `kind` is that layer's.
-        """
-        rope = None if kind.rope is None else ropes[kind.rope]
-        normed = x if self.attention_norm is None else self.attention_norm(x)
-        mixed, cache = self.attention(_inside(normed), rope, context, cache, layer, kind.window)
-        x = self._add(x, _between(mixed), self.attention_out_norm)
-        normed, statistics = x if self.mlp_norm is None else self.mlp_norm(x), None
-        if isinstance(self.mlp, MoE):
-            y, statistics = self.mlp(normed, context.is_token)
-        else:
-            y = self.mlp(_inside(normed))
-        return self._add(x, _between(y), self.mlp_out_norm), cache, statistics
-
-    def _add(self, x: jax.Array, y: jax.Array, norm: nnx.Module | None) -> jax.Array:
-        y = y if norm is None else norm(y)
-        return x + (y if self.residual_scale == 1 else y * jnp.asarray(self.residual_scale, y.dtype))
-
-
-def _norm(config: DecoderConfig, param_dtype: jnp.dtype) -> RMSNorm | LayerNorm:
-    if config.norm == "layer":
-        return LayerNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype)
-    offset = config.norm == "rms_offset"
-    return RMSNorm(config.hidden_size, epsilon=config.norm_eps, offset=offset, param_dtype=param_dtype)
-
-
-def _between(x: jax.Array) -> jax.Array:
-    """Where the residual stream lives. A served batch [T, D] is flat and has no rows to spread over a mesh."""
-    return constrain(x, ("batch", "sequence", "embed")) if x.ndim == 3 else x
-
-
-def _inside(x: jax.Array) -> jax.Array:
-    """Where a layer wants its input: tensor parallelism cuts heads and widths there, not tokens."""
-    return constrain(x, ("batch", "tokens", "embed")) if x.ndim == 3 else x
+BLOCKS = "blocks."  # begins the name of every parameter that layers have, stacked
 
 
 class Decoder(nnx.Module):
@@ -161,15 +55,13 @@ class Decoder(nnx.Module):
             raise ValueError(f"remat is one of {', '.join(REMAT_POLICIES)}; got {remat!r}.")
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         self.embed = Embedding(config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
-        # One stack [L, ...] of all blocks, run by `scan`: compile time does not grow with depth.
-        make = partial(Block, config, param_dtype=param_dtype)
-        self.blocks = nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(config.num_layers))
+        self.blocks = Stacks(config, param_dtype=param_dtype, rngs=rngs)
         self.positions = (
             PositionTable(config.max_position_embeddings, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
             if config.learned_positions
             else None
         )
-        self.final_norm = _norm(config, param_dtype)
+        self.final_norm = norm_of(config, param_dtype)
         self.unembed_table = (
             None
             if config.tie_embeddings
@@ -189,13 +81,13 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.positions is not None:
             x = x + self.positions(context.positions, self.dtype)
-        return _between(x), ropes_of(self.config, context)
+        return between(x), ropes_of(self.config, context)
 
     def run_blocks(self, x: jax.Array, ropes: Ropes, context: Any, cache: Any) -> tuple[jax.Array, Any, Any]:
         """All blocks in turn; the cache is a carry, so that it is updated in place. Statistics are stacked [L, ...]."""
-        block_def, block_state = nnx.split(self.blocks)
-        run = _Run(lambda state: nnx.merge(block_def, state), ropes, context, self.remat)
-        (x, cache), statistics = run(block_state, self.config.kinds, x, cache, 0)
+        stacks = {name_of(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(self.blocks))}
+        run = Run(self.config, ropes, context, self.remat)
+        (x, cache), statistics = run(stacks, self.config.kinds, x, cache)
         return x, cache, statistics
 
     def unembedding_weight(self) -> jax.Array:
@@ -216,77 +108,13 @@ class Decoder(nnx.Module):
 
     def params(self) -> Params:
         """The parameters by dotted name, such as "blocks.attention.query.weight" [L, H * head_dim, D]."""
-        return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(self, nnx.Param))}
+        return {name_of(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(self, nnx.Param))}
 
     def load_params(self, params: Mapping[str, jax.Array]) -> None:
         """Puts `params` in place of the module's own; raises ValueError unless names and shapes agree."""
         own = self.params()
         check_params(params, {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in own.items()})
-        nnx.update(self, _state(nnx.to_flat_state(nnx.state(self, nnx.Param)), params))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """Runs stacked blocks in turn: `scan` over what repeats, so that compile time does not grow with depth.
-
-    Attributes:
-        block: the block over the parameters of one layer.
-        ropes, context: as `Block` takes them. remat: as `Decoder` does.
-    """
-
-    block: Callable[[Any], Block]
-    ropes: Ropes
-    context: Any
-    remat: str
-
-    def __call__(
-        self, stacked: Any, kinds: tuple[LayerKind, ...], x: jax.Array, cache: Any, first: Any
-    ) -> tuple[tuple[jax.Array, Any], Statistics | None]:
-        """`stacked` blocks of these kinds, of which the first is layer `first`: ((x, cache), their statistics)."""
-        count = len(kinds)
-        period = period_of(kinds)
-        whole = count // period * period  # layers of whole periods; the last, broken one is not scanned
-        layers = first + jnp.arange(count, dtype=jnp.int32)
-        every = (stacked, layers)
-
-        def body(carry: Any, scanned: Any) -> tuple[Any, Statistics | None]:
-            return self._in_turn(carry, scanned, kinds[:period])
-
-        if period == 1:
-            return jax.lax.scan(lambda carry, one: self._one(kinds[0], carry, one), (x, cache), every)
-        periods = jax.tree.map(lambda a: a[:whole].reshape(whole // period, period, *a.shape[1:]), every)
-        carry, statistics = jax.lax.scan(body, (x, cache), periods)
-        if statistics is not None:
-            statistics = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), statistics)
-        if whole < count:
-            carry, last = self._in_turn(carry, jax.tree.map(lambda a: a[whole:], every), kinds[whole:])
-            if statistics is not None:
-                statistics = jax.tree.map(lambda *parts: jnp.concatenate(parts), statistics, last)
-        return carry, statistics
-
-    def _in_turn(self, carry: Any, several: Any, kinds: tuple[LayerKind, ...]) -> tuple[Any, Statistics | None]:
-        found = []
-        for nth, kind in enumerate(kinds):
-            carry, statistics = self._one(kind, carry, jax.tree.map(lambda a, nth=nth: a[nth], several))
-            found.append(statistics)
-        return carry, None if found[0] is None else jax.tree.map(lambda *parts: jnp.stack(parts), *found)
-
-    def _one(self, kind: LayerKind, carry: Any, one: Any) -> tuple[Any, Statistics | None]:
-        def step(carry: Any, one: Any) -> tuple[Any, Statistics | None]:
-            (x, cache), (state, layer) = carry, one
-            x, cache, statistics = self.block(state)(
-                checkpoint_name(x, BLOCK_INPUT), self.ropes, self.context, cache, layer, kind
-            )
-            return (_between(x), cache), statistics
-
-        if self.remat != "none" or current() is not None:
-            step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return step(carry, one)
-
-
-def period_of(kinds: tuple[LayerKind, ...]) -> int:
-    """After how many layers the kinds repeat; all of them if they never do."""
-    return next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False)))
+        nnx.update(self, state_of(nnx.to_flat_state(nnx.state(self, nnx.Param)), params))
 
 
 def ropes_of(config: DecoderConfig, context: Any) -> Ropes:
@@ -298,16 +126,6 @@ def ropes_of(config: DecoderConfig, context: Any) -> Ropes:
             lengths = context.lengths if rope.by_length else None
             ropes[name] = angles(rope, config.head_dim, context.positions, lengths)
     return ropes
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in path).replace("unembed_table.", "unembed.")
-
-
-def _state(template: Any, params: Mapping[str, jax.Array]) -> nnx.State:
-    return nnx.from_flat_state(
-        [(path, leaf.replace(params.get(_name(path), leaf.get_value()))) for path, leaf in template]
-    )
 
 
 def _stacked(name: str) -> bool:
@@ -337,17 +155,15 @@ class FunctionalDecoder:
         self.config, self._remat = config, remat
         options["remat"] = remat
         self._model = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
-        self._block = nnx.split(nnx.eval_shape(lambda: Block(config, param_dtype=jnp.float32, rngs=nnx.Rngs(0))))
 
     def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
         """The module over these arrays; parameters left out stay abstract."""
         graph, state = self._model
-        return nnx.merge(graph, _state(nnx.to_flat_state(state), params))
+        return nnx.merge(graph, state_of(nnx.to_flat_state(state), params))
 
-    def block(self, params: Mapping[str, jax.Array]) -> Block:
-        """One block over the arrays of one layer, as `layer_params` gives them."""
-        graph, state = self._block
-        return nnx.merge(graph, _state(nnx.to_flat_state(state), params))
+    def block(self, params: Mapping[str, jax.Array], kind: LayerKind) -> Block:
+        """One block over the arrays of one layer, as `split_layers` gives them."""
+        return bind_block(self.config, kind, params)
 
     def hidden(
         self,
@@ -368,22 +184,24 @@ class FunctionalDecoder:
         x_M, statistics = pipeline.run(
             self.stage, layers, self.layer_axes, x_M, pieces, stages=plan.stage, rounds=plan.rounds
         )
-        return model.final_norm(_between(pipeline.join(x_M))), cache, statistics
+        return model.final_norm(between(pipeline.join(x_M))), cache, statistics
 
     def stage(
-        self, layers: Mapping[str, jax.Array], x: jax.Array, piece: Any, first: Any
+        self, layers: Mapping[str, jax.Array], x: jax.Array, piece: Any
     ) -> tuple[jax.Array, Statistics | None]:
-        """Some consecutive layers [l, ...], from layer `first` on, over x [..., D]; `piece` is (ropes, context)."""
+        """The consecutive layers of one stage (of one round), over x [..., D]; `piece` is (ropes, context)."""
         ropes, context = piece
-        count = len(jax.tree.leaves(layers)[0])
-        kinds = self.config.kinds[:count]
-        if any(self.config.kinds[start : start + count] != kinds for start in range(0, self.config.num_layers, count)):
+        config = self.config
+        name, stack = next(iter(layers.items()))
+        count = len(stack) * config.num_layers // len(config.layers_with(module_of(name)))
+        kinds = config.kinds[:count]
+        if any(config.kinds[start : start + count] != kinds for start in range(0, config.num_layers, count)):
             raise ValueError(
-                f"A pipeline's stages run the same program, and this model's layers differ in a pattern of "
-                f"{period_of(self.config.kinds)}; {count} layers a stage do not hold it whole. Use stages (and rounds) "
-                "that do, or stage=1."
+                f"A pipeline's stages run the same program, and {count} layers a stage of this model are not alike: "
+                f"its layers are {_words(config.kinds)}. Use stages (and rounds) that hold the same kinds in the same "
+                "order, or stage=1."
             )
-        (x, _), statistics = _Run(self.block, ropes, context, self._remat)(layers, kinds, x, None, first)
+        (x, _), statistics = Run(config, ropes, context, self._remat)(layers, kinds, x)
         return x, statistics
 
     def ropes(self, context: Any) -> Ropes:
@@ -433,7 +251,7 @@ def _abstract(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
 
 def param_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter, by name."""
-    return {_name(path): jax.ShapeDtypeStruct(leaf.get_value().shape, dtype) for path, leaf in _abstract(config)}
+    return {name_of(path): jax.ShapeDtypeStruct(leaf.get_value().shape, dtype) for path, leaf in _abstract(config)}
 
 
 def weight_dtype(name: str, dtype: Any) -> Any:
@@ -446,7 +264,7 @@ def param_axes(config: DecoderConfig) -> dict[str, tuple[str | None, ...]]:
     axes = {}
     for path, leaf in _abstract(config):
         own = tuple(leaf.get_metadata()["axes"])
-        axes[_name(path)] = ("layers", *own) if path[0] == "blocks" else own
+        axes[name_of(path)] = ("layers", *own) if path[0] == "blocks" else own
     return axes
 
 
@@ -466,11 +284,21 @@ def init_params(config: DecoderConfig, seed: int, *, dtype: Any = jnp.float32, m
     return jax.jit(make, out_shardings=shardings)()
 
 
-def split_layers(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def split_layers(
+    config: DecoderConfig, params: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The parameters outside of the blocks by their names, and those of each layer, such as "mlp.up.weight" [F, D]."""
     outside, stacks = FunctionalDecoder.split(params)
-    count = len(next(iter(stacks.values())))
-    return outside, [{name: stack[layer] for name, stack in stacks.items()} for layer in range(count)]
+    layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
+    for name, stack in stacks.items():
+        for array, layer in zip(stack, config.layers_with(module_of(name)), strict=True):
+            layers[layer][name] = array
+    return outside, layers
+
+
+def _words(kinds: tuple[LayerKind, ...]) -> str:
+    parts = [f"{part.repeats} times {kinds[part.start : part.start + part.period]}" for part in segments(kinds)]
+    return ", then ".join(parts)
 
 
 __all__ = [

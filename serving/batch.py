@@ -84,6 +84,7 @@ def unpack(array: jax.Array, bucket: Bucket, pages: int) -> DeviceBatch:
         query_start_R=rows_FR[ROW["query_start"]],
         query_length_R=rows_FR[ROW["query_length"]],
         prompt_length_R=rows_FR[ROW["prompt_length"]],
+        slot_R=rows_FR[ROW["slot"]],
         decode_rows=bucket.rows,
     )
     return DeviceBatch(tokens, rows_FR, context, rows_FR[ROW["sample_row"]])

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..checkpoints.load import LoadedModel, load_model
+from ..models.cache import page_bytes
 from ..models.config import DecoderConfig
 from ..sharding.plan import Plan, PlanError
 from . import sampling
@@ -420,13 +421,12 @@ class Engine:
         return frozenset(own | set(self.tokenizer.eos_ids))
 
     def _pages_within(self, config: EngineConfig, pages_per_request: int, dtype: Any) -> int:
-        model = self.loaded.config
-        page_bytes = 2 * model.num_layers * config.page_size * model.num_kv_heads * model.head_dim * dtype.itemsize
-        fitting = config.cache_bytes // page_bytes
+        one = page_bytes(self.loaded.config, config.page_size, dtype)
+        fitting = config.cache_bytes // one if one else config.max_running * pages_per_request
         if fitting < pages_per_request:
             raise ValueError(
                 f"The cache must hold one request of max_model_len={self.max_model_len} tokens, which takes "
-                f"{pages_per_request * page_bytes:,} bytes; cache_bytes is {config.cache_bytes:,}. Raise it or shorten "
+                f"{pages_per_request * one:,} bytes; cache_bytes is {config.cache_bytes:,}. Raise it or shorten "
                 "max_model_len."
             )
         return min(config.max_running * pages_per_request, fitting)

@@ -20,11 +20,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..models.config import DecoderConfig, LayerKind
+from ..layers.cache import Cache
+from ..models.cache import init_cache
+from ..models.config import MIXERS, DecoderConfig, LayerKind
 from ..models.decoder import BLOCKS, functional, param_axes, param_shapes, weight_dtype
-from ..pallas_kernels.paged_attention import init_pages
+from ..models.stack import module_of
 from ..sharding.rules import PARAMETER_RULES, mesh_axes, parameter_sharding, use
 from . import sampling
 from .batch import Bucket, DeviceBatch, sampling_rows, unpack
@@ -39,15 +42,13 @@ class Like:
 
     Attributes:
         outside: the parameters outside of the blocks, by name.
-        layers: those of one call of the blocks: stacked by name, or a list of layers.
         state: what is kept for the slots.
-        pages: the cache.
+        cache: what the blocks keep.
     """
 
     outside: Any
-    layers: Any
     state: Any
-    pages: Any
+    cache: Any
 
 
 class Programs:
@@ -71,6 +72,7 @@ class Programs:
         mesh: Mesh | None = None,
     ):
         self.config, self.slots, self.pages_per_request, self.mesh = config, slots, pages_per_request, mesh
+        self._pool = {"num_pages": num_pages, "page_size": page_size, "slots": slots}
         self.dtype = jnp.dtype(dtype)
         self._model = functional(config, dtype=self.dtype)
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -79,23 +81,21 @@ class Programs:
         starts = range(0, config.num_layers, self.group or config.num_layers)
         # The kinds of the layers of each call: calls whose kinds are the same share a program.
         self.kinds_of_calls = [config.kinds[start : start + (self.group or config.num_layers)] for start in starts]
+        # Which layer of the cache's each layer of a call has.
+        at = {layer: n for mixer in MIXERS for n, layer in enumerate(config.layers_with(mixer))}
+        self.places_of_calls = [
+            np.asarray([at[start + nth] for nth in range(len(kinds))], np.int32)
+            for start, kinds in zip(starts, self.kinds_of_calls, strict=True)
+        ]
         outside, stacks = self.split(param_shapes(config))
-        layers: Any = {name: self._parameter(name, like.shape) for name, like in stacks.items()}
-        if self.group:
-            one = {name.removeprefix(BLOCKS): self._parameter(name, a.shape[1:]) for name, a in stacks.items()}
-            layers = [one] * self.group
+        self._stacks = {name: like.shape for name, like in stacks.items()}
         with use(mesh):  # the layout of the pages is the platform's
-            pages = jax.eval_shape(
-                lambda: init_pages(
-                    config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, self.dtype
-                )
-            )
+            cache = jax.eval_shape(self.empty_cache)
         state = jax.eval_shape(lambda: sampling.SlotState.empty(slots, config.vocab_size))
         self.like = Like(
             {name: self._parameter(name, like.shape) for name, like in outside.items()},
-            layers,
             self._placed(state),
-            self._placed(pages, self.cache_place()),
+            self._placed(cache, self.cache_place()),
         )
         self._begun_shapes: dict[Bucket, Any] = {}
 
@@ -111,8 +111,12 @@ class Programs:
             return None
         return parameter_sharding(param_axes(self.config)[name][one_layer:], self.mesh)
 
+    def empty_cache(self) -> Cache:
+        """What there is before the first step."""
+        return init_cache(self.config, dtype=self.dtype, **self._pool)
+
     def cache_place(self) -> NamedSharding | None:
-        """Where the pages live: [L, P, K, ...], their heads cut."""
+        """Where the pages live: [L, P, K, ...], their heads cut. On a mesh models keep nothing but pages."""
         if self.mesh is None:
             return None
         return NamedSharding(self.mesh, PartitionSpec(None, None, mesh_axes("kv_heads", self.mesh, PARAMETER_RULES)))
@@ -150,18 +154,18 @@ class Programs:
         bucket: Bucket,
         kinds: tuple[LayerKind, ...],
         layers: Any,
-        index: Any,
+        place_N: jax.Array,
         x_TD: jax.Array,
-        pages: Any,
+        cache: Cache,
         ropes: Any,
         array: jax.Array,
     ) -> Any:
         context = self._unpack(bucket, array).context
         if self.group:
             for nth, (one, kind) in enumerate(zip(layers, kinds, strict=True)):
-                x_TD, pages, _ = self._model.block(one)(x_TD, ropes, context, pages, index + nth, kind)
-            return x_TD, pages
-        return self._model.bind(layers).run_blocks(x_TD, ropes, context, pages)[:2]
+                x_TD, cache, _ = self._model.block(one, kind)(x_TD, ropes, context, cache, place_N[nth])
+            return x_TD, cache
+        return self._model.bind(layers).run_blocks(x_TD, ropes, context, cache)[:2]
 
     def _select(self, bucket: Bucket, array: jax.Array, x_TD: jax.Array) -> jax.Array:
         return x_TD[self._unpack(bucket, array).sample_row]
@@ -229,8 +233,18 @@ class Programs:
         bucket, kinds = key
         _, x_TD, ropes = self._begun(bucket)
         program = self._jit(partial(self._blocks, bucket, kinds), (2, 3), (self.everywhere(), self.cache_place()))
-        index = self._scalars((), jnp.int32)
-        return program.lower(self.like.layers, index, x_TD, self.like.pages, ropes, self._array(bucket))
+        place_N = self._scalars((len(kinds),), jnp.int32)
+        layers = [self._layer(kind) for kind in kinds] if self.group else self._all_layers()
+        return program.lower(layers, place_N, x_TD, self.like.cache, ropes, self._array(bucket))
+
+    def _all_layers(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: self._parameter(name, shape) for name, shape in self._stacks.items()}
+
+    def _layer(self, kind: LayerKind) -> dict[str, jax.ShapeDtypeStruct]:
+        own = {name.removeprefix(BLOCKS): (name, shape[1:]) for name, shape in self._stacks.items()}
+        return {
+            short: self._parameter(*named) for short, named in own.items() if self.config.has(kind, module_of(short))
+        }
 
     def _lower_select(self, bucket: Bucket) -> Any:
         return self._jit(partial(self._select, bucket)).lower(self._array(bucket), self._begun(bucket)[1])

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 from ..models.config import DecoderConfig
 from ..models.decoder import BLOCKS, split_layers, weight_dtype
-from ..pallas_kernels.paged_attention import init_pages
 from ..sharding.rules import use
 from . import sampling
 from .batch import Bucket, HostBatch
@@ -87,24 +86,19 @@ class Runner:
         group = self._made.group
         if group:
             # Slices of a host array cost nothing; a compiled slice for each shape would.
-            outside, layers = split_layers({name: np.asarray(array) for name, array in params.items()})
+            outside, layers = split_layers(config, {name: np.asarray(array) for name, array in params.items()})
             starts = range(0, config.num_layers, group)
             self._layers = [[self._place(layer, BLOCKS) for layer in layers[start : start + group]] for start in starts]
-            self._indices = [self._put(np.int32(start)) for start in starts]
         else:
             outside, stacks = self._made.split(params)
             self._layers = [self._place(stacks)]
-            self._indices = [self._put(np.int32(0))]
+        self._cache_layers = [self._put(places) for places in self._made.places_of_calls]
         self._outside = self._place(outside)
         like = self._made.like
-        places = jax.tree.map(lambda x: x.sharding, (like.pages, like.state))
-        heads = (config.num_kv_heads, config.head_dim)
+        places = jax.tree.map(lambda x: x.sharding, (like.cache, like.state))
         with use(mesh):  # the layout of the pages is the platform's
-            self._pages, self._state = jax.jit(
-                lambda: (
-                    init_pages(config.num_layers, num_pages, page_size, *heads, self.dtype),
-                    sampling.SlotState.empty(slots, config.vocab_size),
-                ),
+            self._cache, self._state = jax.jit(
+                lambda: (self._made.empty_cache(), sampling.SlotState.empty(slots, config.vocab_size)),
                 out_shardings=None if mesh is None else places,
             )()
         self._programs: dict[tuple[str, Any], Any] = {}
@@ -145,10 +139,10 @@ class Runner:
         program = self._programs
         array = self._put(batch.array)
         self._state, rows_FR, x, ropes = program["begin", bucket](self._outside, self._state, array)
-        pages = self._pages
-        for layers, index, kinds in zip(self._layers, self._indices, self._made.kinds_of_calls, strict=True):
-            x, pages = program["blocks", (bucket, kinds)](layers, index, x, pages, ropes, array)
-        self._pages = pages
+        cache = self._cache
+        for layers, places, kinds in zip(self._layers, self._cache_layers, self._made.kinds_of_calls, strict=True):
+            x, cache = program["blocks", (bucket, kinds)](layers, places, x, cache, ropes, array)
+        self._cache = cache
         x_RD = program["select", bucket](array, x)
         self._state, token_R, logprobs = program["finish", bucket.rows](self._outside, self._state, rows_FR, x_RD)
         return StepResult(token_R, logprobs, lambda: program["prompt", bucket](self._outside, array, x))

@@ -12,7 +12,8 @@ piece in a turn computes something that nobody reads.
   through: a stage keeps the inputs of at most 2S - 1 pieces, however many there are, and computes its forward pass
   again.
 
-Shapes: L layers, S stages, V rounds, l layers of a group (L = V * S * l), M pieces; b rows of a piece.
+Shapes: L layers, S stages, V rounds, l layers of a group (L = V * S * l), M pieces; b rows of a piece. Where layers
+differ, L and l of an array are those layers that have it.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,8 @@ import jax.numpy as jnp
 from .rules import constrain, constrain_parameter
 
 Tree = Any
-# (weights [l, ...], x, piece, first layer) to x and sums, a tree of arrays [l, ...].
-Stage = Callable[[Tree, jax.Array, Tree, jax.Array], tuple[jax.Array, Tree]]
+# (weights [l, ...], x, piece) to x and sums, a tree of arrays [l, ...].
+Stage = Callable[[Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
 X_AXES = ("batch", "sequence", "embed")
 
 
@@ -53,7 +54,7 @@ def run(
     S, V, M = stages, rounds, len(x_MbTD)
     if V > 1 and M % S:
         raise ValueError(f"The interleaved schedule takes its pieces {S} at a time, one a stage; got {M} pieces.")
-    weights_VSl, length = _groups(weights_L, axes, S, V)
+    weights_VSl = _groups(weights_L, axes, S, V)
     stage_S = jnp.arange(S)
 
     def turn(carry: Any, t: jax.Array) -> Any:
@@ -68,8 +69,7 @@ def run(
         x_SbTD = _pin(jnp.roll(x_SbTD, 1, 0).at[0].set(entering))
         weights_Sl = _of_round(weights_VSl, round_S)
         pieces_S = jax.tree.map(lambda a: a[piece_S], pieces_M)
-        first_S = (round_S * S + stage_S) * length
-        x_SbTD, sums_Sl = _over_stages(stage)(weights_Sl, x_SbTD, pieces_S, first_S)
+        x_SbTD, sums_Sl = _over_stages(stage)(weights_Sl, x_SbTD, pieces_S)
         sums_VSl = jax.tree.map(
             lambda total, new: total.at[round_S, stage_S].add(_where(busy_S, new)), sums_VSl, sums_Sl
         )
@@ -78,7 +78,7 @@ def run(
 
     start = _pin(jnp.zeros((S, *x_MbTD.shape[1:]), x_MbTD.dtype))
     weights_Sl, pieces_S = _of_round(weights_VSl, 0 * stage_S), jax.tree.map(lambda a: a[0 * stage_S], pieces_M)
-    like = jax.eval_shape(_over_stages(stage), weights_Sl, start, pieces_S, stage_S)[1]
+    like = jax.eval_shape(_over_stages(stage), weights_Sl, start, pieces_S)[1]
     sums_VSl = jax.tree.map(lambda a: jnp.zeros((V, *a.shape), a.dtype), like)
     (_, sums_VSl), y_NSbTD = jax.lax.scan(turn, (start, sums_VSl), jnp.arange(V * M + S - 1))
     m = jnp.arange(M)
@@ -112,10 +112,9 @@ def run_1f1b(
         `((loss, others), sums_L, gradients of outside, gradients of weights_L)`.
     """
     S, M = stages, len(jax.tree.leaves(pieces_M)[0])
-    weights_VSl, length = _groups(weights_L, axes, S, 1)
+    weights_VSl = _groups(weights_L, axes, S, 1)
     weights_Sl = jax.tree.map(lambda a: a[0], weights_VSl)
     stage_S = jnp.arange(S)
-    first_S = stage_S * length
     kept = 2 * S - 1
     delay_S = 2 * (S - 1 - stage_S)  # turns between a piece's forward and backward pass
 
@@ -123,9 +122,9 @@ def run_1f1b(
         there = (index >= 0) & (index < M)
         return jax.tree.map(lambda a: a[jnp.clip(index, 0, M - 1)], pieces_M), there
 
-    def backward(weights_l: Tree, x: jax.Array, piece: Tree, first_layer: jax.Array, dy: jax.Array, dsums: Tree) -> Any:
+    def backward(weights_l: Tree, x: jax.Array, piece: Tree, dy: jax.Array, dsums: Tree) -> Any:
         def outputs(weights_l: Tree, x: jax.Array) -> Any:
-            y, sums = stage(weights_l, x, piece, first_layer)
+            y, sums = stage(weights_l, x, piece)
             return y, _real(sums)
 
         return jax.vjp(outputs, weights_l, x)[1]((dy, dsums))
@@ -136,7 +135,7 @@ def run_1f1b(
         x_SbTD = _pin(jnp.roll(y_SbTD, 1, 0).at[0].set(first(outside, entering)))
         kept_SNbTD = jax.lax.dynamic_update_index_in_dim(kept_SNbTD, x_SbTD, t % kept, 1)
         pieces_S, there_S = take(t - stage_S)
-        y_SbTD, new_Sl = _over_stages(stage)(weights_Sl, x_SbTD, pieces_S, first_S)
+        y_SbTD, new_Sl = _over_stages(stage)(weights_Sl, x_SbTD, pieces_S)
         y_SbTD = _pin(y_SbTD)
         sums_Sl = jax.tree.map(lambda total, new: total + _where(there_S, new), sums_Sl, new_Sl)
 
@@ -149,7 +148,7 @@ def run_1f1b(
         pieces_S, there_S = take(t - delay_S - stage_S)
         old_SbTD = _pin(jax.vmap(lambda a, i: a[i])(kept_SNbTD, (t - delay_S) % kept))
         dweights, dx_SbTD = _over_stages(backward)(
-            weights_Sl, old_SbTD, pieces_S, first_S, _where(there_S, dy_SbTD), _where(there_S, dsums_Sl)
+            weights_Sl, old_SbTD, pieces_S, _where(there_S, dy_SbTD), _where(there_S, dsums_Sl)
         )
         dx_SbTD = _pin(dx_SbTD)
         left, there = take(t - 2 * (S - 1))
@@ -162,13 +161,13 @@ def run_1f1b(
     x = jax.eval_shape(first, outside, some)
     start = _pin(jnp.zeros((S, *x.shape), x.dtype))
     pieces_S = jax.tree.map(lambda a: a[0 * stage_S], pieces_M)
-    like = jax.eval_shape(_over_stages(stage), weights_Sl, start, pieces_S, first_S)
-    sums_L = jax.tree.map(lambda a: jnp.zeros((S * length, *a.shape[2:]), a.dtype), like[1])
+    like = jax.eval_shape(_over_stages(stage), weights_Sl, start, pieces_S)
+    sums_L = jax.tree.map(lambda a: jnp.zeros((S * a.shape[1], *a.shape[2:]), a.dtype), like[1])
     if penalty is None:
         dsums_L = jax.tree.map(jnp.zeros_like, _real(sums_L))
     else:
         dsums_L = _real(jax.grad(penalty, allow_int=True)(sums_L))
-    dsums_Sl = [a.reshape(S, length, *a.shape[1:]) for a in dsums_L]
+    dsums_Sl = [a.reshape(S, -1, *a.shape[1:]) for a in dsums_L]
     found = jax.eval_shape(last, outside, x, some)
     kept_SNbTD = constrain(jnp.zeros((S, kept, *x.shape), x.dtype), ("stage", None, *X_AXES))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (found, like[1], outside, weights_Sl))
@@ -179,16 +178,15 @@ def run_1f1b(
     return found, sums_L, doutside, dweights_L
 
 
-def _groups(weights_L: Tree, axes: Tree, S: int, V: int) -> tuple[Tree, int]:
-    """Weights [L, ...] as [V, S, l, ...], each stage's on its devices; and l."""
-    length, rest = divmod(len(jax.tree.leaves(weights_L)[0]), S * V)
-    if rest:
-        raise ValueError(f"Layers must divide by stage x rounds = {S * V}; {rest} are left over.")
+def _groups(weights_L: Tree, axes: Tree, S: int, V: int) -> Tree:
+    """Weights [L, ...] as [V, S, l, ...], each stage's on its devices."""
 
     def group(a: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        return constrain_parameter(a.reshape(V, S, length, *a.shape[1:]), (None, "layers", None, *names))
+        if rest := len(a) % (S * V):
+            raise ValueError(f"Layers must divide by stage x rounds = {S * V}; {rest} are left over of {len(a)}.")
+        return constrain_parameter(a.reshape(V, S, -1, *a.shape[1:]), (None, "layers", None, *names))
 
-    return jax.tree.map(group, weights_L, axes), length
+    return jax.tree.map(group, weights_L, axes)
 
 
 def _real(tree: Tree) -> list[jax.Array]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ..layers.moe import Statistics
 from ..layers.moe_config import MoEConfig
 
-BIAS = "blocks.mlp.router.bias"
+BIAS = "blocks.moe.router.bias"
 
 
 def penalty(config: MoEConfig, part: Statistics, load_LE: jax.Array, tokens: jax.Array) -> jax.Array:

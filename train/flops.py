@@ -51,7 +51,7 @@ def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
         for name, shape in shapes.items()
         if name != "embed.weight" or config.tie_embeddings
     )
-    attention = config.num_layers * config.num_heads * config.head_dim * sequence_length
+    attention = len(config.layers_with("attention")) * config.num_heads * config.head_dim * sequence_length
     return 6.0 * weights + 6.0 * attention
 
 

@@ -105,7 +105,7 @@ def _load(model: FunctionalDecoder, plan: Plan, params: Params, rows: Rows) -> j
         return load_LE + statistics.tokens_E, None
 
     assert model.config.moe is not None
-    start = jnp.zeros((model.config.num_layers, model.config.moe.num_experts), jnp.int32)
+    start = jnp.zeros((len(model.config.layers_with("moe")), model.config.moe.num_experts), jnp.int32)
     return jax.lax.scan(add, start, rows)[0]
 
 
@@ -133,9 +133,9 @@ def _one_by_one(
     def first(outside: Params, piece: Rows) -> jax.Array:
         return model.bind(outside).begin(piece["tokens_BT"], _context(piece, plan))[0]
 
-    def stage(weights: Params, x: jax.Array, piece: Rows, first_layer: jax.Array) -> tuple[jax.Array, Any]:
+    def stage(weights: Params, x: jax.Array, piece: Rows) -> tuple[jax.Array, Any]:
         context = _context(piece, plan)
-        return model.stage(weights, x, (model.ropes(context), context), first_layer)
+        return model.stage(weights, x, (model.ropes(context), context))
 
     def last(outside: Params, x: jax.Array, piece: Rows) -> tuple[jax.Array, jax.Array]:
         return _loss(model, outside, model.bind(outside).final_norm(x), piece)

@@ -27,10 +27,10 @@ DEFAULTS = {
     "router_aux_loss_coef": 0.001,
 }
 EXPERTS = {
-    "mlp.router": "block_sparse_moe.gate",
-    "mlp.gate": "block_sparse_moe.experts.{}.w1",
-    "mlp.up": "block_sparse_moe.experts.{}.w3",
-    "mlp.down": "block_sparse_moe.experts.{}.w2",
+    "moe.router": "block_sparse_moe.gate",
+    "moe.gate": "block_sparse_moe.experts.{}.w1",
+    "moe.up": "block_sparse_moe.experts.{}.w3",
+    "moe.down": "block_sparse_moe.experts.{}.w2",
 }
 
 

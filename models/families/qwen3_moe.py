@@ -26,10 +26,10 @@ OWN = {
     "router_aux_loss_coef": 0.001,
 }
 EXPERTS = {
-    "mlp.router": "mlp.gate",
-    "mlp.gate": "mlp.experts.{}.gate_proj",
-    "mlp.up": "mlp.experts.{}.up_proj",
-    "mlp.down": "mlp.experts.{}.down_proj",
+    "moe.router": "mlp.gate",
+    "moe.gate": "mlp.experts.{}.gate_proj",
+    "moe.up": "mlp.experts.{}.up_proj",
+    "moe.down": "mlp.experts.{}.down_proj",
 }
 
 

@@ -184,11 +184,11 @@ def test_remat_dots_computes_no_product_of_a_weight_again():
 def test_layers_one_by_one_are_the_scan():
     params = init_params(TINY, 0)
     model = functional(TINY)
-    outside, layers = split_layers(params)
+    outside, layers = split_layers(TINY, params)
     context = packed([6], 6)
     x, rope = model.bind(outside).begin(jnp.arange(6)[None], context)
     for index, layer in enumerate(layers):
-        x, *_ = model.block(layer)(x, rope, context, None, index, LayerKind())
+        x, *_ = model.block(layer, LayerKind())(x, rope, context, None, index)
     x = model.bind(outside).final_norm(x)
     expected, *_ = model.hidden(params, jnp.arange(6)[None], context)
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)

@@ -92,6 +92,6 @@ def test_a_request_gives_the_same_alone_and_among_neighbours(served):
 
 def test_a_router_is_served_in_float32_whatever_the_model_computes_in():
     names = [name for name in init_params(SIGMOID, 0) if weight_dtype(name, jnp.bfloat16) == jnp.float32]
-    assert names == ["blocks.mlp.router.bias", "blocks.mlp.router.weight"]
-    assert weight_dtype("mlp.router.weight", jnp.bfloat16) == jnp.float32
-    assert weight_dtype("mlp.gate.weight", jnp.bfloat16) == jnp.bfloat16
+    assert names == ["blocks.moe.router.bias", "blocks.moe.router.weight"]
+    assert weight_dtype("moe.router.weight", jnp.bfloat16) == jnp.float32
+    assert weight_dtype("moe.gate.weight", jnp.bfloat16) == jnp.bfloat16

@@ -62,7 +62,7 @@ def test_the_gradient_is_that_of_the_loss_and_the_penalties_written_out(name):
     with jax.enable_x64(True):
         model = functional(config(moe), dtype=jnp.float64)
         params = init_params(model.config, 0, dtype=jnp.float64)
-        outside, layers = split_layers(params)
+        outside, layers = split_layers(model.config, params)
         real = (batch.segment_ids_BT != 0).reshape(-1)
 
         def objective(params):
@@ -70,9 +70,10 @@ def test_the_gradient_is_that_of_the_loss_and_the_penalties_written_out(name):
             x, ropes = model.bind(params).begin(batch.tokens_BT, context)
             total = 0.0
             for index in range(model.config.num_layers):
-                block = model.block({n.removeprefix("blocks."): a[index] for n, a in params.items() if "blocks." in n})
+                own = {n.removeprefix("blocks."): a[index] for n, a in params.items() if "blocks." in n}
+                block = model.block(own, LayerKind())
                 mixed, _ = block.attention(block.attention_norm(x), ropes["rope"], context, None, index)
-                router = block.mlp.router
+                router = block.moe.router
                 logits = (block.mlp_norm(x + mixed).reshape(-1, 32) @ router.weight[...].T)[real]
                 scores = jax.nn.softmax(logits) if name == "softmax" else jax.nn.sigmoid(logits)
                 chosen = jnp.argsort(-scores, axis=-1)[:, :2]
@@ -80,7 +81,7 @@ def test_the_gradient_is_that_of_the_loss_and_the_penalties_written_out(name):
                 mean = jnp.mean(scores / jnp.sum(scores, axis=-1, keepdims=True), axis=0)
                 total += moe.balance_loss * 4 * jnp.sum(jax.lax.stop_gradient(share) * mean)
                 total += moe.z_loss * jnp.mean(jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) ** 2)
-                x = block(x, ropes, context, None, index, LayerKind())[0]
+                x = block(x, ropes, context, None, index)[0]
             logits = model.bind(params).unembed(model.bind(params).final_norm(x))
             nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets_BT[..., None], axis=-1)[..., 0]
             return total + jnp.sum(nll * batch.weights_BT) / np.sum(batch.weights_BT)
@@ -116,10 +117,10 @@ def compiled(moe: MoEConfig, settings: OptimizerConfig):
 def crooked(moe: MoEConfig):
     """A state whose routers like expert 0 best and expert 3 least: all tokens have something in common."""
     state = jax.device_get(init_state(config(moe), 0, ONE.mesh()))
-    weight_LED = np.array(state["params"]["blocks.mlp.router.weight"])
+    weight_LED = np.array(state["params"]["blocks.moe.router.weight"])
     weight_LED[:, 0] += 0.08
     weight_LED[:, 3] -= 0.08
-    changed = {"embed.weight": state["params"]["embed.weight"] + 0.02, "blocks.mlp.router.weight": weight_LED}
+    changed = {"embed.weight": state["params"]["embed.weight"] + 0.02, "blocks.moe.router.weight": weight_LED}
     return {**state, "params": {**state["params"], **changed}}
 
 

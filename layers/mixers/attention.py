@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .linear import Linear
-from .norm import RMSNorm
-from .rope import rotate
+from ..linear import Linear
+from ..norm import RMSNorm
+from ..rope import rotate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,26 @@
+"""The cache of a model, as its layers' mixers declare what they keep."""
+
+import jax
+import jax.numpy as jnp
+
+from ..layers.cache import Cache, init_pages
+from .config import DecoderConfig
+
+
+def init_cache(config: DecoderConfig, *, num_pages: int, page_size: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache.
+
+    Args:
+        num_pages, page_size: of what is kept of each token: pages, and tokens of one. dtype: of these.
+        slots: requests that may have a state at once. States are float32, or wider where `dtype` is.
+    """
+    pages = None
+    if layers := len(config.layers_with("attention")):
+        pages = init_pages(layers, num_pages, page_size, config.num_kv_heads, config.head_dim, dtype)
+    return Cache(pages, {})
+
+
+def page_bytes(config: DecoderConfig, page_size: int, dtype: jnp.dtype) -> int:
+    """Bytes of one page of all layers, as the platform's layout has it."""
+    made = jax.eval_shape(lambda: init_cache(config, num_pages=1, page_size=page_size, slots=1, dtype=dtype).pages)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
