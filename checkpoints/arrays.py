@@ -29,10 +29,15 @@ class StoredArray:
     dtype: np.dtype
     chunks: tuple[int, ...]
 
-    def file_names(self) -> list[str]:
-        """The files that hold its numbers: one for each chunk."""
-        grid = (range(-(-size // chunk)) for size, chunk in zip(self.shape, self.chunks, strict=True))
-        return [_file_name(place) for place in itertools.product(*grid)]
+    def file_names(self, index: Sequence[slice] = ()) -> list[str]:
+        """The files that hold the numbers at `index` (as `read` takes it): one for each chunk."""
+        return [_file_name(place) for place in itertools.product(*self._touched(index)[1])]
+
+    def _touched(self, index: Sequence[slice]) -> tuple[list[tuple[int, int]], list[range]]:
+        """Of each dimension: first and last number (exclusive), and the chunks that hold them."""
+        full = tuple(index) + (slice(None),) * (len(self.shape) - len(index))
+        spans = [s.indices(size)[:2] for s, size in zip(full, self.shape, strict=True)]
+        return spans, [range(lo // c, -(-hi // c)) for (lo, hi), c in zip(spans, self.chunks, strict=True)]
 
     def _chunk(self, place: tuple[int, ...]) -> np.ndarray:
         path = self.folder / _file_name(place)
@@ -47,9 +52,7 @@ class StoredArray:
 
     def read(self, index: Sequence[slice] = ()) -> np.ndarray:
         """The numbers at `index` (slices of step 1; missing ones mean all), as a view where one chunk has them."""
-        full = tuple(index) + (slice(None),) * (len(self.shape) - len(index))
-        spans = [s.indices(size)[:2] for s, size in zip(full, self.shape, strict=True)]
-        touched = [range(lo // c, -(-hi // c)) for (lo, hi), c in zip(spans, self.chunks, strict=True)]
+        spans, touched = self._touched(index)
         if all(len(places) == 1 for places in touched):
             chunk = self._chunk(tuple(places[0] for places in touched))
             starts = [places[0] * c for places, c in zip(touched, self.chunks, strict=True)]

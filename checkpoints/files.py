@@ -15,6 +15,7 @@ from .errors import SaveError
 
 _CHUNK = 1 << 20
 TMP_PREFIX = ".tmp_"
+CONTENT = ".content"  # in an unfinished folder: what it is to hold
 
 
 def checksum_bytes(data: bytes) -> str:
@@ -69,6 +70,17 @@ def fsync_tree(root: Path) -> None:
         fsync(Path(folder))
 
 
+def settle(path: Path) -> None:
+    """Force a file to the disk and, where the system can, out of its cache: what is read next is what the disk has."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write and fsync a small file."""
     with open(path, "wb") as file:
@@ -89,8 +101,17 @@ def discard(folder: Path) -> None:
 def make_locked(folder: Path) -> int:
     """Make `folder` and lock it: its writer is alive. The lock goes when the descriptor returned is closed."""
     folder.mkdir()
+    return _lock(folder)
+
+
+def _lock(folder: Path) -> int:
+    """OSError when somebody has the lock."""
     descriptor = os.open(folder, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
@@ -102,16 +123,22 @@ def unfinished(final: Path) -> Path:
 class NewFolder:
     """A folder under a hidden name beside `final`, which becomes `final` when it is complete.
 
+    What a killed writer left is removed, unless it was to hold the same `content` (in any words): that is taken over.
     Raises `SaveError` when it cannot be made, or another process is making it.
     """
 
-    def __init__(self, final: Path):
+    def __init__(self, final: Path, content: str | None = None):
         self.final = final
         self.tmp = unfinished(final)
         try:
             if self.tmp.exists() and is_abandoned(self.tmp):
+                if content is not None and _read(self.tmp / CONTENT) == content:
+                    self._lock = _lock(self.tmp)
+                    return
                 shutil.rmtree(self.tmp)
             self._lock = make_locked(self.tmp)
+            if content is not None:
+                (self.tmp / CONTENT).write_text(content)
         except FileExistsError:
             raise SaveError(
                 f"{self.tmp} is being written by another process; wait for it, or use another name"
@@ -122,6 +149,8 @@ class NewFolder:
     def commit(self) -> None:
         """Force everything to the disk and give the folder its name, replacing what has it."""
         fsync_tree(self.tmp)
+        (self.tmp / CONTENT).unlink(missing_ok=True)
+        fsync(self.tmp)
         commit(self.tmp, self.final)
         os.close(self._lock)
 
@@ -130,28 +159,37 @@ class NewFolder:
         shutil.rmtree(self.tmp, ignore_errors=True)
         os.close(self._lock)
 
+    def leave(self) -> None:
+        """Keep what has been written, for a `NewFolder` of the same content."""
+        os.close(self._lock)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
 
 def is_abandoned(folder: Path) -> bool:
     """Whether nobody holds the lock of `make_locked` on `folder`: its writer was killed."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        os.close(_lock(folder))
     except OSError:
         return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
+    return True
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".replaced_{final.name}")
 
 
 def commit(tmp: Path, final: Path) -> None:
     """Give the fsynced folder `tmp` its `final` name in one atomic step; what was there steps aside until that is done.
 
-    A process killed in between leaves `.replaced_<name>`, which `recover` puts back.
+    A process killed in between leaves `.replaced_<name>`, which `put_back` puts back.
     """
-    aside = final.with_name(f".replaced_{final.name}")
+    aside = _aside(final)
     if final.exists():
         os.rename(final, aside)
     os.rename(tmp, final)
@@ -160,15 +198,24 @@ def commit(tmp: Path, final: Path) -> None:
         shutil.rmtree(aside)
 
 
+def put_back(final: Path) -> bool:
+    """Undo what a writer that was killed in `commit` did to the folder `final` that was there. Whether it was away."""
+    aside = _aside(final)
+    if not aside.exists():
+        return False
+    if final.exists():
+        shutil.rmtree(aside)
+        return False
+    os.rename(aside, final)
+    return True
+
+
 def recover(directory: Path) -> list[str]:
     """Undo what killed writers left: unfinished folders go, replaced ones return. Gives what was done."""
     done = []
     for path in sorted(directory.glob(".replaced_step_*")):
         final = path.with_name(path.name.removeprefix(".replaced_"))
-        if final.exists():
-            shutil.rmtree(path)
-        else:
-            os.rename(path, final)
+        if put_back(final):
             done.append(f"put back {final.name}")
     for path in sorted([*directory.glob(f"{TMP_PREFIX}step_*"), *directory.glob(f"{TMP_PREFIX}gone_step_*")]):
         if path.is_dir() and is_abandoned(path):

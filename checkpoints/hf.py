@@ -20,6 +20,7 @@ from . import safetensors
 from .errors import CheckpointError, DamagedCheckpoint, NoCheckpoint, first_few
 from .pieces import Parameter, tensor_shape
 from .safetensors import SafetensorsFolder
+from .stream import blocks, bytes_of
 from .tokenizer import Tokenizer
 
 CONFIG = "config.json"
@@ -75,7 +76,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     if not isinstance(config_json.get("model_type"), str):
         raise DamagedCheckpoint(f"{path / CONFIG} has no model_type; it must name one of {', '.join(families.names())}")
     try:
-        config = families.load(config_json["model_type"]).from_hf(config_json)
+        config = parse_config(config_json)
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG}: {error}") from error
     if (path / GENERATION).exists():
@@ -83,6 +84,11 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     else:
         generation = {key: config_json[key] for key in TOKEN_IDS if config_json.get(key) is not None}
     return HuggingFaceFolder(path, config, config_json, generation)
+
+
+def parse_config(config_json: dict[str, Any]) -> DecoderConfig:
+    """What a config.json means. Raises the family's ValueError."""
+    return families.load(config_json["model_type"]).from_hf(config_json)
 
 
 def match_tensors(
@@ -140,8 +146,7 @@ def _why_not_ignored(tensors: SafetensorsFolder, name: str, config: DecoderConfi
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays have the same shape, dtype and bits (a NaN equals itself)."""
+    """Whether two arrays have the same shape, dtype and bits (a NaN equals itself); they are compared in blocks."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    flat_a, flat_b = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
-    return bool(np.array_equal(flat_a, flat_b))
+    return all(np.array_equal(bytes_of(a[box]), bytes_of(b[box])) for box in blocks(a.shape, a.dtype.itemsize))

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ..models.config import DecoderConfig
 from ..models.decoder import param_shapes, param_shardings
 from ..sharding.plan import Plan
-from . import files, hf, manifest
+from . import files, hf, manifest, shared
 from .errors import DamagedCheckpoint, MismatchedCheckpoint, NoCheckpoint, first_few
 from .manifest import Description, Manifest
 from .step import open_stored, to_device
@@ -79,17 +79,15 @@ def locate(path: str | os.PathLike[str]) -> tuple[str, Path]:
     )
 
 
-def open_step(path: Path, kind: str, under: tuple[str, ...]) -> Manifest:
+def open_step(path: Path, kind: str, verify: Callable[[Manifest], None]) -> Manifest:
     """The verified manifest of a step, or of the newest good one of a run (warns about those passed over).
 
-    `under` limits which files are verified, by how their paths begin; `()` verifies the manifest and
-    the tokenizer alone.
+    `verify` raises DamagedCheckpoint where more than the manifest and the tokenizer must be good, and is not.
     """
 
     def good(folder: Path) -> Manifest:
         found = manifest.read(folder)
-        if under:
-            found.verify(under)
+        verify(found)
         return found
 
     if kind == "step":
@@ -124,7 +122,7 @@ def load_model(
         path: the folder.
         dtype: cast the parameters to it; None keeps what is stored.
         mesh, plan: where the parameters live (one of the two); by default on the first device.
-        verify: compare a step's files with their checksums first.
+        verify: compare a step's files with their checksums first: those that this process reads.
         progress: called with (parameter name, parameters done, parameters in all).
 
     Raises `NoCheckpoint`, `DamagedCheckpoint`, `MismatchedCheckpoint`, other `CheckpointError`s, `TokenizerError`: all
@@ -138,13 +136,36 @@ def load_model(
     return _load_step(folder, kind, dtype, mesh, verify, progress)
 
 
+def _verify_here(found: Manifest, mesh: Mesh | None) -> None:
+    """Verifies the files that this process reads: those of all parameters, or of what its devices of the mesh hold."""
+    everything = [f"{manifest.ARRAYS}/params."]
+    if mesh is None:
+        found.verify(everything)
+        return
+    config = DecoderConfig.from_dict(found.description.model)
+    shapes = {f"params.{name}": like.shape for name, like in param_shapes(config).items()}
+    if any(name not in found.arrays or found.arrays[name].shape != shape for name, shape in shapes.items()):
+        found.verify(everything)  # not of its config; who loads it says so
+        return
+
+    def check() -> None:
+        names = []
+        for name, sharding in param_shardings(config, mesh).items():
+            stored = open_stored(found, f"params.{name}")
+            boxes = {str(box): box for box in sharding.addressable_devices_indices_map(stored.shape).values()}
+            here = {file for box in boxes.values() for file in stored.file_names(box or ())}
+            names += [f"{manifest.ARRAYS}/params.{name}/{file}" for file in (".zarray", *here)]
+        found.verify(names)
+
+    shared.agree_on_damage(check)
+
+
 def _shardings(config: DecoderConfig, mesh: Mesh | None) -> dict[str, Any]:
     return {} if mesh is None else dict(param_shardings(config, mesh))
 
 
 def _load_step(folder: Path, kind: str, dtype: Any, mesh: Mesh | None, verify: bool, progress: Any) -> LoadedModel:
-    under = (f"{manifest.ARRAYS}/params.",) if verify else ()
-    found = open_step(folder, kind, under)
+    found = open_step(folder, kind, lambda found: _verify_here(found, mesh) if verify else None)
     description = found.description
     config = DecoderConfig.from_dict(description.model)
     stored = {name.removeprefix("params."): spec for name, spec in found.arrays.items() if name.startswith("params.")}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, DamagedCheckpoint, first_few
-from .files import checksum_bytes, checksum_files, list_files, write_file
+from .files import CONTENT, checksum_bytes, checksum_files, list_files, write_file
 
 NAME = "twinax.json"
 FORMAT = 1
@@ -71,12 +71,14 @@ class Manifest:
     created: str
 
     def verify(self, under: Iterable[str] | None = None) -> None:
-        """Compare every file (or those whose path begins with one of `under`) with its size and checksum.
+        """Compare every file, or those of `under`, with its size and checksum.
 
-        Raises `DamagedCheckpoint` that names each bad file and how it differs.
+        `under` has names; one that ends with "/" or "." stands for all that begin with it. Raises `DamagedCheckpoint`
+        that names each bad file and how it differs.
         """
-        prefixes = None if under is None else tuple(under)
-        wanted = {name: seen for name, seen in self.files.items() if prefixes is None or name.startswith(prefixes)}
+        names = set(self.files if under is None else under)
+        prefixes = tuple(name for name in names if name.endswith(("/", ".")))
+        wanted = {name: seen for name, seen in self.files.items() if name in names or name.startswith(prefixes)}
         problems = [f"{name}: missing" for name in wanted if not (self.folder / name).is_file()]
         present = [name for name in wanted if (self.folder / name).is_file()]
         for name, (size, checksum) in checksum_files(self.folder, present).items():
@@ -144,7 +146,7 @@ def write(
 ) -> None:
     """Checksum all files in `folder`, but those whose size and checksum are `known`, and write its `twinax.json`."""
     sums = {name: seen for name, seen in (known or {}).items() if (folder / name).is_file()}
-    sums |= checksum_files(folder, [name for name in list_files(folder) if name not in sums])
+    sums |= checksum_files(folder, [name for name in list_files(folder) if name not in sums and name != CONTENT])
     described = dataclasses.asdict(description)
     del described["tokenizer_files"]  # they are files of the folder
     content = {

@@ -164,6 +164,11 @@ class SafetensorsFile:
             return np.empty(placed.spec.shape, placed.spec.dtype)
         return np.frombuffer(self._map, placed.spec.dtype, count, placed.start).reshape(placed.spec.shape)
 
+    def release(self) -> None:
+        """Let go of the memory of what has been read; views stay valid, and are read again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Let the map go; it is freed with the last view of it."""
         del self._map
@@ -175,7 +180,14 @@ class SafetensorsFile:
         self.close()
 
 
+def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """How a file with these tensors begins, and the first byte of each."""
+    header, placed = _header(specs, metadata)
+    return header, {name: one.start for name, one in placed.items()}
+
+
 def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, _Placed]]:
+    specs = sorted(specs, key=lambda spec: -spec.dtype.itemsize)  # so that every tensor is aligned to its element
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset, begins = 0, {}
     for spec in specs:
@@ -202,9 +214,7 @@ class SafetensorsWriter:
 
     def __init__(self, path: str | os.PathLike[str], specs: Sequence[TensorSpec], metadata: Mapping[str, str] = {}):
         self.path = Path(path)
-        # Wide dtypes first, so that every tensor is aligned to its element.
-        ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
-        header, self._placed = _header(ordered, metadata)
+        header, self._placed = _header(specs, metadata)
         self._left = set(self._placed)
         self._tmp = self.path.with_name(self.path.name + ".tmp")
         self._file = open(self._tmp, "wb")  # noqa: SIM115 (closed by __exit__)
@@ -295,6 +305,11 @@ class SafetensorsFolder:
     def read(self, name: str) -> np.ndarray:
         """A read-only view of a tensor in its shard's map. `KeyError` when there is no such tensor."""
         return self._home[name].read(name)
+
+    def release(self) -> None:
+        """See `SafetensorsFile.release`."""
+        for shard in self._shards.values():
+            shard.release()
 
     def close(self) -> None:
         for shard in self._shards.values():

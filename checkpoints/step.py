@@ -77,23 +77,20 @@ class _QuietOrbax(logging.Filter):
         return "orbax" not in record.pathname
 
 
-def start_arrays(tmp: Path, flat: Mapping[str, Any], *, copy_host_arrays: bool = True) -> Callable[[], None]:
+def start_arrays(tmp: Path, flat: Mapping[str, Any]) -> Callable[[], None]:
     """Begin to write `flat` below the folder `tmp`, in the background. Gives the function that waits for it to be done.
 
-    Several processes all call it, and each writes what its devices hold. NumPy arrays are copied first, unless
-    `copy_host_arrays=False`: then they must stay until it is done, and at most a gigabyte more than the largest is in
-    memory at once. With several processes an error is raised when waiting, and by all alike.
+    Several processes all call it, and each writes what its devices hold. NumPy arrays are copied first. With several
+    processes an error is raised when waiting, and by all alike.
     """
     import orbax.checkpoint as ocp  # here, because it takes a second
 
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()),
-        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=copy_host_arrays)),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
     )
     tree = {name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for name, leaf in flat.items()}
-    in_flight = None if copy_host_arrays else max(leaf.nbytes for leaf in tree.values()) // 10**9 + 1
     handler = ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=in_flight,
         use_ocdbt=False,
         use_zarr3=False,
         use_compression=False,
@@ -138,10 +135,6 @@ def _fail(error: Exception, barriers: shared.Barriers) -> None:
 
 class StepWriter(files.NewFolder):
     """Writes one step folder. For `CheckpointStore` and conversion."""
-
-    def start_arrays(self, flat: Mapping[str, Any], *, copy_host_arrays: bool = True) -> Callable[[], None]:
-        """See the function `start_arrays`."""
-        return start_arrays(self.tmp, flat, copy_host_arrays=copy_host_arrays)
 
     def finish(
         self,
