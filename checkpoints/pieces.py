@@ -1,7 +1,7 @@
 """Parameters and Hugging Face tensors, put together from each other's parts as a family's table says. Bits only move.
 
-A tensor may be a parameter, one layer or one expert of a stacked one, or several parameters, one below the other; it
-may have its last two dimensions the other way round. All of that is slices and views.
+A tensor may be a parameter, one layer or one expert of a stacked one, or several parameters, one below the other or in
+turns; it may have its last two dimensions the other way round, or one more. All of that is slices and views.
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ Read = Callable[[str], np.ndarray]
 def tensor_shape(entries: Sequence[TensorEntry], shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The shape of the tensor that these entries are all parts of."""
     first = entries[0]
-    own = shapes[first.name][len(first.index) :]
+    own = list(shapes[first.name][len(first.index) :])
     if first.rows is not None:
         steps = [entry.rows for entry in entries if entry.rows is not None]
-        own = (max(stop - (stop - start - 1) % step for start, stop, step in steps), *own[1:])
-    return (*own[:-2], own[-1], own[-2]) if first.transposed else own
+        own[first.axis] = max(stop - (stop - start - 1) % step for start, stop, step in steps)
+    if first.transposed:
+        own[-2:] = own[-1], own[-2]
+    if first.groups is not None:
+        own[-1:] = own[-1] // first.groups, first.groups
+    return tuple(own)
 
 
 def part_of(tensor: np.ndarray, entry: TensorEntry) -> np.ndarray:
     """A view: the entry's part of the tensor, laid out as the parameter is."""
+    if entry.groups is not None:
+        tensor = tensor.reshape(*tensor.shape[:-2], -1)
     if entry.transposed:
         tensor = np.swapaxes(tensor, -1, -2)
-    return tensor if entry.rows is None else tensor[slice(*entry.rows)]
+    return tensor if entry.rows is None else tensor[(slice(None),) * entry.axis + (slice(*entry.rows),)]
 
 
 class Parameter:
@@ -74,9 +80,8 @@ def tensor_from(
 ) -> np.ndarray:
     """A tensor from the parameters that it holds; `read` gives the numbers of an entry, `params[name][index]`."""
     first = entries[0]
-    if len(entries) == 1 and first.rows is None:
-        found = read(first)
-        return np.ascontiguousarray(np.swapaxes(found, -1, -2)) if first.transposed else found
+    if len(entries) == 1 and first.rows is None and not first.transposed:
+        return read(first).reshape(shape)
     tensor = np.empty(shape, dtype)
     for entry in entries:
         part_of(tensor, entry)[...] = read(entry)

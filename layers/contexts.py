@@ -1,6 +1,7 @@
 """Contexts: how tokens see each other. The same attention layer trains under one and serves under the other.
 
-Shapes: B rows, T tokens, H heads, K key-value heads, D head size, R requests, M pages a request.
+Shapes: B rows, T tokens, H heads, K key-value heads, D head size, R requests, M pages a request,
+N and P the parts of a head that are not turned and turned, V a value's size, R a latent's.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from ..sharding.all_to_all import over_heads
 from ..sharding.plan import CHOICES
 from ..sharding.rules import ACTIVATION_RULES, current, mesh_axes, partition_spec
 from .cache import Cache
+from .linear import matmul_precision
 from .mixers.attention import Mixing
 
 PLAIN = Mixing()
@@ -92,6 +94,31 @@ class PackedContext:
             local = partial(_attend_ring, mixing, axis=ring[0], two_way=self.attention == "ring_two_way")
         local = jax.shard_map(local, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False)
         return local(q_BTHD, k_BTKD, v_BTKD, ids_BT), cache
+
+
+    def attend_latent(
+        self,
+        q: tuple[jax.Array, jax.Array],
+        latent_BTR: jax.Array,
+        k_turned_BT1P: jax.Array,
+        up: tuple[jax.Array, jax.Array],
+        cache: None,
+        layer: Any,
+        mixing: Mixing,
+    ) -> tuple[jax.Array, None]:
+        """Attention with keys and values made of latents: ([B, T, H, V], None), as nothing is kept.
+
+        Args:
+            q: the parts of queries that are not turned [B, T, H, N], and that are [B, T, H, P].
+            latent_BTR, k_turned_BT1P: what keys and values come from, and the key of the turned part of all heads.
+            up: from a latent to each head's key [H, N, R] and value [H, V, R].
+        """
+        up_HNR, up_HVR = up
+        precision = matmul_precision(latent_BTR.dtype)
+        k_BTHN, v_BTHV = (jnp.einsum("btr,hcr->bthc", latent_BTR, weight, precision=precision) for weight in up)
+        k_turned = jnp.broadcast_to(k_turned_BT1P, (*k_BTHN.shape[:3], k_turned_BT1P.shape[-1]))
+        k_BTHD = jnp.concatenate([k_BTHN, k_turned], axis=-1)
+        return self.attend(jnp.concatenate(q, axis=-1), k_BTHD, v_BTHV, cache, layer, mixing)
 
 
 def _attend_rows(
@@ -187,13 +214,13 @@ class PagedContext:
         self,
         q_THD: jax.Array,
         k_TKD: jax.Array,
-        v_TKD: jax.Array,
+        v_TKD: jax.Array | None,
         cache: Cache,
         layer: Any,
         mixing: Mixing = PLAIN,
         sinks_H: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """Writes the new keys and values of `layer`, mixes over the cache; returns ([T, H, D], cache).
+        """Writes the new keys and values of `layer`, mixes over the cache; returns ([T, H, V], cache).
 
         On a mesh each device has its heads, of queries and of the cache, and all pages of these.
         """
@@ -201,7 +228,7 @@ class PagedContext:
         def local(
             q_THD: jax.Array,
             k_TKD: jax.Array,
-            v_TKD: jax.Array,
+            v_TKD: jax.Array | None,
             pages: Pages,
             layer: Any,
             context: PagedContext,
@@ -233,5 +260,27 @@ class PagedContext:
                 check_vma=False,
             )
         assert cache.pages is not None
-        mixed_THD, new = local(q_THD, k_TKD, v_TKD, cache.pages, layer, self, sinks_H)
-        return mixed_THD, cache.with_pages(new)
+        mixed_THV, new = local(q_THD, k_TKD, v_TKD, cache.pages, layer, self, sinks_H)
+        return mixed_THV, cache.with_pages(new)
+
+    def attend_latent(
+        self,
+        q: tuple[jax.Array, jax.Array],
+        latent_TR: jax.Array,
+        k_turned_T1P: jax.Array,
+        up: tuple[jax.Array, jax.Array],
+        cache: Cache,
+        layer: Any,
+        mixing: Mixing,
+    ) -> tuple[jax.Array, Cache]:
+        """See `PackedContext.attend_latent`. The cache keeps latents and turned keys, and attention reads these.
+
+        What makes a head's key of a latent is applied to the query, and what makes its value to the result.
+        """
+        q_THN, q_THP = q
+        up_HNR, up_HVR = up
+        precision = matmul_precision(latent_TR.dtype)
+        q_THR = jnp.einsum("thn,hnr->thr", q_THN, up_HNR, precision=precision)
+        k_T1D = jnp.concatenate([latent_TR[:, None], k_turned_T1P], axis=-1)
+        mixed_THR, cache = self.attend(jnp.concatenate([q_THR, q_THP], axis=-1), k_T1D, None, cache, layer, mixing)
+        return jnp.einsum("thr,hvr->thv", mixed_THR, up_HVR, precision=precision), cache

@@ -13,8 +13,10 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ..pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
+from ..pallas_kernels.quantized_matmul import QuantizedWeight, dequantize, quantized_matmul
 from ..sharding.rules import gather
+from .quantization_config import Quantization
+from .quantized import quantized_params, quantized_weight
 
 # The name of products of tokens and weights, for what decides which results the backward pass keeps.
 PRODUCT = "product"
@@ -59,12 +61,11 @@ def linear(x: jax.Array, weight_OI: jax.Array | QuantizedWeight, bias_O: jax.Arr
 class Linear(nnx.Module):
     """`y = x W^T + b`, [..., I] to [..., O], computed in the dtype of the input.
 
-    `weight` may be replaced by an `nnx.Param` of a `QuantizedWeight`: it is used as it lies, on one device.
-
     Args:
         in_features, out_features: I and O.
         axes: the logical names of O and I.
         scale: standard deviation of the initial weights times sqrt(I).
+        quantization: how the weight is kept, as `values` and `scales`; None: as `weight`.
     """
 
     def __init__(
@@ -75,18 +76,28 @@ class Linear(nnx.Module):
         axes: tuple[str, str],
         bias: bool = False,
         scale: float = 1.0,
+        quantization: Quantization | None = None,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         deviation = scale * in_features**-0.5
         draw = jax.random.normal(rngs.params(), (out_features, in_features), param_dtype)
-        self.weight = nnx.Param(draw * jnp.asarray(deviation, param_dtype), axes=axes)
+        draw = draw * jnp.asarray(deviation, param_dtype)
+        self.quantization = quantization
+        if quantization is None:
+            self.weight = nnx.Param(draw, axes=axes)
+        else:
+            self.values, self.scales = quantized_params(draw, quantization, axes)
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=axes[:1]) if bias else None
+
+    def whole_weight(self, dtype: jnp.dtype) -> jax.Array:
+        """The weight [O, I] in `dtype`, as a block computes with it. Cast before it is gathered: half the bytes."""
+        if self.quantization is not None:
+            return dequantize(quantized_weight(self.quantization, self.values, self.scales), dtype)
+        return gather(self.weight[...].astype(dtype), self.weight.axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         bias_O = None if self.bias is None else gather(self.bias[...], self.bias.axes)
-        weight_OI = self.weight.get_value()
-        if isinstance(weight_OI, QuantizedWeight):
-            return linear(x, weight_OI, bias_O)
-        # Cast before it is gathered: half the bytes travel.
-        return linear(x, gather(weight_OI.astype(x.dtype), self.weight.axes), bias_O)
+        if self.quantization is not None:
+            return linear(x, quantized_weight(self.quantization, self.values, self.scales), bias_O)
+        return linear(x, self.whole_weight(x.dtype), bias_O)

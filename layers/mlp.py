@@ -9,6 +9,7 @@ from flax import nnx
 
 from ..sharding.rules import constrain
 from .linear import Linear
+from .quantization_config import Quantization
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -25,6 +26,7 @@ class MLP(nnx.Module):
         gated: False is the older `down(act(up(x)))`.
         activation: a name of `ACTIVATIONS`.
         out_scale: shrinks the initial weights of `down`.
+        quantization: of the weights, if they are kept quantised.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class MLP(nnx.Module):
         activation: str = "silu",
         bias: bool = False,
         out_scale: float = 1.0,
+        quantization: Quantization | None = None,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        common = {"bias": bias, "param_dtype": param_dtype, "rngs": rngs}
+        quantization = quantization and quantization.of("linear")
+        common = {"bias": bias, "quantization": quantization, "param_dtype": param_dtype, "rngs": rngs}
         self.activation = activation
         self.gate = Linear(width, hidden, axes=("mlp", "embed"), **common) if gated else None
         self.up = Linear(width, hidden, axes=("mlp", "embed"), **common)

@@ -20,10 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from ..pallas_kernels.grouped_matmul import grouped_matmul
 from ..sharding.exchange import Exchange, give_back, send
 from ..sharding.rules import (
     ACTIVATION_RULES,
@@ -31,15 +29,15 @@ from ..sharding.rules import (
     PARAMETER_RULES,
     constrain,
     current,
-    gather,
     gather_in_island,
     mesh_axes,
     partition_spec,
 )
-from .linear import PRODUCT
+from .experts import ExpertLinear, Experts, axes_of, experts_of, run_experts
 from .mlp import MLP
 from .moe_config import MoEConfig
-from .router import Router, route
+from .quantization_config import Quantization
+from .router import Router, RouterWeights, route
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["tokens_E", "probability_E", "z"], meta_fields=[])
@@ -58,24 +56,12 @@ class Statistics:
     z: jax.Array
 
 
-class ExpertLinear(nnx.Module):
-    """The weights [E, O, I] of one projection of every expert, initialised as `Linear` is."""
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        *,
-        axes: tuple[str, str, str],
-        scale: float = 1.0,
-        param_dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        draw = jax.random.normal(rngs.params(), shape, param_dtype)
-        self.weight = nnx.Param(draw * jnp.asarray(scale * shape[2] ** -0.5, param_dtype), axes=axes)
-
-
 class MoE(nnx.Module):
-    """Router, experts (SwiGLU each) and shared experts. `out_scale` shrinks the initial weights of the last product."""
+    """Router, experts (SwiGLU each) and shared experts. `out_scale` shrinks the initial weights of the last product.
+
+    Args:
+        quantization: of the weights, if they are kept quantised.
+    """
 
     def __init__(
         self,
@@ -83,19 +69,22 @@ class MoE(nnx.Module):
         config: MoEConfig,
         *,
         out_scale: float = 1.0,
+        quantization: Quantization | None = None,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.config = config
         common: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.router = Router(width, config, **common)
+        own = {**common, "bias": config.bias, "quantization": quantization and quantization.of("experts")}
         into, out = (config.num_experts, config.expert_size, width), (config.num_experts, width, config.expert_size)
         into_axes, out_axes = ("experts", "expert_mlp", "expert_embed"), ("experts", "expert_embed", "expert_mlp")
-        self.gate = ExpertLinear(into, axes=into_axes, **common)
-        self.up = ExpertLinear(into, axes=into_axes, **common)
-        self.down = ExpertLinear(out, axes=out_axes, scale=out_scale, **common)
+        self.gate = ExpertLinear(into, axes=into_axes, **own)
+        self.up = ExpertLinear(into, axes=into_axes, **own)
+        self.down = ExpertLinear(out, axes=out_axes, scale=out_scale, **own)
+        shared = {**common, "out_scale": out_scale, "quantization": quantization}
         self.shared = (
-            MLP(width, config.shared_experts * config.expert_size, out_scale=out_scale, **common)
+            MLP(width, config.shared_experts * config.expert_size, **shared)
             if config.shared_experts
             else None
         )
@@ -107,20 +96,14 @@ class MoE(nnx.Module):
             x: tokens; on a mesh [B, T, D], cut as they lie between blocks.
             is_token: bool [...]; where False the token is padding: no expert sees it, and it gets zeros from them.
         """
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        bias = self.router.bias
-        router = (
-            gather(self.router.weight[...].astype(wide), self.router.weight.axes),
-            None if bias is None else gather(bias[...].astype(wide), bias.axes),
-        )
-        experts = [p.weight for p in (self.gate, self.up, self.down)]
-        # Cast before they are gathered: half the bytes travel.
-        weights, axes = [weight[...].astype(x.dtype) for weight in experts], [weight.axes for weight in experts]
+        router = self.router.weights(jnp.promote_types(x.dtype, jnp.float32))
+        projections = (self.gate, self.up, self.down)
+        experts = experts_of(projections, x.dtype)  # cast before they are gathered: half the bytes travel
         mesh = current()
         if mesh is None:
-            y, statistics = _mixture(self.config, None, x, is_token, router, weights)
+            y, statistics = _mixture(self.config, None, x, is_token, router, experts)
         else:
-            y, statistics = _on_mesh(self.config, mesh, x, is_token, router, weights, axes)
+            y, statistics = _on_mesh(self.config, mesh, x, is_token, router, experts, axes_of(projections))
         if self.shared is not None:
             y += self.shared(constrain(x, ("batch", "tokens", "embed")) if x.ndim == 3 else x)
         return y, statistics
@@ -131,21 +114,23 @@ def _on_mesh(
     mesh: AbstractMesh,
     x_BTD: jax.Array,
     is_token_BT: jax.Array,
-    router: Any,
-    weights: Any,
-    axes: Any,
+    router: RouterWeights,
+    experts: Experts,
+    axes: Experts,
 ) -> tuple[jax.Array, Statistics]:
     """`_mixture` on every device of the mesh, over its own tokens."""
     if x_BTD.ndim != 3:
         raise NotImplementedError(f"On a mesh a mixture of experts takes [B, T, D]; got {x_BTD.shape}.")
     tokens = partition_spec(("batch", "tokens"), mesh, ACTIVATION_RULES, is_token_BT.shape)
     between = partition_spec(("batch", "sequence", None), mesh, ACTIVATION_RULES, x_BTD.shape)
-    resting = [partition_spec(names, mesh, PARAMETER_RULES, w.shape) for names, w in zip(axes, weights, strict=True)]
+    resting = axes.map(lambda names, weight: partition_spec(names, mesh, PARAMETER_RULES, weight.shape), experts)
     everywhere = PartitionSpec()
 
-    def local(x: jax.Array, is_token: jax.Array, router: Any, weights: Any) -> tuple[jax.Array, Statistics]:
-        weights = [gather_in_island(weight, names, mesh) for weight, names in zip(weights, axes, strict=True)]
-        return _mixture(config, mesh, x, is_token, router, weights)
+    def local(
+        x: jax.Array, is_token: jax.Array, router: RouterWeights, experts: Experts
+    ) -> tuple[jax.Array, Statistics]:
+        experts = experts.map(lambda weight, names: gather_in_island(weight, names, mesh), axes)
+        return _mixture(config, mesh, x, is_token, router, experts)
 
     island = jax.shard_map(
         local,
@@ -153,7 +138,7 @@ def _on_mesh(
         out_specs=(between, everywhere),
         check_vma=False,
     )
-    return island(x_BTD, is_token_BT, router, weights)
+    return island(x_BTD, is_token_BT, router, experts)
 
 
 def _mixture(
@@ -161,8 +146,8 @@ def _mixture(
     mesh: AbstractMesh | None,
     x: jax.Array,
     is_token: jax.Array,
-    router: tuple[jax.Array, jax.Array | None],
-    weights: list[jax.Array],
+    router: RouterWeights,
+    experts: Experts,
 ) -> tuple[jax.Array, Statistics]:
     """The experts' part of the layer for the tokens of one device, and statistics of all devices."""
     # Devices that share the experts' width work on the same tokens, and each adds its part.
@@ -172,13 +157,13 @@ def _mixture(
     x_ND, is_token_N = x.reshape(-1, x.shape[-1]), is_token.reshape(-1)
     N, D = x_ND.shape
     E, K = config.num_experts, config.experts_per_token
-    routes = route(config, x_ND, *router)
+    routes = route(config, x_ND, router)
     # Padding has the expert after the last: it is sorted to the end and counted nowhere.
     expert_R = jnp.where(is_token_N[:, None], routes.expert_NK, E).reshape(N * K)
     order = _order(expert_R)
     tokens_E = jnp.bincount(expert_R, length=E).astype(jnp.int32)
     weight_R1 = _spread(routes.weight_NK.reshape(N * K, 1), *order, 1)
-    y_RD = _experts(mesh, _spread(x_ND, *order, K), weight_R1, tokens_E, K, weights)
+    y_RD = _experts(config, mesh, _spread(x_ND, *order, K), weight_R1, tokens_E, experts)
     y_NKD = _spread(y_RD, *order[::-1], 1).reshape(N, K, D).astype(weight_R1.dtype)
     # In this order, whatever the compiler makes of a reduction.
     y_ND = reduce(jnp.add, [y_NKD[:, k] for k in range(K)])
@@ -197,22 +182,21 @@ def _mixture(
 
 
 def _experts(
+    config: MoEConfig,
     mesh: AbstractMesh | None,
     x_RD: jax.Array,
     weight_R1: jax.Array,
     tokens_E: jax.Array,
-    most: int,
-    weights: list[jax.Array],
+    experts: Experts,
 ) -> jax.Array:
     """Each row's expert applied to it, wherever that expert is, times the row's weight.
 
     Args:
         x_RD: rows sorted by expert. tokens_E: rows of each expert.
-        most: K, the rows that one token can have.
     """
     axes = () if mesh is None else mesh_axes("experts", mesh, COMPUTE_RULES)
     if mesh is None or not axes:
-        return _swiglu(x_RD, weight_R1, tokens_E, weights)
+        return run_experts(config, mesh, x_RD, weight_R1, tokens_E, experts)
     (axis,) = axes
     P = mesh.shape[axis]
     L = len(tokens_E) // P
@@ -220,7 +204,8 @@ def _experts(
     received_PL = jax.lax.all_to_all(sent_PL, axis, 0, 0)
     counts = (jnp.sum(counts_PL, axis=1, dtype=jnp.int32) for counts_PL in (sent_PL, received_PL))
     sent_P, received_P = counts
-    exchange = Exchange(axis, P, rows=len(x_RD), slots=len(x_RD) // most * min(most, L))
+    K = config.experts_per_token
+    exchange = Exchange(axis, P, rows=len(x_RD), slots=len(x_RD) // K * min(K, L))
 
     x_SD, weight_S1 = (send(rows, sent_P, received_P, exchange) for rows in (x_RD, weight_R1))
     slot_S = jnp.arange(exchange.slots, dtype=jnp.int32)
@@ -229,19 +214,8 @@ def _experts(
     expert_PS = jnp.sum(end_PL[:, None] <= slot_S[:, None], axis=-1, dtype=jnp.int32)
     order = _order(expert_PS.reshape(-1))
     x_SD, weight_S1 = (_spread(rows, *order, 1) for rows in (x_SD, weight_S1))
-    y_SD = _swiglu(x_SD, weight_S1, jnp.sum(received_PL, axis=0, dtype=jnp.int32), weights)
+    y_SD = run_experts(config, mesh, x_SD, weight_S1, jnp.sum(received_PL, axis=0, dtype=jnp.int32), experts)
     return give_back(_spread(y_SD, *order[::-1], 1), sent_P, received_P, exchange)
-
-
-def _swiglu(x_RD: jax.Array, weight_R1: jax.Array, rows_L: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    def product(x_RI: jax.Array, weight_LOI: jax.Array) -> jax.Array:
-        return checkpoint_name(grouped_matmul(x_RI, weight_LOI, rows_L), PRODUCT)
-
-    gate_LFD, up_LFD, down_LDF = weights
-    hidden_RF = jax.nn.silu(product(x_RD, gate_LFD)) * product(x_RD, up_LFD)
-    # Weighed here and not where the results are added: the backward pass need not keep these, and XLA:CPU cannot fuse
-    # product and sum, which it does for some numbers of tokens and not for others, with other bits.
-    return product((hidden_RF * weight_R1).astype(x_RD.dtype), down_LDF)
 
 
 def _order(expert_R: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -70,6 +70,7 @@ class YarnScaling:
         beta_fast, beta_slow: full turns within the original context where the ramp ends and begins.
         truncate: the ramp's ends are whole pairs.
         attention_factor: cosines and sines are multiplied by it.
+        mscale_all_dim: latent attention's scores are multiplied by `score_factor`, which hangs on it (DeepSeek-V2).
     """
 
     kind: ClassVar[str] = "yarn"
@@ -79,6 +80,11 @@ class YarnScaling:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    @property
+    def score_factor(self) -> float:
+        return (0.1 * self.mscale_all_dim * math.log(self.factor) + 1) ** 2
 
     def __post_init__(self) -> None:
         right = self.factor >= 1 and self.original_context >= 1 and self.attention_factor > 0

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from ..layers.mixers.attention import Attention
+from ..layers.mixers.latent_attention import LatentAttention
 from ..layers.mlp import MLP
 from ..layers.moe import MoE, Statistics
 from ..layers.norm import LayerNorm, RMSNorm
@@ -32,7 +33,12 @@ class Block(nnx.Module):
         self.mixer, self.rope, self.window = kind.mixer, kind.rope, kind.window
         self.residual_scale = config.residual_scale
         before, after = (config.norm_placement in (where, "both") for where in ("before", "after"))
-        common = {"out_scale": out_scale, "param_dtype": param_dtype, "rngs": rngs}
+        common = {
+            "out_scale": out_scale,
+            "quantization": config.quantization,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
         self.attention_norm = norm_of(config, param_dtype) if before else None
         setattr(self, kind.mixer, _mixer(config, kind.mixer, common))
         self.attention_out_norm = norm_of(config, param_dtype) if after else None
@@ -76,6 +82,18 @@ class Block(nnx.Module):
 
 def _mixer(config: DecoderConfig, name: str, common: dict[str, Any]) -> nnx.Module:
     width = config.hidden_size
+    norm_options = {"epsilon": config.norm_eps, "offset": config.norm == "rms_offset"}
+    if name == "latent_attention":
+        assert config.latent is not None
+        return LatentAttention(
+            width,
+            config.latent,
+            num_heads=config.num_heads,
+            bias=config.attention_bias,
+            norm_options=norm_options,
+            scale=config.latent_scale,
+            **common,
+        )
     return Attention(
         width,
         num_heads=config.num_heads,
@@ -84,7 +102,7 @@ def _mixer(config: DecoderConfig, name: str, common: dict[str, Any]) -> nnx.Modu
         bias=config.attention_bias,
         out_bias=config.out_bias,
         norms=config.qk_norm,
-        norm_options={"epsilon": config.norm_eps, "offset": config.norm == "rms_offset"},
+        norm_options=norm_options,
         sinks=config.sinks,
         scale=config.attention_scale,
         softcap=config.attention_softcap,

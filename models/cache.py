@@ -17,6 +17,10 @@ def init_cache(config: DecoderConfig, *, num_pages: int, page_size: int, slots: 
     pages = None
     if layers := len(config.layers_with("attention")):
         pages = init_pages(layers, num_pages, page_size, config.num_kv_heads, config.head_dim, dtype)
+    elif layers := len(config.layers_with("latent_attention")):
+        assert config.latent is not None
+        kept, rank = config.latent.kv_rank + config.latent.rope_dim, config.latent.kv_rank
+        pages = init_pages(layers, num_pages, page_size, 1, kept, dtype, latent=rank)
     return Cache(pages, {})
 
 

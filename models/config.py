@@ -4,11 +4,13 @@ import dataclasses
 import math
 from typing import Any
 
+from ..layers.mixer_config import LatentAttentionConfig
 from ..layers.moe_config import MoEConfig
-from ..layers.rope_config import RopeConfig
+from ..layers.quantization_config import Quantization
+from ..layers.rope_config import RopeConfig, YarnScaling
 
 ROPES = ("rope", "local_rope")
-MIXERS = ("attention",)
+MIXERS = ("attention", "latent_attention")
 FEED_FORWARDS = ("mlp", "moe")
 CHOICES = {
     "norm": ("rms", "rms_offset", "layer"),
@@ -65,7 +67,10 @@ class DecoderConfig:
         attention_bias: biases on the projections to queries, keys and values, and on the one back unless
             `attention_out_bias` says otherwise.
         mlp_bias: biases on the feed-forward's projections.
-        moe: the mixture of experts that takes the feed-forward's place in every layer; None is a dense model.
+        moe: the mixture of experts that takes the feed-forward's place, in layers that do not say otherwise; None is a
+            dense model.
+        latent: sizes of latent attention, in layers whose mixer it is.
+        quantization: the weights that are kept quantised; None: none.
         pattern: the kinds of the layers, repeated from the first layer on.
         local_rope: rotary embedding of the layers that say so.
         learned_positions: a table of max_position_embeddings vectors is added to the embeddings.
@@ -94,6 +99,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     family: str = "llama"
     moe: MoEConfig | None = None
+    latent: LatentAttentionConfig | None = None
+    quantization: Quantization | None = None
     pattern: tuple[LayerKind, ...] = (LayerKind(),)
     local_rope: RopeConfig | None = None
     learned_positions: bool = False
@@ -136,6 +143,8 @@ class DecoderConfig:
             raise ValueError("qk_norm is an RMSNorm of the model's own kind, and this model's norms are 'layer'.")
         if not 1 <= len(self.pattern) <= self.num_layers:
             raise ValueError(f"pattern has from 1 to num_layers={self.num_layers} kinds; got {len(self.pattern)}.")
+        if self.latent is None and any(kind.mixer == "latent_attention" for kind in self.pattern):
+            raise ValueError("pattern has layers of latent attention, and latent is None; give its sizes.")
         if self.local_rope is None and any(kind.rope == "local_rope" for kind in self.pattern):
             raise ValueError("pattern has layers with rope='local_rope', and local_rope is None; give it.")
         if any(rope and rope.size is not None and rope.size > self.head_dim for rope in (self.rope, self.local_rope)):
@@ -168,6 +177,13 @@ class DecoderConfig:
     def layers_with(self, module: str) -> tuple[int, ...]:
         """The layers whose blocks have this module: what its stack [L, ...] holds, in order."""
         return tuple(layer for layer, kind in enumerate(self.kinds) if self.has(kind, module))
+
+    @property
+    def latent_scale(self) -> float:
+        """Of the scores of latent attention."""
+        assert self.latent is not None
+        plain = self.attention_scale or (self.latent.nope_dim + self.latent.rope_dim) ** -0.5
+        return plain * (self.rope.scaling.score_factor if isinstance(self.rope.scaling, YarnScaling) else 1.0)
 
     @property
     def out_bias(self) -> bool:
@@ -218,6 +234,10 @@ class DecoderConfig:
         nested: dict[str, Any] = {name: RopeConfig.from_dict(given) for name in ROPES if (given := values.get(name))}
         if values.get("moe") is not None:
             nested["moe"] = MoEConfig.from_dict(values["moe"])
+        if values.get("latent") is not None:
+            nested["latent"] = LatentAttentionConfig(**values["latent"])
+        if values.get("quantization") is not None:
+            nested["quantization"] = Quantization.from_dict(values["quantization"])
         if "pattern" in values:
             nested["pattern"] = tuple(LayerKind(**kind) for kind in values["pattern"])
         return cls(**{**values, **nested})

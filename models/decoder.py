@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ..layers.embedding import Embedding, PositionTable
 from ..layers.linear import matmul_precision
 from ..layers.moe import Statistics
+from ..layers.quantized import keeps_dtype
 from ..layers.rope import angles
 from ..sharding import pipeline
 from ..sharding.plan import ONE_DEVICE, Plan
@@ -251,11 +252,17 @@ def _abstract(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
 
 def param_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter, by name."""
-    return {name_of(path): jax.ShapeDtypeStruct(leaf.get_value().shape, dtype) for path, leaf in _abstract(config)}
+    found = {name_of(path): leaf.get_value() for path, leaf in _abstract(config)}
+    return {n: jax.ShapeDtypeStruct(a.shape, a.dtype if keeps_dtype(n) else dtype) for n, a in found.items()}
 
 
-def weight_dtype(name: str, dtype: Any) -> Any:
-    """The dtype to keep the parameter `name` in when only products in `dtype` are to come: routers stay float32."""
+def weight_dtype(name: str, dtype: Any, stored: Any = None) -> Any:
+    """The dtype to keep the parameter `name` in when only products in `dtype` are to come.
+
+    Routers stay float32; parts of quantised weights stay as they are `stored`.
+    """
+    if keeps_dtype(name):
+        return stored
     return jnp.promote_types(dtype, jnp.float32) if ".router." in f".{name}" else dtype
 
 

@@ -88,12 +88,12 @@ class Programs:
             for start, kinds in zip(starts, self.kinds_of_calls, strict=True)
         ]
         outside, stacks = self.split(param_shapes(config))
-        self._stacks = {name: like.shape for name, like in stacks.items()}
+        self._stacks = stacks
         with use(mesh):  # the layout of the pages is the platform's
             cache = jax.eval_shape(self.empty_cache)
         state = jax.eval_shape(lambda: sampling.SlotState.empty(slots, config.vocab_size))
         self.like = Like(
-            {name: self._parameter(name, like.shape) for name, like in outside.items()},
+            {name: self._parameter(name, like, like.shape) for name, like in outside.items()},
             self._placed(state),
             self._placed(cache, self.cache_place()),
         )
@@ -196,10 +196,11 @@ class Programs:
 
     # -- the shapes they are compiled for --------------------------------------------------------------------------
 
-    def _parameter(self, name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    def _parameter(self, name: str, like: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         one_layer = name.startswith(BLOCKS) and bool(self.group)
         own = name.removeprefix(BLOCKS) if one_layer else name
-        return jax.ShapeDtypeStruct(shape, weight_dtype(own, self.dtype), sharding=self.place_of(name, one_layer))
+        dtype = weight_dtype(own, self.dtype, like.dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.place_of(name, one_layer))
 
     def _placed(self, tree: Any, place: NamedSharding | None = None) -> Any:
         place = self.everywhere() if place is None else place
@@ -238,10 +239,10 @@ class Programs:
         return program.lower(layers, place_N, x_TD, self.like.cache, ropes, self._array(bucket))
 
     def _all_layers(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return {name: self._parameter(name, shape) for name, shape in self._stacks.items()}
+        return {name: self._parameter(name, like, like.shape) for name, like in self._stacks.items()}
 
     def _layer(self, kind: LayerKind) -> dict[str, jax.ShapeDtypeStruct]:
-        own = {name.removeprefix(BLOCKS): (name, shape[1:]) for name, shape in self._stacks.items()}
+        own = {name.removeprefix(BLOCKS): (name, like, like.shape[1:]) for name, like in self._stacks.items()}
         return {
             short: self._parameter(*named) for short, named in own.items() if self.config.has(kind, module_of(short))
         }

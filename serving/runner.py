@@ -168,7 +168,7 @@ class Runner:
         """Parameters in their dtype and place; of one layer, their names lack the `prefix` of the stacks."""
         return {
             name: jax.device_put(
-                jnp.asarray(array, weight_dtype(name, self.dtype)), self._made.place_of(prefix + name, bool(prefix))
+                jnp.asarray(array, weight_dtype(name, self.dtype, array.dtype)), self._made.place_of(prefix + name, bool(prefix))
             )
             for name, array in params.items()
         }

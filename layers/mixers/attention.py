@@ -12,6 +12,7 @@ from flax import nnx
 
 from ..linear import Linear
 from ..norm import RMSNorm
+from ..quantization_config import Quantization
 from ..rope import rotate
 
 
@@ -40,7 +41,7 @@ class Attention(nnx.Module):
         norms: RMSNorms of queries and keys before they are turned: "head" (each head by itself), "all" (all heads of a
             token together) or None. norm_options: of these.
         sinks: learns one more logit a head, without a value.
-        scale, softcap: see `Mixing`.
+        scale, softcap: see `Mixing`. quantization: of the weights, if they are kept quantised.
     """
 
     def __init__(
@@ -58,11 +59,13 @@ class Attention(nnx.Module):
         scale: float | None = None,
         softcap: float | None = None,
         out_scale: float = 1.0,
+        quantization: Quantization | None = None,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.head_dim, self.norms, self.scale, self.softcap = head_dim, norms, scale, softcap
-        common = {"param_dtype": param_dtype, "rngs": rngs}
+        quantization = quantization and quantization.of("linear")
+        common = {"quantization": quantization, "param_dtype": param_dtype, "rngs": rngs}
         self.query = Linear(width, num_heads * head_dim, axes=("heads", "embed"), bias=bias, **common)
         self.key = Linear(width, num_kv_heads * head_dim, axes=("kv_heads", "embed"), bias=bias, **common)
         self.value = Linear(width, num_kv_heads * head_dim, axes=("kv_heads", "embed"), bias=bias, **common)

@@ -25,8 +25,9 @@ class TensorEntry:
 
     Attributes:
         index: of a parameter that is stacked, which one: (layer,) or (layer, expert).
-        rows: (start, stop, step) of the first dimension, of a tensor that holds several parameters; None: all.
-        transposed: the tensor's last two dimensions are exchanged (before `rows` are taken).
+        groups: the tensor's last two dimensions, the last of so many numbers, are one here; None: they are as they are.
+        transposed: the tensor's last two dimensions are exchanged then.
+        rows: (start, stop, step) of dimension `axis` then, of a tensor that holds several parameters; None: all.
     """
 
     hf_name: str
@@ -34,6 +35,8 @@ class TensorEntry:
     index: tuple[int, ...] = ()
     rows: tuple[int, int, int] | None = None
     transposed: bool = False
+    axis: int = 0
+    groups: int | None = None
 
 
 class Family(Protocol):

@@ -217,6 +217,7 @@ def _scaling(kind: str, given: dict[str, Any], context: int, outer_context: int 
                 beta_slow=float(found.get("beta_slow") or 1),
                 truncate=bool(found.get("truncate", True)),
                 attention_factor=_yarn_attention(factor, found),
+                mscale_all_dim=float(found.get("mscale_all_dim") or 0),
             )
         case "longrope":
             found = need({"short_factor", "long_factor"}, {"factor", "attention_factor", original})
@@ -278,6 +279,7 @@ def _write_scaling(scaling: Scaling | None) -> dict[str, Any] | None:
                 "beta_slow": scaling.beta_slow,
                 "truncate": scaling.truncate,
                 "attention_factor": scaling.attention_factor,
+                **({"mscale_all_dim": scaling.mscale_all_dim} if scaling.mscale_all_dim else {}),
             }
         case LongRopeScaling():
             return {

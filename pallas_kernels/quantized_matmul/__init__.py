@@ -12,10 +12,20 @@ import jax.numpy as jnp
 
 from ..candidates import Operation
 from .activations import ACTIVATIONS
-from .formats import QuantizedWeight, dequantize, from_mxfp4_blocks, from_values, quantize, to_values, with_inputs_first
+from .formats import (
+    PACKED,
+    QuantizedWeight,
+    dequantize,
+    from_mxfp4_blocks,
+    from_values,
+    quantize,
+    to_values,
+    with_inputs_first,
+)
 
 __all__ = [
     "ACTIVATIONS",
+    "PACKED",
     "QuantizedWeight",
     "dequantize",
     "from_mxfp4_blocks",

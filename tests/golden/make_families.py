@@ -22,6 +22,10 @@ SMALL = {
     "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "bos_token_id": 1, "eos_token_id": 2,
     "pad_token_id": None,
 }  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+    "v_head_dim": 10, "moe_intermediate_size": 20, "n_routed_experts": 6, "n_shared_experts": 2,
+}  # fmt: skip
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [1.5, 2.0, 3.0, 6.0]}
 
 
@@ -53,6 +57,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22,
                             "attention_multiplier": 0.1}),
     "starcoder2": ("Starcoder2", {"sliding_window": WINDOW}),
+    "gpt_oss": ("GptOss", {"head_dim": 16, "num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+                           "sliding_window": WINDOW, "swiglu_limit": 1.0, **_rope("yarn", factor=4.0, truncate=False,
+                           original_max_position_embeddings=16)}),
+    "deepseek_v2": ("DeepseekV2", {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": None, "first_k_dense_replace": 1,
+                                   **_rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7,
+                                           mscale_all_dim=0.7)}),
+    "deepseek_v2_groups": ("DeepseekV2", {**LATENT, "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2,
+                                          "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0}),
+    "deepseek_v3": ("DeepseekV3", {**LATENT, "num_hidden_layers": 5, "num_experts_per_tok": 3, "n_group": 3,
+                                   "topk_group": 2, "first_k_dense_replace": 2, "num_mtp_layers": 0,
+                                   **_rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0,
+                                           mscale_all_dim=1.0)}),
     "gpt2": ("GPT2", {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 3, "n_head": 4, "hidden_size": None,
                       "intermediate_size": None, "num_hidden_layers": None, "num_attention_heads": None,
                       "num_key_value_heads": None, "max_position_embeddings": None}),
@@ -75,6 +91,9 @@ def random_model(name: str, seed: int = 0, **more: Any) -> Any:
             is_norm = "norm" in parameter_name or ".ln_" in parameter_name
             near = 0.0 if kind.startswith("Gemma") or parameter_name.endswith("bias") else 1.0
             parameter.copy_(near + 0.2 * noise if is_norm else 0.3 * noise)
+        for buffer_name, buffer in sorted(model.named_buffers()):
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model.to(torch.bfloat16).eval()
 
 

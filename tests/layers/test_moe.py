@@ -14,7 +14,7 @@ from tests.quick import QUICK
 from tests.thorough import thorough
 from twinax.layers.moe import MoE
 from twinax.layers.moe_config import MoEConfig
-from twinax.layers.router import route
+from twinax.layers.router import RouterWeights, route
 from twinax.sharding.plan import Plan
 from twinax.sharding.rules import activation_sharding, parameter_sharding, use
 
@@ -234,9 +234,10 @@ def test_router_and_statistics_are_float32_in_a_bfloat16_model():
     assert y.dtype == jnp.bfloat16
     assert statistics.probability_E.dtype == statistics.z.dtype == jnp.float32
     x_ND, weight_ED = x.reshape(-1, D), state["router"]["weight"].get_value()
-    got = route(SIGMOID, x_ND, weight_ED, jnp.zeros(8))
+    got = route(SIGMOID, x_ND, RouterWeights(weight_ED, jnp.zeros(8), None))
     with jax.enable_x64(True):
-        want = route(SIGMOID, x_ND.astype(jnp.float64), weight_ED.astype(jnp.float64), jnp.zeros(8))
+        weights = RouterWeights(weight_ED.astype(jnp.float64), jnp.zeros(8), None)
+        want = route(SIGMOID, x_ND.astype(jnp.float64), weights)
     np.testing.assert_array_equal(got.expert_NK, want.expert_NK)
     np.testing.assert_allclose(got.weight_NK, want.weight_NK, rtol=1e-5)
 
@@ -245,7 +246,7 @@ def test_the_bias_chooses_and_does_not_weigh():
     x_ND = jnp.asarray(inputs()[0].reshape(-1, D), jnp.float32)
     weight_ED = jnp.asarray(np.random.default_rng(3).standard_normal((8, D)), jnp.float32)
     config = dataclasses.replace(SIGMOID, normalize=False, route_scale=1.0)
-    routes = route(config, x_ND, weight_ED, jnp.zeros(8).at[6].set(2.0))
+    routes = route(config, x_ND, RouterWeights(weight_ED, jnp.zeros(8).at[6].set(2.0), None))
     assert np.all(routes.expert_NK[:, 0] == 6)
     np.testing.assert_allclose(routes.weight_NK[:, 0], jax.nn.sigmoid(x_ND @ weight_ED[6]), rtol=1e-5)
 

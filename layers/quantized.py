@@ -1,0 +1,39 @@
+"""Weights of layers that are kept quantised: two parameters, `values` and `scales`, in the place of one.
+
+Shapes: O outputs, I inputs, as `quantized_matmul.QuantizedWeight` has them.
+"""
+
+import jax
+from flax import nnx
+
+from ..pallas_kernels.quantized_matmul import PACKED, QuantizedWeight, quantize
+from ..sharding.rules import current
+from .quantization_config import Quantization
+
+# How the names of such parameters end. They keep their dtype, whatever the model computes in.
+KEPT = (".values", ".scales")
+
+
+def keeps_dtype(name: str) -> bool:
+    """Whether the parameter is part of a quantised weight, whose dtypes are its meaning."""
+    return name.endswith(KEPT)
+
+
+def quantized_params(
+    draw_OI: jax.Array, quantization: Quantization, axes: tuple[str | None, ...]
+) -> tuple[nnx.Param, nnx.Param]:
+    """Values and scales of the nearest quantised weight [..., O, I], whose logical axes are `axes`."""
+    weight = quantize(draw_OI, quantization.format, block=quantization.block)
+    *stack, out, into = axes
+    order = (into, out) if quantization.format in PACKED else (out, into)
+    return nnx.Param(weight.values, axes=(*stack, *order)), nnx.Param(weight.scales, axes=(*stack, None, None))
+
+
+def quantized_weight(quantization: Quantization, values: nnx.Param, scales: nnx.Param) -> QuantizedWeight:
+    """The weight that `quantized_params` took apart."""
+    if current() is not None:
+        raise NotImplementedError(
+            f"Weights in {quantization.format} are used by one device so far, and a mesh of several is in use. Leave "
+            "out the plan."
+        )
+    return QuantizedWeight(values[...], scales[...], None, quantization.format, quantization.block)
