@@ -9,11 +9,12 @@ are the surroundings' (between projections, rotary positions and the output's pr
 for our kernels: the products write that order).
 
 The profiler runs every step of the grid, so its time and memory grow with the heads, which are all alike, and with
-the square of the length. It is given few heads (`_heads`), and of long rows a part of the queries (of the keys, for a
-backward pass) against all the others (`_part`): with all tiles computed these are all alike too, and under our causal
-kernels' diagonal the two blocks in the middle are the mean of all, as their grid pairs a long row with a short one.
-Cycles are multiplied accordingly, for ours and the peers alike, and so what begins and ends a kernel is counted more
-than once. Backward that is against ours, which writes the queries' gradient at a head's end, once for each part.
+the square of the length. It is given few heads (`_heads`), and of rows of 16,384 a part of the queries (of the keys,
+for splash attention's backward pass) against all the others (`_part`): with all tiles computed these are all alike too,
+and under our causal kernels' diagonal the two blocks in the middle are the mean of all, as their grid pairs a long row
+with a short one. Cycles are multiplied accordingly, and so what begins and ends a kernel is counted more than once.
+
+Of a backward pass the pullback is compiled, with all that it does around its kernels.
 """
 
 import dataclasses
@@ -87,9 +88,9 @@ def _heads(target: Any, B: int, T: int, H: int, backward: bool = False) -> int:
     return min(B * H, few)
 
 
-def _part(T: int, backward: bool = False) -> int:
+def _part(T: int) -> int:
     """How many queries, or keys, meet all the others: two blocks of ours at least."""
-    return 2048 if T == LONG or (backward and T > 2048) else T
+    return 2048 if T == LONG else T
 
 
 def forward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implementation: str = "tpu") -> Program:
@@ -113,41 +114,28 @@ def forward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implement
 
 
 def backward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implementation: str = "tpu") -> Program:
-    import jax.numpy as jnp
+    from twinax.pallas_kernels.flash_attention import flash_attention
 
-    from twinax.pallas_kernels.flash_attention import flash_attention, flash_attention_backward
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        return flash_attention(q, k, v, causal=causal, implementation=implementation)
 
     work = _work(B, T, H, D, causal, backward=True)
     if target.chip.platform != "tpu":
-
-        def attend(q: Any, k: Any, v: Any) -> Any:
-            return flash_attention(q, k, v, causal=causal, implementation=implementation)
-
         return _pullback(target, attend, [target.array((B, T, H, D))] * 3, work)
-    heads, keys = _heads(target, B, T, H, True), _part(T, True)
-    options = {"causal": causal, "q_offset": -(T - keys) // 2 if causal else 0, "implementation": implementation}
-
-    def back(q: Any, k: Any, v: Any, out: Any, d_out: Any, lse: Any) -> Any:
-        """As the gradient of `flash_attention` does it."""
-        delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
-        gradients = flash_attention_backward(q, k, v, d_out, lse, delta, **options)
-        return tuple(x.astype(q.dtype) for x in gradients)
-
-    q, k = target.array((1, heads, T, D)), target.array((1, heads, keys, D))
-    lse = target.array((1, heads, T), "float32")
-    program = Program(_heads_first(back), (q, k, k, q, q, lse), *work, share=B * H / heads * T / keys)
-    return _as_kernels_want(target, program)
+    heads = _heads(target, B, T, H, True)
+    q = target.array((1, T, heads, D))
+    return _pullback(target, attend, [q, q, q], work, B * H / heads, heads_first=True)
 
 
 def _heads_first(function: Any) -> Any:
-    """The same of arrays [B, H, T, ...]."""
+    """The same of trees of arrays [B, H, T, ...]."""
     import jax
     import jax.numpy as jnp
 
-    def swap(x: Any) -> Any:
-        return jnp.swapaxes(x, 1, 2)
+    def swap(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), tree)
 
-    return lambda *given: jax.tree.map(swap, function(*map(swap, given)))
+    return lambda *given: swap(function(*map(swap, given)))
 
 
 def splash(target: Any, B: int, T: int, H: int, D: int, causal: bool, blocks: tuple[int, int, int]) -> Program:
@@ -168,7 +156,7 @@ def splash_backward(
 ) -> Program:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 
-    heads, length = _heads(target, B, T, H, True), _part(T, True)
+    heads, length = _heads(target, B, T, H, True), _part(T)
     rows, keys, part = (min(size, T) for size in blocks[:3])
     fused = blocks[3]
     other = {} if fused else {"block_q_dq": rows, "block_kv_dq": keys}
@@ -268,12 +256,27 @@ def _not_empty(T: int, rows: int, keys: int) -> float:
     return sum(math.ceil(end / keys) for end in range(rows, T + 1, rows)) / ((T // rows) * (T // keys))
 
 
-def _pullback(target: Any, attend: Any, given: list[Any], work: tuple[float, float], share: float = 1.0) -> Program:
-    """The backward pass alone: what the forward one keeps is an argument."""
+def _pullback(
+    target: Any,
+    attend: Any,
+    given: list[Any],
+    work: tuple[float, float],
+    share: float = 1.0,
+    heads_first: bool = False,
+) -> Program:
+    """The backward pass alone: what the forward one keeps is an argument. `heads_first`: of arrays [B, T, H, ...]."""
     import jax
+
+    def argument(x: Any) -> Any:
+        shape = (x.shape[0], x.shape[2], x.shape[1], *x.shape[3:]) if heads_first else x.shape
+        return target.array(shape, x.dtype)
 
     with target.context():
         out, pullback = jax.eval_shape(lambda *given: jax.vjp(attend, *given), *given)
-    kept, d_out = jax.tree.map(lambda x: target.array(x.shape, x.dtype), (pullback, out))
-    program = Program(lambda pullback, d_out: pullback(d_out), (kept, d_out), *work, share=share)
+    kept, d_out = jax.tree.map(argument, (pullback, out))
+
+    def back(pullback: Any, d_out: Any) -> Any:
+        return pullback(d_out)
+
+    program = Program(_heads_first(back) if heads_first else back, (kept, d_out), *work, share=share)
     return _as_kernels_want(target, program) if target.chip.platform == "tpu" else program

@@ -17,10 +17,13 @@ ARRAYS = ("q_segment_ids_BT", "kv_segment_ids_BS", "q_offset", "bias_BHTS", "sin
 FORWARD_ONLY = ("sinks_H", "qk_scale_H", "v_scale_H")
 
 
-def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+def differentiable(
+    forward: Callable[..., Any], backward: Callable[..., Any], from_out: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """A candidate's `flash_attention` out of what computes (out, lse) and its `flash_attention_backward`.
 
     `forward` takes the keywords of a candidate. An option that is None stays None, and an int `q_offset` an int.
+    `from_out`, where a candidate has it, takes the output and the gradient of its log-sum-exp in place of `delta`.
     """
 
     @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -34,10 +37,13 @@ def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) ->
     def attend_backward(static: Any, residuals: Any, cotangents: Any) -> Any:
         inputs, arrays, out_BTHE, lse_BTH = residuals
         d_out_BTHE, d_lse_BTH = cotangents
-        delta_BTH = (out_BTHE.astype(lse_BTH.dtype) * d_out_BTHE.astype(lse_BTH.dtype)).sum(-1) - d_lse_BTH
         sinks_H = arrays.get("sinks_H")
         options = {name: x for name, x in (*static, *arrays.items()) if name not in FORWARD_ONLY}
-        grads = backward(*inputs, d_out_BTHE, lse_BTH, delta_BTH, **options)
+        if from_out is not None and sinks_H is None:
+            grads = from_out(*inputs, d_out_BTHE, lse_BTH, out_BTHE, d_lse_BTH, **options)
+        else:
+            delta_BTH = delta(out_BTHE, d_out_BTHE, d_lse_BTH)
+            grads = backward(*inputs, d_out_BTHE, lse_BTH, delta_BTH, **options)
         d_inputs = tuple(grad.astype(x.dtype) for grad, x in zip(grads[:3], inputs, strict=True))
         d_arrays = dict.fromkeys(arrays)
         if len(grads) > 3:
@@ -53,6 +59,11 @@ def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) ->
         return attend(tuple(sorted(options.items())), (q, k, v), arrays)
 
     return flash_attention
+
+
+def delta(out_BTHE: jax.Array, d_out_BTHE: jax.Array, d_lse_BTH: jax.Array) -> jax.Array:
+    wide = d_lse_BTH.dtype
+    return (out_BTHE.astype(wide) * d_out_BTHE.astype(wide)).sum(-1) - d_lse_BTH
 
 
 def _sinks_gradient(sinks_H: jax.Array, lse_BTH: jax.Array, delta_BTH: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from .. import tuned
 from ..chips import target_chip
-from .gradient import differentiable
+from .gradient import delta, differentiable
 from .tpu_backward import backward
 from .tpu_forward import LANES, LOG2E, Scores, forward
 from .tpu_plan import PADDING_K, PADDING_Q, Plan, padded_ids, tables
@@ -54,6 +54,34 @@ def flash_attention_backward(
     d_out_BTHE: jax.Array,
     lse_BTH: jax.Array,
     delta_BTH: jax.Array,
+    **options: Any,
+) -> tuple[jax.Array, ...]:
+    return _backward(q_BTHD, k_BSKD, v_BSKE, d_out_BTHE, lse_BTH, {"delta": delta_BTH}, jnp.float32, **options)
+
+
+def _gradients(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKE: jax.Array,
+    d_out_BTHE: jax.Array,
+    lse_BTH: jax.Array,
+    out_BTHE: jax.Array,
+    d_lse_BTH: jax.Array,
+    **options: Any,
+) -> tuple[jax.Array, ...]:
+    """Those of whole rows, in the inputs' dtype."""
+    rest = {"out": out_BTHE, "d_lse": d_lse_BTH}
+    return _backward(q_BTHD, k_BSKD, v_BSKE, d_out_BTHE, lse_BTH, rest, q_BTHD.dtype, **options)
+
+
+def _backward(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKE: jax.Array,
+    d_out_BTHE: jax.Array,
+    lse_BTH: jax.Array,
+    rest: dict[str, jax.Array],
+    dtype: Any,
     *,
     causal: bool,
     window: int | None,
@@ -64,6 +92,7 @@ def flash_attention_backward(
     softcap: float | None,
     bias_BHTS: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
+    """`rest` holds delta, or the output and the gradient of its log-sum-exp; dq, dk and dv have `dtype`."""
     _check(q_BTHD)
     (B, T, H, D), (_, S, K, E) = q_BTHD.shape, v_BSKE.shape
     G = H // K
@@ -75,51 +104,52 @@ def flash_attention_backward(
             part = slice(start, start + longest)
             ids = q_segment_ids_BT
             parts.append(
-                flash_attention_backward(
-                    q_BTHD[:, part], k_BSKD, v_BSKE, d_out_BTHE[:, part], lse_BTH[:, part], delta_BTH[:, part],
+                _backward(
+                    q_BTHD[:, part], k_BSKD, v_BSKE, d_out_BTHE[:, part], lse_BTH[:, part],
+                    {name: x[:, part] for name, x in rest.items()}, jnp.float32,
                     q_segment_ids_BT=None if ids is None else ids[:, part], kv_segment_ids_BS=kv_segment_ids_BS,
                     bias_BHTS=None if bias_BHTS is None else bias_BHTS[:, :, part],
                     q_offset=q_offset + start, **options,
                 )
             )  # fmt: skip
         dq, dk, dv, *d_bias = zip(*parts, strict=True)
-        return (
-            jnp.concatenate(dq, 1),
-            functools.reduce(jnp.add, dk),
-            functools.reduce(jnp.add, dv),
-            *(jnp.concatenate(x, 2) for x in d_bias),
-        )
+        whole = jnp.concatenate(dq, 1), functools.reduce(jnp.add, dk), functools.reduce(jnp.add, dv)
+        return *(x.astype(dtype) for x in whole), *(jnp.concatenate(x, 2) for x in d_bias)
 
     segments, bias = q_segment_ids_BT is not None, bias_BHTS is not None
     plan = _plan((T, S, D, E), causal, window, q_offset, segments, bias, is_backward=True)
     Tp, Sp = plan.nq * plan.block_q, plan.nk * plan.block_k
-    lse_BTH = jnp.where(lse_BTH > -jnp.inf, lse_BTH * LOG2E, UNSEEN)
-    rows = (B, K, G, 1, Tp)
-    k_BKSD = _heads(k_BSKD, Sp, kv_segment_ids_BS)
+    if "out" in rest and not plan.covered:
+        rest = {"delta": delta(rest["out"], d_out_BTHE, rest["d_lse"])}
+
+    def queries(x_BTHD: jax.Array) -> jax.Array:
+        return _heads(x_BTHD, Tp, q_segment_ids_BT).reshape(B, K, G, Tp, -1)
+
+    def rows(x_BTH: jax.Array, value: float = 0) -> jax.Array:
+        return _pad(jnp.swapaxes(x_BTH, 1, 2), 2, Tp, value).reshape(B, K, G, 1, Tp)
+
     arrays = {
-        "q": _heads(q_BTHD, Tp, q_segment_ids_BT).reshape(B, K, G, Tp, -1),
-        "k": k_BKSD,
+        "q": queries(q_BTHD),
+        "k": _heads(k_BSKD, Sp, kv_segment_ids_BS),
         "v": _heads(v_BSKE, Sp, kv_segment_ids_BS),
-        "kT": jnp.swapaxes(k_BKSD, 2, 3),
-        "d_out": _heads(d_out_BTHE, Tp, q_segment_ids_BT).reshape(B, K, G, Tp, -1),
-        "lse2": _pad(jnp.swapaxes(lse_BTH, 1, 2), 2, Tp, UNSEEN).reshape(rows),
-        "delta": _pad(jnp.swapaxes(delta_BTH, 1, 2), 2, Tp).reshape(rows),
+        "d_out": queries(d_out_BTHE),
+        "lse2": rows(jnp.where(lse_BTH > -jnp.inf, lse_BTH * LOG2E, UNSEEN), UNSEEN),
     }
+    arrays |= {name: queries(x) if name == "out" else rows(x) for name, x in rest.items()}
     extras, found = _segments(plan, q_segment_ids_BT, kv_segment_ids_BS, q_offset)
     arrays |= extras
     if bias_BHTS is not None:
         shared = bias_BHTS.shape
         bias_BHST = _pad(_pad(jnp.swapaxes(bias_BHTS, 2, 3), 2, Sp), 3, Tp)
         arrays["bias"] = bias_BHST.reshape(shared[0], *((K, G) if shared[1] == H else (1, 1)), Sp, Tp)
-    scores = Scores(scale, softcap, bias, scaled=False)
-    dq, dk, dv, *d_bias = backward(plan, scores, arrays, found)
-    dq_BTHD = jnp.moveaxis(dq, 4, 1)[:, :T, :, :, :D].reshape(B, T, H, D) * scale
+    dq, dk, dv, *d_bias = backward(plan, Scores(scale, softcap, bias, scaled=False), arrays, found, dtype)
+    dq_BTHD = jnp.swapaxes(dq.reshape(B, H, Tp, -1), 1, 2)[:, :T, :, :D]
     dk_BSKD, dv_BSKE = (jnp.swapaxes(x, 1, 2)[:, :S] for x in (dk[..., :D], dv[..., :E]))
     if bias_BHTS is None:
-        return dq_BTHD, dk_BSKD * scale, dv_BSKE
+        return dq_BTHD, dk_BSKD, dv_BSKE
     d_bias_BHTS = jnp.swapaxes(d_bias[0].reshape(B, H, Sp, Tp), 2, 3)[:, :, :T, :S]
     alone = [axis for axis in (0, 1) if bias_BHTS.shape[axis] == 1]
-    return dq_BTHD, dk_BSKD * scale, dv_BSKE, d_bias_BHTS.sum(alone, keepdims=True) if alone else d_bias_BHTS
+    return dq_BTHD, dk_BSKD, dv_BSKE, d_bias_BHTS.sum(alone, keepdims=True) if alone else d_bias_BHTS
 
 
 def _forward(
@@ -168,7 +198,7 @@ def _forward(
     return out_BTHE, jnp.swapaxes(lse_BH1T[:, :, 0, :T], 1, 2)
 
 
-flash_attention = differentiable(_forward, flash_attention_backward)
+flash_attention = differentiable(_forward, flash_attention_backward, _gradients)
 
 
 def _check(q: jax.Array) -> None:

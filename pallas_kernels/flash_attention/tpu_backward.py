@@ -1,8 +1,12 @@
 """Flash attention on TPU, backward (Dao 2023, arXiv:2307.08691): one kernel, five products a pair of blocks.
 
-Scores are held [key, query]: what there is one of a query (log-sum-exp, delta) is then a row, and nothing is transposed
-but in shape of the inputs. The gradient of the queries is kept transposed and whole in vector memory, while the blocks
-of keys pass; that of the keys is summed over the queries of all heads that share them, while these pass.
+Scores are held [key, query]: what there is one of a query (log-sum-exp, delta) is then a row. All three gradients are
+summed transposed, [D, queries] and [D, keys]: so p and ds, [key, query], fill the matrix unit as its weights, which D
+alone does not, and what is transposed is only inputs and results. The gradient of the queries stays in vector memory
+while the blocks of keys pass; that of the keys is summed over the queries of all heads that share them.
+
+Where every block of queries meets the first block of keys (`Plan.covered`), sums begin and end with the blocks that
+come first and last, and delta is made here from the output. Else sums are set to zero before, and written after, all.
 
 Shapes: B batch rows, T queries, S keys, K key/value heads, G query heads of each, D head size, E head size of values; T
 and S padded to whole blocks.
@@ -10,6 +14,7 @@ and S padded to whole blocks.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,20 +26,19 @@ from jax.experimental.pallas import tpu as pltpu
 from .tpu_forward import LANES, LOG2E, VMEM_BYTES, Scores, across, dot
 from .tpu_plan import Plan
 
-ZEROED = 512  # queries whose gradient is set to zero at a time
-
 
 def backward(
     plan: Plan,
     scores: Scores,
     arrays: dict[str, jax.Array],
     tables: dict[str, jax.Array],
+    dtype: Any,
 ) -> tuple[jax.Array, ...]:
-    """dq [B, K, G, D, T] and dk [B, K, S, D], both without the scale; dv [B, K, S, E], and d_bias [B, K, G, S, T].
+    """dq [B, K, G, T, D], dk [B, K, S, D] and dv [B, K, S, E] in `dtype`; d_bias [B, K, G, S, T] in float32.
 
-    `arrays`, in this order: q [B, K, G, T, D], k [B, K, S, D], v [B, K, S, E], kT [B, K, D, S], d_out [B, K, G, T, E],
-    lse2 (in base 2, large where nothing is seen) and delta [B, K, G, 1, T]; perhaps q_ids, kv_ids [B, 1, length], and
-    the bias, transposed, [B or 1, K or 1, G or 1, S, T].
+    `arrays`, in this order: q [B, K, G, T, D], k [B, K, S, D], v [B, K, S, E], d_out [B, K, G, T, E], lse2 (in base 2,
+    large where nothing is seen) [B, K, G, 1, T]; then delta, alike, or, where the plan is `covered`, out and d_lse;
+    perhaps q_ids, kv_ids [B, 1, length], and the bias, transposed, [B or 1, K or 1, G or 1, S, T].
     """
     B, K, G, T, D = arrays["q"].shape
     S, E = arrays["v"].shape[2:]
@@ -54,27 +58,34 @@ def backward(
     def row_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
         return b, h, g, 0, query_block(b, n, t, refs)
 
+    def out_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
+        # It is read with the first block of keys only, and so not loaded again.
+        is_first = key_block(n, t) == 0
+        return b, h, jnp.where(is_first, g, G - 1), jnp.where(is_first, query_block(b, n, t, refs), plan.nq - 1), 0
+
     def k_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
         return b, h, key_block(n, t), 0
 
+    row = pl.BlockSpec((None, None, None, 1, bq), row_map)
     specs = {
         "q": pl.BlockSpec((None, None, None, bq, D), q_map),
         "k": pl.BlockSpec((None, None, bk, D), k_map),
         "v": pl.BlockSpec((None, None, bk, E), k_map),
-        "kT": pl.BlockSpec((None, None, D, bk), lambda b, h, n, t, *_: (b, h, 0, key_block(n, t))),
         "d_out": pl.BlockSpec((None, None, None, bq, E), q_map),
-        "lse2": pl.BlockSpec((None, None, None, 1, bq), row_map),
-        "delta": pl.BlockSpec((None, None, None, 1, bq), row_map),
+        "lse2": row,
+        "delta": row,
+        "out": pl.BlockSpec((None, None, None, bq, E), out_map),
+        "d_lse": row,
         "q_ids": pl.BlockSpec((None, 1, bq), lambda b, h, n, t, g, *refs: (b, 0, query_block(b, n, t, refs))),
         "kv_ids": pl.BlockSpec((None, 1, bk), lambda b, h, n, t, *_: (b, 0, key_block(n, t))),
-        "factors": pl.BlockSpec(memory_space=pltpu.SMEM),
     }
     out_specs = [
-        pl.BlockSpec((None, None, G, D, T), lambda b, h, *_: (b, h, 0, 0, 0)),
+        pl.BlockSpec((None, None, G, T, D), lambda b, h, *_: (b, h, 0, 0, 0)),
         pl.BlockSpec((None, None, bk, D), k_map),
         pl.BlockSpec((None, None, bk, E), k_map),
     ]
-    out_shapes = [(B, K, G, D, T), (B, K, S, D), (B, K, S, E)]
+    outs = [(B, K, G, T, D), (B, K, S, D), (B, K, S, E)]
+    out_shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in outs]
     if "bias" in arrays:
         shared = [n == 1 for n in arrays["bias"].shape[:3]]
 
@@ -89,23 +100,31 @@ def backward(
                 lambda b, h, n, t, g, *refs: (b, h, g, key_block(n, t), query_block(b, n, t, refs)),
             )
         )
-        out_shapes.append((B, K, G, S, T))
+        out_shapes.append(jax.ShapeDtypeStruct((B, K, G, S, T), jnp.float32))
+    scratch = {}
+    if not _whole_queries(plan):
+        scratch["dq"] = (G, D, T)
+    if not _whole_keys(plan, G):
+        scratch |= {"dk": (D, bk), "dv": (E, bk)}
+    if "out" in arrays and not _whole_queries(plan):
+        scratch["delta"] = (G, 1, T)
+    moved = (*arrays.values(), *out_shapes)
     cost = pl.CostEstimate(
         flops=2 * B * K * G * plan.pairs * (3 * plan.D + 2 * plan.E),
         transcendentals=B * K * G * plan.pairs,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays.values()) + 4 * B * K * (G * T * D + S * (D + E)),
+        bytes_accessed=sum(x.size * jnp.dtype(x.dtype).itemsize for x in moved),
     )
     return tuple(
         pl.pallas_call(
-            functools.partial(_kernel, plan, scores, steps, names, list(arrays)),
+            functools.partial(_kernel, plan, scores, steps, (names, list(arrays), len(out_shapes), list(scratch))),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(names),
                 grid=(B, K, grid_rows, steps, G),
                 in_specs=[specs[name] for name in arrays],
                 out_specs=out_specs,
-                scratch_shapes=[pltpu.VMEM((bk, D), jnp.float32), pltpu.VMEM((bk, E), jnp.float32)],
+                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
             ),
-            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in out_shapes],
+            out_shape=out_shapes,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
                 vmem_limit_bytes=VMEM_BYTES,
@@ -116,50 +135,112 @@ def backward(
     )
 
 
+def _whole_queries(plan: Plan) -> bool:
+    """Whether a pair has all that there is of its queries' gradient."""
+    return plan.covered and plan.nk == 1
+
+
+def _whole_keys(plan: Plan, G: int) -> bool:
+    """The same of the keys'."""
+    return plan.covered and plan.nq == G == 1 and plan.keys_of(0, None, 0)[1] == plan.nk - 1
+
+
 def _query_block(plan: Plan, low: Any, high: Any, t: Any) -> Any:
     if plan.folded:  # folded: no step is without a block
         return low + t
     return jnp.minimum(jnp.maximum(jnp.minimum(low + t, high), 0), plan.nq - 1) if plan.nq > 1 else 0
 
 
-def _kernel(plan: Plan, scores: Scores, steps: int, names: list[str], inputs: list[str], *refs: Any) -> None:
-    tables = dict(zip(names, refs[: len(names)], strict=True))
-    refs = refs[len(names) :]
-    x = dict(zip(inputs, refs[: len(inputs)], strict=True))
-    outs, (dk_sum, dv_sum) = refs[len(inputs) : -2], refs[-2:]
+def _kernel(plan: Plan, scores: Scores, steps: int, parts: Any, *refs: Any) -> None:
+    names, inputs, count, sums = parts
+    left = iter(refs)
+    tables, x = ({name: next(left) for name in given} for given in (names, inputs))
+    dq_ref, dk_ref, dv_ref, *d_bias = (next(left) for _ in range(count))
+    sums = {name: next(left) for name in sums}
     b, _h, n, step, g = (pl.program_id(axis) for axis in range(5))
     j, t = plan.place(n, step)
     low, high = plan.queries_of(j, tables, b)
     i = _query_block(plan, low, high, t)
-
-    @pl.when((n == 0) & (g == 0) & (step == 0))
-    def _() -> None:
-        G, D, T = outs[0].shape
-        size = min(ZEROED, plan.block_q)
-
-        def zero(n: Any, _: None) -> None:
-            outs[0][lax.div(n, T // size), :, pl.ds(pl.multiple_of(lax.rem(n, T // size) * size, size), size)] = (
-                jnp.zeros((D, size), jnp.float32)
-            )
-
-        lax.fori_loop(0, G * (T // size), zero, None)
-
-    @pl.when((g == 0) & (t == 0))
-    def _() -> None:
-        dk_sum[...], dv_sum[...] = jnp.zeros_like(dk_sum), jnp.zeros_like(dv_sum)
-
-    pair = Pair(plan, scores, x, tables, (b, i, j, g), (outs[0], dk_sum, dv_sum, *outs[3:]))
     visited = True if plan.folded else low + t <= high
+    heads, bq, late = dq_ref.shape[0], plan.block_q, scores.scale
+
+    def queries(i: Any, part: slice = slice(0, bq)) -> Any:
+        size = part.stop - part.start
+        return pl.ds(pl.multiple_of(i * bq + part.start, size), size) if plan.nq > 1 else part
+
+    def write_queries(g: Any, i: Any, part: slice, dq: jax.Array) -> None:
+        dq_ref[g, queries(i, part)] = jnp.transpose((dq * late).astype(dq_ref.dtype))
+
+    def write_keys(keys: slice, dk: jax.Array, dv: jax.Array) -> None:
+        dk_ref[keys] = jnp.transpose((dk * late).astype(dk_ref.dtype))
+        dv_ref[keys] = jnp.transpose(dv.astype(dv_ref.dtype))
+
+    def add_queries(part: slice, dq: jax.Array) -> None:
+        sums["dq"][g, :, queries(i, part)] += dq
+
+    def add_keys(keys: slice, dk: jax.Array, dv: jax.Array) -> None:
+        sums["dk"][:, keys] += dk
+        sums["dv"][:, keys] += dv
+
+    def each_block(body: Any) -> None:
+        """Of queries, of all heads."""
+
+        def turn(n: Any, _: None) -> None:
+            body(lax.div(n, jnp.int32(plan.nq)), lax.rem(n, jnp.int32(plan.nq)))
+
+        lax.fori_loop(0, heads * plan.nq, turn, None)
+
+    def begin(g: Any, i: Any) -> None:
+        sums["dq"][g, :, queries(i)] = jnp.zeros((sums["dq"].shape[1], bq), jnp.float32)
+
+    def end(g: Any, i: Any) -> None:
+        write_queries(g, i, slice(0, bq), sums["dq"][g, :, queries(i)])
+
+    if "dq" in sums and plan.covered:
+
+        @pl.when(visited & (j == 0))
+        def _() -> None:
+            begin(g, i)
+            if "delta" in sums:
+                sums["delta"][g, :, queries(i)] = delta(x)
+
+    elif "dq" in sums:
+        pl.when((n == 0) & (g == 0) & (step == 0))(lambda: each_block(begin))
+    if "dk" in sums:
+
+        @pl.when((g == 0) & (t == 0))
+        def _() -> None:
+            for name in ("dk", "dv"):
+                sums[name][...] = jnp.zeros_like(sums[name])
+
+    if "delta" in sums:
+        x["delta"] = sums["delta"].at[g, :, queries(i)]
+    to_queries = add_queries if "dq" in sums else functools.partial(write_queries, g, i)
+    to_keys = add_keys if "dk" in sums else write_keys
+    pair = Pair(plan, scores, x, tables, (b, i, j), to_queries, to_keys, *d_bias)
     full = plan.is_full(i, j, tables, b)
     kinds = _kinds(plan)
     for is_edge in kinds:
-        pl.when(visited & (jnp.logical_not(full) if is_edge else full))(functools.partial(pair.run, edge=is_edge))
+        wanted = visited if len(kinds) == 1 else visited & (jnp.logical_not(full) if is_edge else full)
+        body = functools.partial(pair.run, edge=is_edge)
+        body() if wanted is True else pl.when(wanted)(body)
 
-    last = low + t == high if plan.folded else t == steps - 1
+    if "dq" in sums and plan.covered:
+        pl.when(visited & (j == plan.last_keys(i)))(lambda: end(g, i))
+    elif "dq" in sums:
+        is_last = (n == pl.num_programs(2) - 1) & (step == steps - 1) & (g == heads - 1)
+        pl.when(is_last)(lambda: each_block(end))
+    if "dk" in sums:
 
-    @pl.when((g == pl.num_programs(4) - 1) & last)
-    def _() -> None:
-        outs[1][...], outs[2][...] = dk_sum[...], dv_sum[...]
+        @pl.when((g == heads - 1) & (low + t == high if plan.folded else t == steps - 1))
+        def _() -> None:
+            write_keys(slice(None), sums["dk"][...], sums["dv"][...])
+
+
+def delta(x: dict[str, Any]) -> jax.Array:
+    """[1, queries], from out, d_out and d_lse."""
+    out, d_out = (jnp.transpose(x[name][...]).astype(jnp.float32) for name in ("out", "d_out"))
+    return (out * d_out).sum(0, keepdims=True) - x["d_lse"][...]
 
 
 @functools.cache
@@ -176,45 +257,51 @@ def _kinds(plan: Plan) -> list[bool]:
 
 @dataclasses.dataclass
 class Pair:
-    """A block of queries that meets a block of keys."""
+    """A block of queries that meets a block of keys.
+
+    Of parts of the block, `to_queries` takes dq and `to_keys` dk and dv, transposed.
+    """
 
     plan: Plan
     scores: Scores
     x: dict[str, Any]
     tables: dict[str, Any]
-    at: tuple[Any, Any, Any, Any]
-    refs: tuple[Any, ...]
+    at: tuple[Any, Any, Any]
+    to_queries: Callable[[slice, jax.Array], None]
+    to_keys: Callable[[slice, jax.Array, jax.Array], None]
+    d_bias_ref: Any = None
 
     def run(self, edge: bool) -> None:
+        x = self.x
+        if "delta" not in x:
+            x = self.x = {**x, "delta": delta(x)}
         diagonal = edge and self.plan.diagonal
         size = min(self.plan.chunk, self.plan.block_k)
         chunks = [slice(start, start + size) for start in range(0, self.plan.block_k, size)]
         # On the diagonal, earlier queries see nothing of a chunk.
         firsts = [chunk.start if diagonal else 0 for chunk in chunks]
+        transposed = jnp.transpose(x["q"][...]), jnp.transpose(x["d_out"][...])
         products = self._products(chunks[0], firsts[0])
         dq = None
         for n, chunk in enumerate(chunks):
             following = self._products(chunks[n + 1], firsts[n + 1]) if n + 1 < len(chunks) else None
-            term = self._pass(chunk, firsts[n], products, edge)
-            if dq is None or firsts[n] == 0:
-                dq = term if dq is None else dq + term
-            else:
-                dq = jnp.concatenate([dq[:, : firsts[n]], dq[:, firsts[n] :] + term], 1)
+            term = self._pass(chunk, firsts[n], products, transposed, edge)
+            dq = term if dq is None else dq + term
+            if diagonal:  # what later chunks do not see is complete
+                self.to_queries(chunk, dq[:, :size])
+                dq = dq[:, size:]
             products = following
-        _, i, _, g = self.at
-        bq = self.plan.block_q
-        where = pl.ds(pl.multiple_of(i * bq, bq), bq) if self.plan.nq > 1 else slice(None)
-        self.refs[0][g, :, where] += dq
+        if not diagonal:
+            self.to_queries(slice(0, self.plan.block_q), dq)
 
     def _products(self, chunk: slice, first: int) -> tuple[jax.Array, jax.Array]:
         """Scores, and the gradients of the probabilities, [key, query]."""
         x = self.x
         return dot(x["k"][chunk], x["q"][first:], (1, 1)), dot(x["v"][chunk], x["d_out"][first:], (1, 1))
 
-    def _pass(self, chunk: slice, first: int, products: Any, edge: bool) -> jax.Array:
-        """Adds to dk and dv; returns the term of dq, transposed, of queries from `first` on."""
-        _, dk_sum, dv_sum, *d_bias_ref = self.refs
-        x, scores, slope, (s, dp) = self.x, self.scores, None, products
+    def _pass(self, chunk: slice, first: int, products: Any, transposed: Any, edge: bool) -> jax.Array:
+        """Passes on dk and dv; returns the term of dq, transposed, of queries from `first` on."""
+        x, scores, slope, (s, dp), (qT, d_outT) = self.x, self.scores, None, products, transposed
         if scores.softcap is not None:
             bent = jnp.tanh(s * (scores.scale / scores.softcap))
             slope = 1 - bent * bent
@@ -228,17 +315,16 @@ class Pair:
             logits = self._mask(chunk, first, logits)
         p = jnp.exp2(logits)
         ds = p * (dp - x["delta"][:, first:])
-        for ref in d_bias_ref:
-            ref[chunk, first:] = ds
+        if self.d_bias_ref is not None:
+            self.d_bias_ref[chunk, first:] = ds
         if slope is not None:
             ds = ds * slope
-        p, ds = p.astype(x["d_out"].dtype), ds.astype(x["q"].dtype)
-        dv_sum[chunk] += dot(p, x["d_out"][first:], (1, 0))
-        dk_sum[chunk] += dot(ds, x["q"][first:], (1, 0))
-        return dot(x["kT"][:, chunk], ds, (1, 0))
+        p, ds = p.astype(d_outT.dtype), ds.astype(qT.dtype)
+        self.to_keys(chunk, dot(qT[:, first:], ds, (1, 1)), dot(d_outT[:, first:], p, (1, 1)))
+        return dot(jnp.transpose(x["k"][chunk]), ds, (1, 0))
 
     def _mask(self, chunk: slice, first: int, logits: jax.Array) -> jax.Array:
-        b, i, j, _ = self.at
+        b, i, j = self.at
         if self.plan.diagonal:
             # What is left of the chunk's own queries; later ones see it all.
             size = chunk.stop - chunk.start

@@ -83,6 +83,16 @@ class Plan:
         )
 
     @property
+    def covered(self) -> bool:
+        """Whether it is known that each block of queries meets the first block of keys."""
+        return self.is_static and self.queries_of(0, None, 0) == (0, self.nq - 1)
+
+    def last_keys(self, i: Any) -> Any:
+        """The block of keys that block i of the queries meets last, if `covered` and `per_key_block`."""
+        last = self.keys_of(i, None, 0)[1]
+        return _min(last, self.nk // 2) if self.folded else last
+
+    @property
     def folded(self) -> bool:
         """Whether each row of the grid takes two rows of blocks, number n and n before the last.
 

@@ -105,7 +105,7 @@ def _attention_backward(o: Ring, residuals: Any, d_out: jax.Array) -> Any:
     rows |= {name: _row(_heads_first(o, x[..., None])) for name, x in (("lse2", lse2), ("delta", delta))}
     dq, dkv = tpu_backward.backward(o, rows, _stacked(o, k, v), *_ids(o, ids, B, T))
     dq = _tokens_first(o, jnp.swapaxes(dq, 2, 3), B, T) * o.scores.scale
-    dk, dv = (_tokens_first(o, dkv[:, i, None], B, T) for i in (0, 1))
+    dk, dv = (_tokens_first(o, jnp.swapaxes(dkv[:, i, None], 2, 3), B, T) for i in (0, 1))
     return dq.astype(q.dtype), (dk * o.scores.scale).astype(k.dtype), dv.astype(v.dtype), None
 
 

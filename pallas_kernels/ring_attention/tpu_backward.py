@@ -3,7 +3,8 @@
 Queries, their output's gradient and dq stay. In its round r a device adds what its queries pass to keys that are r
 devices from home, to the sums that the device before it sent after its round r - 1, and sends them on while it computes
 round r + 1; after the last round they go home. So no product waits for sums, and every message but the last of each
-stream goes to a neighbour. At home both streams' sums are added to what the device's own queries pass.
+stream goes to a neighbour. At home both streams' sums are added to what the device's own queries pass. Sums are kept
+transposed, as `flash_attention/tpu_backward.py` makes them.
 
 Back-pressure is that of `Streams`, with one buffer for arriving sums and one for those that come home.
 
@@ -43,7 +44,7 @@ def vmem(o: Ring, D: int, itemsize: int) -> int:
     """Bytes of the kernel's buffers: what the grid loads and stores is there twice."""
     lanes = -(-D // LANES) * LANES
     rows = 2 * o.G * (2 * lanes * itemsize + lanes * 4 + 2 * 4 * 8)
-    keys = (2 + 2 * o.streams) * 2 * lanes * itemsize + lanes * itemsize
+    keys = (2 + 2 * o.streams) * 2 * lanes * itemsize
     sums = (2 + 2 * o.streams + 2 * o.streams) * 2 * lanes * 4
     return o.T * (rows + keys + sums) * 9 // 8 + (8 << 20)
 
@@ -51,7 +52,7 @@ def vmem(o: Ring, D: int, itemsize: int) -> int:
 def backward(
     o: Ring, rows: dict[str, jax.Array], kv_N2TD: jax.Array, q_ids: Any, kv_ids: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """dq [N, G, D, T] and (dk, dv) [N, 2, T, D] in float32; dq and dk without the scale.
+    """dq [N, G, D, T] and (dk, dv) [N, 2, D, T] in float32; dq and dk without the scale.
 
     `rows`, in this order: q and d_out [N, G, T, D], lse2 (base 2, large where nothing is seen) and delta [N, G, 1, T].
     """
@@ -75,16 +76,15 @@ def backward(
         lambda *refs: _kernel(o, *refs),
         grid=(N,),
         in_specs=specs,
-        out_specs=[per_turn(G, D, T), per_turn(2, T, D)],
-        out_shape=[jax.ShapeDtypeStruct((N, G, D, T), float32), jax.ShapeDtypeStruct((N, 2, T, D), float32)],
+        out_specs=[per_turn(G, D, T), per_turn(2, D, T)],
+        out_shape=[jax.ShapeDtypeStruct((N, G, D, T), float32), jax.ShapeDtypeStruct((N, 2, D, T), float32)],
         scratch_shapes=[
-            pltpu.VMEM((D, T), dtype),  # the keys that are met, transposed
-            pltpu.VMEM((streams, 2, 2, T, D), float32),  # sums that leave
+            pltpu.VMEM((streams, 2, 2, D, T), float32),  # sums that leave
             pltpu.VMEM((streams, 2, 2, T, D), dtype),
             *semaphores(streams, 2),
-            pltpu.VMEM((streams, 1, 2, T, D), float32),
+            pltpu.VMEM((streams, 1, 2, D, T), float32),
             *semaphores(streams, 1),
-            pltpu.VMEM((streams, 1, 2, T, D), float32),
+            pltpu.VMEM((streams, 1, 2, D, T), float32),
             *semaphores(streams, 1),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -102,7 +102,7 @@ def _kernel(o: Ring, q_ref: Any, d_out_ref: Any, lse2_ref: Any, delta_ref: Any, 
     q_ids: Any
     kv_ids: Any
     q_ids, kv_ids = refs[:2] if o.segments else (None, None)
-    dq_ref, dkv_ref, kT_ref, leaving, *rest = refs[2 * o.segments :]
+    dq_ref, dkv_ref, leaving, *rest = refs[2 * o.segments :]
     turn, me, kv_ref = pl.program_id(0), lax.axis_index(o.axis), kv_ref.at[0]
     keys, sums = Streams(o, *rest[:4]), Streams(o, *rest[4:8])
     back = Streams(o, *rest[8:], hops=(-o.rounds[0], -o.rounds[1]))
@@ -120,12 +120,20 @@ def _kernel(o: Ring, q_ref: Any, d_out_ref: Any, lse2_ref: Any, delta_ref: Any, 
         g: Any, i: Any, j: Any, kv: Any, into: Any, device: Any, plan: Plan, tables: dict[str, Any], edge: bool
     ) -> None:
         at, part = tile(o, i), tile(o, j)
-        x = {"q": q_ref.at[g, at], "k": kv.at[0, part], "v": kv.at[1, part], "kT": kT_ref.at[:, part]}
+        x = {"q": q_ref.at[g, at], "k": kv.at[0, part], "v": kv.at[1, part]}
         x |= {"d_out": d_out_ref.at[g, at], "lse2": lse2_ref.at[g, :, at], "delta": delta_ref.at[g, :, at]}
         if o.segments:
             x |= {"q_ids": q_ids.at[:, at], "kv_ids": kv_ids.at[device, :, part]}
-        outputs = dq_ref.at[:, :, at], into.at[0, part], into.at[1, part]
-        Pair(plan, o.scores, x, tables, (0, 0, 0, g), outputs).run(edge=edge)
+        dq_at, dk_at, dv_at = dq_ref.at[g, :, at], into.at[0, :, part], into.at[1, :, part]
+
+        def to_queries(rows: slice, dq: jax.Array) -> None:
+            dq_at[:, rows] += dq
+
+        def to_keys(keys: slice, dk: jax.Array, dv: jax.Array) -> None:
+            dk_at[:, keys] += dk
+            dv_at[:, keys] += dv
+
+        Pair(plan, o.scores, x, tables, (0, 0, 0), to_queries, to_keys).run(edge=edge)
 
     def attend(g: Any, i: Any, j: Any, kv: Any, into: Any, device: Any, causal: bool = False) -> None:
         pair(g, i, j, kv, into, device, o.plan(causal), {}, causal or o.segments)
@@ -133,16 +141,14 @@ def _kernel(o: Ring, q_ref: Any, d_out_ref: Any, lse2_ref: Any, delta_ref: Any, 
     def attend_window(g: Any, i: Any, kv: Any, into: Any, device: Any) -> None:
         in_window(o, me, i, device, lambda j, *how: pair(g, i, j, kv, into, device, *how))
 
-    def begin(kv: Any, into: Any) -> None:
+    def begin(into: Any) -> None:
         def each(j: Any) -> None:
-            part = tile(o, j)
-            kT_ref[:, part] = jnp.transpose(kv[0, part])
-            into[:, part] = jnp.zeros((2, o.block, into.shape[-1]), jnp.float32)
+            into[:, :, tile(o, j)] = jnp.zeros((*into.shape[:2], o.block), jnp.float32)
 
         loop(0, tiles, each)
 
     def own() -> None:
-        begin(kv_ref, dkv_ref)
+        begin(dkv_ref)
 
         def row(g: Any, i: Any) -> None:
             if o.window is not None:
@@ -154,13 +160,13 @@ def _kernel(o: Ring, q_ref: Any, d_out_ref: Any, lse2_ref: Any, delta_ref: Any, 
 
     def add(into: Any, more: Any) -> None:
         def each(j: Any) -> None:
-            into[:, tile(o, j)] += more[:, tile(o, j)]
+            into[:, :, tile(o, j)] += more[:, :, tile(o, j)]
 
         loop(0, tiles, each)
 
     def meet(stream: int, r: Any, kv: Any) -> None:
         into, device, rounds = leaving.at[stream, lax.rem(jnp.int32(r), 2)], origin(o, stream, r), o.rounds[stream]
-        begin(kv, into)
+        begin(into)
         if o.window is not None:
             for_each(o.G, tiles, lambda g, i: attend_window(g, i, kv, into, device))
         else:
