@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..models import families
-from ..models.config import DecoderConfig
+from ..models.config import DecoderConfig, keeps_dtype
 from ..models.families import TensorEntry
 from . import safetensors
 from .errors import CheckpointError, DamagedCheckpoint, NoCheckpoint, first_few
@@ -114,8 +114,8 @@ def match_tensors(
             problems.append(f"missing: {name} {list(shape)}")
         elif spec.shape != shape:
             problems.append(f"wrong shape: {name} is {list(spec.shape)}, the config makes it {list(shape)}")
-        elif spec.dtype.name not in _FLOATS:
-            problems.append(f"wrong dtype: {name} is {spec.dtype}, known are {', '.join(_FLOATS)}")
+        elif spec.dtype.name not in (known := _dtypes_of(entries[0].name, config)):
+            problems.append(f"wrong dtype: {name} is {spec.dtype}, known are {', '.join(known)}")
         elif first in specs and specs[first].dtype != spec.dtype:
             problems.append(f"mixed dtypes: {name} is {spec.dtype}, {first} is {specs[first].dtype}")
     for name in specs:
@@ -130,6 +130,16 @@ def match_tensors(
         name: Parameter(entries, tuple(shapes[name]), specs[entries[0].hf_name].dtype, tensors.read)
         for name, entries in by_parameter.items()
     }
+
+
+def _dtypes_of(name: str, config: DecoderConfig) -> tuple[str, ...]:
+    """The dtypes that a parameter may have."""
+    kept = config.quantization
+    if kept is None or not keeps_dtype(name):
+        return _FLOATS
+    if name.endswith(".values"):
+        return ("uint8",) if kept.format == "mxfp4" else ("float8_e4m3fn",)
+    return ("uint8",) if kept.format == "mxfp4" else _FLOATS
 
 
 def _why_not_ignored(tensors: SafetensorsFolder, name: str, config: DecoderConfig) -> str | None:

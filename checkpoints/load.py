@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ..models.config import DecoderConfig
+from ..models.config import DecoderConfig, keeps_dtype
 from ..models.decoder import param_shapes, param_shardings
 from ..sharding.plan import Plan
 from . import files, hf, manifest, shared
@@ -160,6 +160,10 @@ def _verify_here(found: Manifest, mesh: Mesh | None) -> None:
     shared.agree_on_damage(check)
 
 
+def _cast(name: str, dtype: Any) -> Any:
+    return None if keeps_dtype(name) else dtype
+
+
 def _shardings(config: DecoderConfig, mesh: Mesh | None) -> dict[str, Any]:
     return {} if mesh is None else dict(param_shardings(config, mesh))
 
@@ -189,7 +193,7 @@ def _load_step(folder: Path, kind: str, dtype: Any, mesh: Mesh | None, verify: b
     shardings = _shardings(config, mesh)
     params = {}
     for name in wanted:
-        params[name] = to_device(open_stored(found, f"params.{name}"), shardings.get(name), dtype)
+        params[name] = to_device(open_stored(found, f"params.{name}"), shardings.get(name), _cast(name, dtype))
         if progress:
             progress(name, len(params), len(wanted))
     return LoadedModel(
@@ -216,7 +220,7 @@ def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | None, progress: An
     params = {}
     with opened.open_tensors() as tensors:
         for name, parameter in hf.match_tensors(tensors, config, shapes).items():
-            params[name] = to_device(parameter, shardings.get(name), dtype)
+            params[name] = to_device(parameter, shardings.get(name), _cast(name, dtype))
             if progress:
                 progress(name, len(params), len(shapes))
     return LoadedModel(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..models.config import DecoderConfig
 from . import files
 from .errors import CheckpointError, DamagedCheckpoint
 
@@ -75,6 +76,14 @@ class Cast:
 
     def of(self, dtype: np.dtype) -> np.dtype:
         return self.dtype or dtype
+
+    def check(self, config: DecoderConfig) -> None:
+        """Raises CheckpointError where numbers are parts of quantised weights, and have no other dtype."""
+        if self.dtype is not None and config.quantization is not None:
+            raise CheckpointError(
+                f"the weights are kept in {config.quantization.format}, which has no version in {self.dtype}; leave out "
+                "--dtype"
+            )
 
 
 def blocks(shape: Sequence[int], itemsize: int, limit: int = BLOCK_BYTES) -> Iterator[Box]:

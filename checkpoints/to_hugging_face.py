@@ -34,6 +34,7 @@ class ToHuggingFace:
         found = open_step(path, kind, lambda found: found.verify([f"{manifest.ARRAYS}/params."]))
         self.source, self._cast, self._description = found.folder, cast, found.description
         self._config = DecoderConfig.from_dict(found.description.model)
+        cast.check(self._config)
         table = families.load(self._config.family).tensor_table(self._config)
         needed = {f"params.{entry.name}" for entry in table}
         stored = {name for name in found.arrays if name.startswith("params.")}

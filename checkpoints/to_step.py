@@ -36,6 +36,7 @@ class ToStep:
         self._opened = hf.open_folder(source)
         self._tokenizer = self._opened.tokenizer()
         config = self._opened.config
+        cast.check(config)
         if self._tokenizer is not None:
             check_vocabulary(self._tokenizer, config.vocab_size)
         shapes = {name: shape.shape for name, shape in param_shapes(config).items()}

@@ -7,6 +7,11 @@ FORMATS = ("mxfp4", "fp8_e4m3")
 PARTS = ("experts", "linear")
 
 
+def keeps_dtype(name: str) -> bool:
+    """Whether the parameter of this name is part of a quantised weight, whose dtypes are its meaning."""
+    return name.endswith((".values", ".scales"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantization:
     """Which weights of the blocks are kept quantised, and how (see `quantized_matmul.QuantizedWeight`).

@@ -10,14 +10,6 @@ from ..pallas_kernels.quantized_matmul import PACKED, QuantizedWeight, quantize
 from ..sharding.rules import current
 from .quantization_config import Quantization
 
-# How the names of such parameters end. They keep their dtype, whatever the model computes in.
-KEPT = (".values", ".scales")
-
-
-def keeps_dtype(name: str) -> bool:
-    """Whether the parameter is part of a quantised weight, whose dtypes are its meaning."""
-    return name.endswith(KEPT)
-
 
 def quantized_params(
     draw_OI: jax.Array, quantization: Quantization, axes: tuple[str | None, ...]

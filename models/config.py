@@ -4,17 +4,19 @@ import dataclasses
 import math
 from typing import Any
 
-from ..layers.mixer_config import LatentAttentionConfig
+from ..layers.mixer_config import LatentAttentionConfig, LightningConfig, Mamba2Config
 from ..layers.moe_config import MoEConfig
-from ..layers.quantization_config import Quantization
+from ..layers.quantization_config import Quantization, keeps_dtype
 from ..layers.rope_config import RopeConfig, YarnScaling
 
 ROPES = ("rope", "local_rope")
-MIXERS = ("attention", "latent_attention")
+# Mixers that keep a state for each request, and the field of the config with their sizes.
+RECURRENT = {"mamba2": "mamba2", "lightning_attention": "lightning"}
+MIXERS = ("attention", "latent_attention", *RECURRENT)
 FEED_FORWARDS = ("mlp", "moe")
 CHOICES = {
     "norm": ("rms", "rms_offset", "layer"),
-    "norm_placement": ("before", "after", "both"),
+    "norm_placement": ("before", "after", "both", "residual"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu"),
     "qk_norm": (None, "head", "all"),
     "layer_rope": ("rope", "local_rope", None),
@@ -32,14 +34,22 @@ class LayerKind:
         rope: the field of the config whose rotary embedding it takes, "rope" or "local_rope"; None: it takes none.
         mixer: what mixes tokens, a file of `layers/mixers`.
         feed_forward: "default": the model's mixture of experts, or an MLP in a model without one; "mlp"; None: none.
+        mixer_scales, feed_forward_scales: the residual stream and what is added to it are multiplied by these two.
     """
 
     window: int | None = None
     rope: str | None = "rope"
     mixer: str = "attention"
     feed_forward: str | None = "default"
+    mixer_scales: tuple[float, float] = (1.0, 1.0)
+    feed_forward_scales: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
+        for field in ("mixer_scales", "feed_forward_scales"):
+            scales = tuple(getattr(self, field))  # JSON gives lists
+            object.__setattr__(self, field, scales)
+            if len(scales) != 2 or not all(isinstance(one, int | float) and math.isfinite(one) for one in scales):
+                raise ValueError(f"A layer's {field} are two numbers; got {scales!r}.")
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise ValueError(f"A window is a whole number of tokens from 1 up, or None; got {self.window!r}.")
         for name, field in (("layer_rope", "rope"), ("mixer", "mixer"), ("feed_forward", "feed_forward")):
@@ -55,9 +65,9 @@ class DecoderConfig:
         family: name of the file in `models/families` that knows its Hugging Face form.
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
-        intermediate_size: hidden width of the feed-forward; unused with a mixture of experts.
+        intermediate_size: hidden width of the feed-forward; unused with a mixture of experts, 0 if no layer has one.
         num_layers: transformer blocks.
-        num_heads: query heads.
+        num_heads: query heads; 0, as the next two, in a model without attention.
         num_kv_heads: key and value heads; divides num_heads.
         head_dim: size of one head; even.
         max_position_embeddings: longest context, in tokens.
@@ -69,13 +79,15 @@ class DecoderConfig:
         mlp_bias: biases on the feed-forward's projections.
         moe: the mixture of experts that takes the feed-forward's place, in layers that do not say otherwise; None is a
             dense model.
-        latent: sizes of latent attention, in layers whose mixer it is.
+        latent, mamba2, lightning: sizes of latent attention, Mamba-2 and lightning attention, in layers whose mixer it
+            is.
         quantization: the weights that are kept quantised; None: none.
         pattern: the kinds of the layers, repeated from the first layer on.
         local_rope: rotary embedding of the layers that say so.
         learned_positions: a table of max_position_embeddings vectors is added to the embeddings.
         norm: "rms", "rms_offset" (one is added to the weight) or "layer" (with a bias).
-        norm_placement: norms come "before" attention and feed-forward, "after" them (before the addition), or "both".
+        norm_placement: norms come "before" mixer and feed-forward, "after" them (before the addition), or "both";
+            "residual": before, and what they give is also what the results are added to.
         qk_norm: RMSNorms of queries and keys: of each "head", of "all" heads of a token together, or None.
         sinks: attention learns one more logit a head, without a value.
         attention_scale: of the scores; None: 1 / sqrt(head_dim). attention_softcap: bends them; None: not.
@@ -100,6 +112,8 @@ class DecoderConfig:
     family: str = "llama"
     moe: MoEConfig | None = None
     latent: LatentAttentionConfig | None = None
+    mamba2: Mamba2Config | None = None
+    lightning: LightningConfig | None = None
     quantization: Quantization | None = None
     pattern: tuple[LayerKind, ...] = (LayerKind(),)
     local_rope: RopeConfig | None = None
@@ -120,10 +134,10 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, "int") and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{field.name} is a whole number from 1 up; got {value!r}.")
-        if self.num_heads % self.num_kv_heads:
+            value, least = getattr(self, field.name), self._least(field.name)
+            if field.type in (int, "int") and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{field.name} is a whole number from {least} up; got {value!r}.")
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads; got num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}."
             )
@@ -145,6 +159,9 @@ class DecoderConfig:
             raise ValueError(f"pattern has from 1 to num_layers={self.num_layers} kinds; got {len(self.pattern)}.")
         if self.latent is None and any(kind.mixer == "latent_attention" for kind in self.pattern):
             raise ValueError("pattern has layers of latent attention, and latent is None; give its sizes.")
+        for mixer, field in RECURRENT.items():
+            if getattr(self, field) is None and mixer in self.mixers:
+                raise ValueError(f"pattern has layers of {mixer}, and {field} is None; give its sizes.")
         if self.local_rope is None and any(kind.rope == "local_rope" for kind in self.pattern):
             raise ValueError("pattern has layers with rope='local_rope', and local_rope is None; give it.")
         if any(rope and rope.size is not None and rope.size > self.head_dim for rope in (self.rope, self.local_rope)):
@@ -154,6 +171,19 @@ class DecoderConfig:
         value = getattr(self, name)
         if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is a positive number{'' if 'scale' in name else ' or None'}; got {value!r}.")
+
+    def _least(self, name: str) -> int:
+        """The least value of a size: parts that no layer has, have none."""
+        if name in ("num_heads", "num_kv_heads", "head_dim"):
+            return int(any(mixer not in RECURRENT for mixer in self.mixers))
+        if name == "intermediate_size":
+            return int(any(kind.feed_forward is not None for kind in self.pattern))
+        return 1
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The mixers that layers have, each once."""
+        return tuple(dict.fromkeys(kind.mixer for kind in self.pattern))
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -198,6 +228,7 @@ class DecoderConfig:
             "kv_heads": self.num_kv_heads,
             "vocab": self.vocab_size,
             "layers": self.num_layers,
+            "states": sum(mixer in RECURRENT for mixer in self.mixers),
         }
         if self.moe is None:
             return {**sizes, "mlp": self.intermediate_size, "experts": 0}
@@ -236,6 +267,10 @@ class DecoderConfig:
             nested["moe"] = MoEConfig.from_dict(values["moe"])
         if values.get("latent") is not None:
             nested["latent"] = LatentAttentionConfig(**values["latent"])
+        if values.get("mamba2") is not None:
+            nested["mamba2"] = Mamba2Config(**values["mamba2"])
+        if values.get("lightning") is not None:
+            nested["lightning"] = LightningConfig(**values["lightning"])
         if values.get("quantization") is not None:
             nested["quantization"] = Quantization.from_dict(values["quantization"])
         if "pattern" in values:

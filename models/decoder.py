@@ -18,13 +18,12 @@ from jax.sharding import Mesh
 from ..layers.embedding import Embedding, PositionTable
 from ..layers.linear import matmul_precision
 from ..layers.moe import Statistics
-from ..layers.quantized import keeps_dtype
 from ..layers.rope import angles
 from ..sharding import pipeline
 from ..sharding.plan import ONE_DEVICE, Plan
 from ..sharding.rules import parameter_sharding
 from .block import Block, Ropes, Stacks, between, bind_block, name_of, norm_of, state_of
-from .config import ROPES, DecoderConfig, LayerKind
+from .config import ROPES, DecoderConfig, LayerKind, keeps_dtype
 from .stack import REMAT_POLICIES, Run, module_of, segments
 
 Params = dict[str, jax.Array]
@@ -193,6 +192,11 @@ class FunctionalDecoder:
         """The consecutive layers of one stage (of one round), over x [..., D]; `piece` is (ropes, context)."""
         ropes, context = piece
         config = self.config
+        if config.lightning is not None:
+            raise ValueError(
+                "The decays of lightning attention hang on the layer's number, which a pipeline's stages do not know; "
+                "use stage=1."
+            )
         name, stack = next(iter(layers.items()))
         count = len(stack) * config.num_layers // len(config.layers_with(module_of(name)))
         kinds = config.kinds[:count]
@@ -259,11 +263,12 @@ def param_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str, j
 def weight_dtype(name: str, dtype: Any, stored: Any = None) -> Any:
     """The dtype to keep the parameter `name` in when only products in `dtype` are to come.
 
-    Routers stay float32; parts of quantised weights stay as they are `stored`.
+    Routers and what decays a state stay float32; parts of quantised weights stay as they are `stored`.
     """
     if keeps_dtype(name):
         return stored
-    return jnp.promote_types(dtype, jnp.float32) if ".router." in f".{name}" else dtype
+    is_wide = ".router." in f".{name}" or name.rpartition(".")[2] in ("A_log", "dt_bias", "D")
+    return jnp.promote_types(dtype, jnp.float32) if is_wide else dtype
 
 
 def param_axes(config: DecoderConfig) -> dict[str, tuple[str | None, ...]]:

@@ -6,6 +6,7 @@ Each folder is as `save_pretrained` writes it, in bfloat16; `logits.npz` in it h
 (what follows is padding) and logits [B, T, V] float32, computed in float32 from the weights as they are stored.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ LATENT = {
     "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
     "v_head_dim": 10, "moe_intermediate_size": 20, "n_routed_experts": 6, "n_shared_experts": 2,
 }  # fmt: skip
+ATTENTION = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [1.5, 2.0, 3.0, 6.0]}
 
 
@@ -69,10 +71,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                                    "topk_group": 2, "first_k_dense_replace": 2, "num_mtp_layers": 0,
                                    **_rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0,
                                            mscale_all_dim=1.0)}),
+    "mamba2": ("Mamba2", {**dict.fromkeys(ATTENTION), "num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 2,
+                          "chunk_size": 16}),
+    "minimax": ("MiniMax", {"num_hidden_layers": 5, "layer_types": ["linear_attention"] * 2 + ["full_attention"] +
+                            ["linear_attention", "full_attention"], "num_local_experts": 4, "block_size": 16,
+                            "full_attn_alpha_factor": 3.5, "full_attn_beta_factor": 1.1, "linear_attn_alpha_factor":
+                            3.0, "linear_attn_beta_factor": 0.9, "mlp_alpha_factor": 2.5, "mlp_beta_factor": 1.2}),
     "gpt2": ("GPT2", {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 3, "n_head": 4, "hidden_size": None,
                       "intermediate_size": None, "num_hidden_layers": None, "num_attention_heads": None,
                       "num_key_value_heads": None, "max_position_embeddings": None}),
 }  # fmt: skip
+# Rotary frequencies are not in files, but the decays of MiniMax are.
+COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+# Cases whose folder has quantised weights: the case that they are made from, and changes to it.
+QUANTIZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_oss_mxfp4": ("gpt_oss", {"intermediate_size": 64}),
+    "deepseek_v3_fp8": ("deepseek_v3", {}),
+}
+FP8_BLOCK = 16
 NAMES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "GPT2": ("GPT2Config", "GPT2LMHeadModel")}
 
 
@@ -81,7 +97,7 @@ def random_model(name: str, seed: int = 0, **more: Any) -> Any:
     kind, changes = CASES[name]
     changes = {**changes, **more}
     config_name, model_name = NAMES.get(kind, (f"{kind}Config", f"{kind}ForCausalLM"))
-    left_out = {key for key, value in changes.items() if value is None and key in SMALL and kind == "GPT2"}
+    left_out = {key for key, value in changes.items() if value is None and key in SMALL and kind in ("GPT2", "Mamba2")}
     given = {key: value for key, value in {**SMALL, **changes}.items() if key not in left_out}
     model = getattr(transformers, model_name)(getattr(transformers, config_name)(**given))
     generator = torch.Generator().manual_seed(seed)
@@ -99,10 +115,71 @@ def random_model(name: str, seed: int = 0, **more: Any) -> Any:
 
 def exact(model: Any) -> Any:
     """The same model in float32, computed from the parameters as they are stored."""
-    # A fresh one: `to(bfloat16)` has rounded the rotary frequencies too, and `float()` would not bring them back.
+    # A fresh one: `to(bfloat16)` has rounded what is computed too, and `float()` would not bring it back.
     made = type(model)(model.config).float().eval()
-    made.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    stored = {name: tensor.float() for name, tensor in model.state_dict().items() if not name.endswith(COMPUTED)}
+    assert not made.load_state_dict(stored, strict=False).unexpected_keys
     return made
+
+
+def quantise(name: str, model: Any, folder: Path) -> None:
+    """Quantises weights in `folder`, where `model` was saved, and gives the model what they then stand for."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    generator = torch.Generator().manual_seed(1)
+    meant = model.state_dict()
+    if name == "gpt_oss_mxfp4":
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        config["quantization_config"] = {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+                                       "lm_head"],
+        }  # fmt: skip
+        for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
+            experts, into, out = tensors.pop(key).shape
+            blocks = torch.randint(0, 256, (experts, out, into // 32, 16), generator=generator, dtype=torch.uint8)
+            scales = torch.randint(122, 126, (experts, out, into // 32), generator=generator, dtype=torch.uint8)
+            tensors[f"{key}_blocks"], tensors[f"{key}_scales"] = blocks, scales
+            meant[key] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    else:
+        config["quantization_config"] = {
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        }  # fmt: skip
+        rounded = {}
+        for key in list(tensors):
+            if not key.endswith("proj.weight") and "kv_a_proj" not in key:
+                continue
+            weight = tensors[key].float()
+            rows, columns = (-(-size // FP8_BLOCK) for size in weight.shape)
+            padded = torch.zeros(rows * FP8_BLOCK, columns * FP8_BLOCK)
+            padded[: weight.shape[0], : weight.shape[1]] = weight
+            cut = padded.reshape(rows, FP8_BLOCK, columns, FP8_BLOCK)
+            scale = cut.abs().amax((1, 3)) / 448
+            values = (cut / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            back = (values.float() * scale[:, None, :, None]).reshape(padded.shape)
+            tensors[key] = values.reshape(padded.shape)[: weight.shape[0], : weight.shape[1]].contiguous()
+            tensors[key.removesuffix("weight") + "weight_scale_inv"] = scale
+            rounded[key] = back[: weight.shape[0], : weight.shape[1]]
+        meant = {**meant, **_stacked(rounded, meant)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    model.float().load_state_dict(meant)
+
+
+def _stacked(rounded: dict[str, torch.Tensor], meant: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a file as transformers holds them: experts in one, gate and up one below the other."""
+    found = {key: tensor for key, tensor in rounded.items() if key in meant}
+    for key in meant:
+        if ".experts." in key:
+            begin = key.rpartition(".")[0]
+            parts = ("gate_proj", "up_proj") if key.endswith("gate_up_proj") else ("down_proj",)
+            each = [torch.cat([rounded[f"{begin}.{n}.{p}.weight"] for p in parts]) for n in range(len(meant[key]))]
+            found[key] = torch.stack(each)
+    return found
 
 
 def batch(seed: int, vocab_size: int = SMALL["vocab_size"], length: int = 40) -> tuple[np.ndarray, np.ndarray]:
@@ -120,14 +197,24 @@ def logits_of(model: Any, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray
     return found
 
 
+def save(name: str, folder: Path, seed: int = 0, **more: Any) -> Any:
+    """Makes a case's folder; the model that it holds, in float32."""
+    case, changes = QUANTIZED.get(name, (name, {}))
+    model = random_model(case, seed, **changes, **more)
+    model.save_pretrained(folder)
+    model = exact(model)
+    if name in QUANTIZED:
+        quantise(name, model, folder)
+    return model
+
+
 def main(names: list[str]) -> None:
-    for name in names or CASES:
+    for name in names or (*CASES, *QUANTIZED):
         folder = HERE / name
         shutil.rmtree(folder, ignore_errors=True)
-        model = random_model(name)
-        model.save_pretrained(folder)
+        model = save(name, folder)
         tokens, lengths = batch(0)
-        logits = logits_of(exact(model), tokens, lengths)
+        logits = logits_of(model, tokens, lengths)
         np.savez_compressed(folder / "logits.npz", tokens=tokens, lengths=lengths, logits=logits)
         print(name, f"{np.abs(logits).max():.1f}")
 
