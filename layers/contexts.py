@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ..pallas_kernels.flash_attention import flash_attention
+from ..pallas_kernels.linear_attention import linear_attention, ragged_linear_attention
 from ..pallas_kernels.paged_attention import Pages, paged_attention
 from ..pallas_kernels.ring_attention import ring_attention, zigzag
 from ..sharding.all_to_all import over_heads
 from ..sharding.plan import CHOICES
 from ..sharding.rules import ACTIVATION_RULES, current, mesh_axes, partition_spec
 from .cache import Cache
+from .convolution import Convolution, next_state, packed_inputs, paged_inputs
 from .linear import matmul_precision
 from .mixers.attention import Mixing
 
@@ -120,6 +122,39 @@ class PackedContext:
         k_BTHD = jnp.concatenate([k_BTHN, k_turned], axis=-1)
         return self.attend(jnp.concatenate(q, axis=-1), k_BTHD, v_BTHV, cache, layer, mixing)
 
+    def convolve(self, convolution: Convolution, x_BTC: jax.Array, cache: None, layer: Any, mixer: str):
+        """A causal convolution that does not cross documents; returns ([B, T, C], None), as nothing is kept."""
+        return convolution(packed_inputs(x_BTC, self.segment_ids_BT, convolution.width)), cache
+
+    def attend_linear(
+        self,
+        q_BTGN: jax.Array,
+        k_BTGN: jax.Array,
+        v_BTHP: jax.Array,
+        log_decay_BTH: jax.Array,
+        cache: None,
+        layer: Any,
+        mixer: str,
+    ):
+        """Linear attention within segments (`pallas_kernels.linear_attention`); returns ([B, T, H, P], None)."""
+        arguments, mesh = (q_BTGN, k_BTGN, v_BTHP, log_decay_BTH, self.segment_ids_BT), current()
+        if mesh is None:
+            return _attend_linear_rows(*arguments), cache
+        if mesh_axes("tokens", mesh) or mesh_axes("heads", mesh):
+            raise NotImplementedError(
+                f"{mixer} keeps a state, and is not cut over tokens or heads yet; use a plan whose sequence and tensor "
+                "are 1."
+            )
+        rows = partition_spec(("batch",), mesh, ACTIVATION_RULES)
+        local = jax.shard_map(_attend_linear_rows, in_specs=(rows,) * 5, out_specs=rows, check_vma=False)
+        return local(*arguments), cache
+
+
+def _attend_linear_rows(
+    q_BTGN: jax.Array, k_BTGN: jax.Array, v_BTHP: jax.Array, log_decay_BTH: jax.Array, ids_BT: jax.Array
+) -> jax.Array:
+    return linear_attention(q_BTGN, k_BTGN, v_BTHP, log_decay_BTH, segment_ids_BT=ids_BT)
+
 
 def _attend_rows(
     mixing: Mixing,
@@ -198,17 +233,22 @@ class PagedContext:
     @property
     def is_token(self) -> jax.Array:
         """Bool [T], False for rows of no request."""
-        row_T1 = jnp.arange(len(self.positions_T))[:, None]
-        end_R = self.query_start_R + self.query_length_R
-        return jnp.any((self.query_start_R <= row_T1) & (row_T1 < end_R), axis=1)
+        return jnp.any(self._is_of_TR, axis=1)
 
     @property
     def lengths(self) -> jax.Array:
         """int32 [T]: how many tokens each row's request had when it was let in."""
+        return jnp.max(jnp.where(self._is_of_TR, self.prompt_length_R, 1), axis=1)
+
+    @property
+    def _is_of_TR(self) -> jax.Array:
+        """Bool, which request each row belongs to."""
         row_T1 = jnp.arange(len(self.positions_T))[:, None]
-        end_R = self.query_start_R + self.query_length_R
-        owned_TR = (self.query_start_R <= row_T1) & (row_T1 < end_R)
-        return jnp.max(jnp.where(owned_TR, self.prompt_length_R, 1), axis=1)
+        return (self.query_start_R <= row_T1) & (row_T1 < self.query_start_R + self.query_length_R)
+
+    def _slots(self, slots: int) -> jax.Array:
+        """int32 [T], the slot of each row's request; `slots`, the number of them, for rows of none."""
+        return jnp.min(jnp.where(self._is_of_TR, self.slot_R, slots), axis=1)
 
     def attend(
         self,
@@ -284,3 +324,44 @@ class PagedContext:
         k_T1D = jnp.concatenate([latent_TR[:, None], k_turned_T1P], axis=-1)
         mixed_THR, cache = self.attend(jnp.concatenate([q_THR, q_THP], axis=-1), k_T1D, None, cache, layer, mixing)
         return jnp.einsum("thr,hvr->thv", mixed_THR, up_HVR, precision=precision), cache
+
+    def convolve(
+        self, convolution: Convolution, x_TC: jax.Array, cache: Cache, layer: Any, mixer: str
+    ) -> tuple[jax.Array, Cache]:
+        """A causal convolution over each request, whose last inputs the cache keeps; returns ([T, C], cache)."""
+        state_LSWC = cache.states[name := f"{mixer}.inputs"]
+        start_T = jnp.max(jnp.where(self._is_of_TR, self.query_start_R, 0), axis=1)
+        offset_T = jnp.arange(len(x_TC)) - start_T
+        slot_T = self._slots(state_LSWC.shape[1])
+        inputs = paged_inputs(x_TC, state_LSWC, layer, slot_T, offset_T, self.positions_T)
+        last_R = jnp.maximum(self.query_start_R + self.query_length_R - 1, 0)
+        state_LSWC = next_state(inputs, state_LSWC, layer, last_R, self.slot_R)
+        return convolution(inputs), cache.with_state(name, state_LSWC)
+
+    def attend_linear(
+        self,
+        q_TGN: jax.Array,
+        k_TGN: jax.Array,
+        v_THP: jax.Array,
+        log_decay_TH: jax.Array,
+        cache: Cache,
+        layer: Any,
+        mixer: str,
+    ) -> tuple[jax.Array, Cache]:
+        """Linear attention over each request, whose state the cache keeps; returns ([T, H, P], cache).
+
+        Slots are used again: a request's first token starts from zero.
+        """
+        state_LSHNP = cache.states[name := f"{mixer}.state"]
+        y_THP, state_LSHNP = ragged_linear_attention(
+            q_TGN,
+            k_TGN,
+            v_THP,
+            log_decay_TH,
+            state_LSHNP,
+            layer=layer,
+            slot_T=self._slots(state_LSHNP.shape[1]),
+            is_first_T=self.positions_T == 0,
+            decode_rows=self.decode_rows,
+        )
+        return y_THP, cache.with_state(name, state_LSHNP)

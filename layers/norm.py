@@ -12,6 +12,7 @@ class RMSNorm(nnx.Module):
 
     Args:
         offset: one is added to the weight, which starts at zero (Gemma).
+        groups: equal parts of [D], each scaled by itself.
         axis: the logical axis of the weight.
     """
 
@@ -21,15 +22,19 @@ class RMSNorm(nnx.Module):
         *,
         epsilon: float,
         offset: bool = False,
+        groups: int = 1,
         axis: str | None = "embed",
         param_dtype: jnp.dtype = jnp.float32,
     ):
         self.weight = nnx.Param((jnp.zeros if offset else jnp.ones)((width,), param_dtype), axes=(axis,))
-        self.epsilon, self.offset = epsilon, offset
+        self.epsilon, self.offset, self.groups = epsilon, offset, groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.groups > 1:
+            wide = wide.reshape(*x.shape[:-1], self.groups, -1)
         scaled = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        scaled = scaled.reshape(x.shape)
         weight = gather(self.weight[...], self.weight.axes)
         if self.offset:
             return (scaled * (1 + weight.astype(wide.dtype))).astype(x.dtype)

@@ -15,6 +15,8 @@ from flax import nnx
 
 from ..layers.mixers.attention import Attention
 from ..layers.mixers.latent_attention import LatentAttention
+from ..layers.mixers.lightning_attention import LightningAttention
+from ..layers.mixers.mamba2 import Mamba2
 from ..layers.mlp import MLP
 from ..layers.moe import MoE, Statistics
 from ..layers.norm import LayerNorm, RMSNorm
@@ -32,7 +34,10 @@ class Block(nnx.Module):
         out_scale = (2 * config.num_layers) ** -0.5
         self.mixer, self.rope, self.window = kind.mixer, kind.rope, kind.window
         self.residual_scale = config.residual_scale
-        before, after = (config.norm_placement in (where, "both") for where in ("before", "after"))
+        self.mixer_scales, self.feed_forward_scales = kind.mixer_scales, kind.feed_forward_scales
+        self.norms_residual = config.norm_placement == "residual"
+        before = config.norm_placement in ("before", "both", "residual")
+        after = config.norm_placement in ("after", "both")
         common = {
             "out_scale": out_scale,
             "quantization": config.quantization,
@@ -64,7 +69,7 @@ class Block(nnx.Module):
         rope = None if self.rope is None else ropes[self.rope]
         normed = x if self.attention_norm is None else self.attention_norm(x)
         mixed, cache = getattr(self, self.mixer)(inside(normed), rope, context, cache, layer, self.window)
-        x = self._add(x, between(mixed), self.attention_out_norm)
+        x = self._add(normed if self.norms_residual else x, between(mixed), self.attention_out_norm, self.mixer_scales)
         if self.mlp is None and self.moe is None:
             return x, cache, None
         normed, statistics = x if self.mlp_norm is None else self.mlp_norm(x), None
@@ -73,11 +78,16 @@ class Block(nnx.Module):
         else:
             assert self.mlp is not None
             y = self.mlp(inside(normed))
-        return self._add(x, between(y), self.mlp_out_norm), cache, statistics
+        x = normed if self.norms_residual else x
+        return self._add(x, between(y), self.mlp_out_norm, self.feed_forward_scales), cache, statistics
 
-    def _add(self, x: jax.Array, y: jax.Array, norm: nnx.Module | None) -> jax.Array:
+    def _add(self, x: jax.Array, y: jax.Array, norm: nnx.Module | None, scales: tuple[float, float]) -> jax.Array:
         y = y if norm is None else norm(y)
-        return x + (y if self.residual_scale == 1 else y * jnp.asarray(self.residual_scale, y.dtype))
+        return _times(x, scales[0]) + _times(y, scales[1] * self.residual_scale)
+
+
+def _times(x: jax.Array, scale: float) -> jax.Array:
+    return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
 
 def _mixer(config: DecoderConfig, name: str, common: dict[str, Any]) -> nnx.Module:
@@ -94,6 +104,13 @@ def _mixer(config: DecoderConfig, name: str, common: dict[str, Any]) -> nnx.Modu
             scale=config.latent_scale,
             **common,
         )
+    if name == "mamba2":
+        assert config.mamba2 is not None
+        return Mamba2(width, config.mamba2, norm_options=norm_options, **common)
+    if name == "lightning_attention":
+        assert config.lightning is not None
+        layers = config.layers_with(name)
+        return LightningAttention(width, config.lightning, layers=layers, num_layers=config.num_layers, **common)
     return Attention(
         width,
         num_heads=config.num_heads,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..layers.cache import Cache, init_pages
-from .config import DecoderConfig
+from .config import RECURRENT, DecoderConfig
 
 
 def init_cache(config: DecoderConfig, *, num_pages: int, page_size: int, slots: int, dtype: jnp.dtype) -> Cache:
@@ -21,7 +21,14 @@ def init_cache(config: DecoderConfig, *, num_pages: int, page_size: int, slots: 
         assert config.latent is not None
         kept, rank = config.latent.kv_rank + config.latent.rope_dim, config.latent.kv_rank
         pages = init_pages(layers, num_pages, page_size, 1, kept, dtype, latent=rank)
-    return Cache(pages, {})
+    wide = jnp.promote_types(dtype, jnp.float32)
+    states = {
+        f"{mixer}.{name}": jnp.zeros((len(config.layers_with(mixer)), slots, *shape), wide)
+        for mixer in config.mixers
+        if mixer in RECURRENT
+        for name, shape in getattr(config, RECURRENT[mixer]).states.items()
+    }
+    return Cache(pages, states)
 
 
 def page_bytes(config: DecoderConfig, page_size: int, dtype: jnp.dtype) -> int:

@@ -127,6 +127,8 @@ def _mesh(text: str, model: DecoderConfig) -> Mesh | None:
         raise PlanError(f"The plan {plan} does not fit: {'; '.join(problems)}. Choose a tensor that divides them all.")
     if model.moe is not None:
         raise PlanError("A mixture of experts is served by one device so far; leave plan out.")
+    if model.dimensions["states"]:
+        raise PlanError(f"Layers of {', '.join(model.mixers)} are served by one device so far; leave plan out.")
     return plan.mesh()
 
 

@@ -139,8 +139,8 @@ class Plan:
 
         Args:
             dimensions: any of "embed", "heads", "kv_heads", "mlp", "vocab", "layers", "experts" (0: dense),
-                "expert_mlp", "rows" (of a batch, before a pipeline cuts it) and "tokens" (of a row). What is left out
-                is not checked.
+                "expert_mlp", "states" (mixers that keep a state), "rows" (of a batch, before a pipeline cuts it) and
+                "tokens" (of a row). What is left out is not checked.
         """
         found = []
         for name, (parts, why) in self._divisors().items():
@@ -149,6 +149,9 @@ class Plan:
                 found.append(f"{name} of {size} cannot be cut over {why} = {parts}")
         if self.expert > 1 and dimensions.get("experts") == 0:
             found.append(f"expert={self.expert} needs a mixture of experts, and the model is dense")
+        for name in ("sequence", "tensor"):
+            if (count := getattr(self, name)) > 1 and dimensions.get("states"):
+                found.append(f"{name}={count} cannot cut layers that keep a state (Mamba-2, lightning attention) yet")
         return found
 
     def _divisors(self) -> dict[str, tuple[int, str]]:

@@ -13,9 +13,9 @@ Arrays = dict[str, jax.Array]
 
 
 def decayed(name: str) -> bool:
-    """Whether weight decay applies to the parameter: to matrices, not to norms and biases."""
+    """Whether weight decay applies to the parameter: to matrices, not to norms, biases, and a state's own constants."""
     module, _, kind = name.rpartition(".")
-    return kind != "bias" and not module.endswith("norm")
+    return kind not in ("bias", "dt_bias", "A_log", "D") and not module.endswith("norm")
 
 
 def init(params: Arrays) -> dict:
