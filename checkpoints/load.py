@@ -120,7 +120,7 @@ def load_model(
 
     Args:
         path: the folder.
-        dtype: cast the parameters to it; None keeps what is stored.
+        dtype: cast the parameters to it, or each to what this function gives for its name; None keeps what is stored.
         mesh, plan: where the parameters live (one of the two); by default on the first device.
         verify: compare a step's files with their checksums first: those that this process reads.
         progress: called with (parameter name, parameters done, parameters in all).
@@ -161,7 +161,10 @@ def _verify_here(found: Manifest, mesh: Mesh | None) -> None:
 
 
 def _cast(name: str, dtype: Any) -> Any:
-    return None if keeps_dtype(name) else dtype
+    """The dtype of a parameter, None for the stored one; jnp.bfloat16 is a type, and not a function of the name."""
+    if keeps_dtype(name):
+        return None
+    return dtype(name) if callable(dtype) and not isinstance(dtype, type) else dtype
 
 
 def _shardings(config: DecoderConfig, mesh: Mesh | None) -> dict[str, Any]:
@@ -221,6 +224,7 @@ def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | None, progress: An
     with opened.open_tensors() as tensors:
         for name, parameter in hf.match_tensors(tensors, config, shapes).items():
             params[name] = to_device(parameter, shardings.get(name), _cast(name, dtype))
+            tensors.release()
             if progress:
                 progress(name, len(params), len(shapes))
     return LoadedModel(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +17,12 @@ from . import files, manifest, shared
 from .arrays import StoredArray, open_array
 from .errors import CheckpointError, DamagedCheckpoint, MismatchedCheckpoint, first_few
 from .manifest import ArraySpec, Description, Manifest
+from .stream import blocks
 
 # Arrays are cut into files of at most this many bytes, so that checksums and reads are parallel.
 _CHUNK_BYTES = 256 << 20
+_COPY_BYTES = 256 << 20  # of the largest piece that is in memory twice on its way to a device
+_ALIGNMENT = 64  # bytes
 
 
 def flatten(state: Any) -> dict[str, Any]:
@@ -48,6 +52,8 @@ class Readable(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray: ...
 
 
@@ -55,11 +61,32 @@ def to_device(stored: Readable, sharding: jax.sharding.Sharding | None, dtype: A
     """A stored array on its devices; each reads only its part. Cast to `dtype` on the way, when one is given."""
 
     def part(index: Any) -> np.ndarray:
-        return np.array(stored.read(index), dtype)  # a copy: the file must not be aliased by a buffer
+        return _copy(stored, index or (), dtype)
 
     if sharding is None:
         return jax.device_put(part(()))
     return jax.make_array_from_callback(stored.shape, sharding, part)
+
+
+def _copy(stored: Readable, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """The numbers at an index in memory of their own, as no buffer must alias a file; copied in blocks."""
+    full = (*index, *[slice(None)] * (len(stored.shape) - len(index)))
+    spans = [one.indices(size)[:2] for one, size in zip(full, stored.shape, strict=True)]
+    dtype = np.dtype(stored.dtype if dtype is None else dtype)
+    out = _aligned([stop - start for start, stop in spans], dtype)
+    for box in blocks(out.shape, dtype.itemsize, _COPY_BYTES):
+        pairs = zip(box, spans, strict=False)
+        inside = tuple(slice(start + own.start, start + own.stop) for own, (start, _) in pairs)
+        out[box] = stored.read((*inside, *full[len(box) :]))
+    return out
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array whose memory XLA's CPU devices take over as it is, instead of copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def snapshot(leaf: Any) -> Any:

@@ -37,7 +37,13 @@ class Region:
 
     file: str
     start: int
-    box: Box = ()
+    box: Box
+
+    def blocks(self, itemsize: int) -> Iterator[Box]:
+        """The box in blocks, in order."""
+        for block in blocks([one.stop - one.start for one in self.box], itemsize):
+            inside = (slice(a.start + b.start, a.start + b.stop) for a, b in zip(self.box, block, strict=False))
+            yield (*inside, *self.box[len(block) :])
 
 
 @dataclass(frozen=True)
@@ -46,17 +52,22 @@ class Piece:
 
     Attributes:
         name: for people.
-        nbytes: in the target's dtype.
+        dtype: of the target.
         regions: where it goes.
-        read: the source's numbers, best as a view of a mapped file.
+        source: prepares to read, and gives what reads a box, best as a view of a mapped file.
         written: the numbers of a box, as readers of the target will get them.
     """
 
     name: str
-    nbytes: int
+    dtype: np.dtype
     regions: tuple[Region, ...]
-    read: Callable[[], np.ndarray]
+    source: Callable[[], Callable[[Box], np.ndarray]]
     written: Callable[[Box], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        sizes = (math.prod(one.stop - one.start for one in region.box) for region in self.regions)
+        return sum(sizes) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -163,25 +174,24 @@ class Copy:
             pool.shutdown(cancel_futures=True)
 
     def _write(self, piece: Piece) -> None:
-        array = piece.read()
+        read = piece.source()
         for region in piece.regions:
-            part, at = array[region.box], region.start
+            at = region.start
             with open(self.folder / region.file, "r+b", buffering=0) as file:
-                for box in blocks(part.shape, part.dtype.itemsize):
-                    data = bytes_of(self.cast(piece.name, part[box]))
+                for box in region.blocks(piece.dtype.itemsize):
+                    data = bytes_of(self.cast(piece.name, read(box)))
                     if region.file not in self._begun or not _stands_there(file.fileno(), data, at):
                         _write_all(file.fileno(), data.data, at)
                     at += data.size
 
     def _verify(self, piece: Piece) -> None:
-        array = piece.read()
+        read = piece.source()
         for region in piece.regions:
-            part, written = array[region.box], piece.written(region.box)
-            same = (written.shape, written.dtype) == (part.shape, self.cast.of(part.dtype))
-            for box in blocks(part.shape, part.dtype.itemsize):
-                same = same and np.array_equal(bytes_of(written[box]), bytes_of(self.cast(piece.name, part[box])))
-            if not same:
-                raise DamagedCheckpoint(f"{piece.name} was not written as it is; is the disk failing?")
+            for box in region.blocks(piece.dtype.itemsize):
+                wanted, found = self.cast(piece.name, read(box)), piece.written(box)
+                same = (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+                if not same or not np.array_equal(bytes_of(found), bytes_of(wanted)):
+                    raise DamagedCheckpoint(f"{piece.name} was not written as it is; is the disk failing?")
 
 
 def bytes_of(array: np.ndarray) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +53,7 @@ class ToHuggingFace:
         self.size = sum(spec.nbytes for spec in self.specs)
         self._shards = safetensors.plan_shards(self.specs, max_shard_bytes)
         self._written: SafetensorsFolder | None = None
+        self._opening = threading.Lock()
         self.notes = []
         if not found.description.tokenizer_files:
             self.notes.append("the checkpoint has no tokenizer, so the folder has none")
@@ -92,10 +95,10 @@ class ToHuggingFace:
             heads[file], starts = safetensors.lay_out(specs, {"format": "pt"})
             sizes[file] = len(heads[file]) + sum(spec.nbytes for spec in specs)
             for spec in specs:
-                at = (Region(file, starts[spec.name]),)
-                read, written = partial(self._read, spec), partial(self._read_back, folder.tmp, spec.name)
-                pieces.append(Piece(spec.name, spec.nbytes, at, read, written))
-        return Copy(folder.tmp, sizes, pieces, self._cast, tell, heads)
+                at = (Region(file, starts[spec.name], tuple(slice(0, size) for size in spec.shape)),)
+                source, written = partial(self._source, spec), partial(self._read_back, folder.tmp, spec.name)
+                pieces.append(Piece(spec.name, spec.dtype, at, source, written))
+        return Copy(folder.tmp, sizes, pieces, self._cast, tell, heads, self._release)
 
     def _write_small(self, folder: Path) -> None:
         description = self._description
@@ -128,22 +131,30 @@ class ToHuggingFace:
                 "It stays a Twinax checkpoint: `twinax serve` and `twinax train` take it as it is."
             )
 
-    def _read(self, spec: TensorSpec) -> np.ndarray:
+    def _source(self, spec: TensorSpec) -> Callable[[Box], np.ndarray]:
         entries = self._entries[spec.name]
-        if len(entries) == 1:  # a view where it can be, to be cast in blocks
-            return tensor_from(entries, spec.shape, self._dtype(spec.name), self._of)
-        return tensor_from(entries, spec.shape, spec.dtype, lambda entry: self._cast(spec.name, self._of(entry)))
+        first, array = entries[0], self._arrays[entries[0].name]
+        plain = len(entries) == 1 and first.rows is None and not first.transposed
+        if plain and array.shape[len(first.index) :] == spec.shape:
+            return partial(self._of, first)
+        read = tensor_from(entries, spec.shape, spec.dtype, lambda entry: self._cast(spec.name, self._of(entry)))
+        return read.__getitem__
 
-    def _of(self, entry: TensorEntry) -> np.ndarray:
+    def _of(self, entry: TensorEntry, box: Box = ()) -> np.ndarray:
         one = tuple(slice(i, i + 1) for i in entry.index)
-        return self._arrays[entry.name].read(one)[(0,) * len(one)]
+        return self._arrays[entry.name].read((*one, *box))[(0,) * len(one)]
 
     def _read_back(self, folder: Path, name: str, box: Box) -> np.ndarray:
-        if self._written is None:
-            self._written = SafetensorsFolder(folder)
-            if set(self._written.specs()) != set(self._entries):
-                raise DamagedCheckpoint(f"{folder} does not have the tensors that were written to it")
+        with self._opening:
+            if self._written is None:
+                self._written = SafetensorsFolder(folder)
+                if set(self._written.specs()) != set(self._entries):
+                    raise DamagedCheckpoint(f"{folder} does not have the tensors that were written to it")
         return self._written.read(name)[box]
+
+    def _release(self) -> None:
+        if self._written is not None:
+            self._written.release()
 
     def finish(self, folder: NewFolder) -> None:
         """Gives the folder its name."""

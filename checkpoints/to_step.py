@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,24 +82,12 @@ class ToStep:
         self, folder: Path, where: str, parameter: Parameter, chunk: tuple[int, ...], dtype: np.dtype
     ) -> list[Piece]:
         depth = len(parameter.entries[0].index)
-        size = math.prod(parameter.shape[depth:]) * dtype.itemsize
         names = {entry.index: entry.hf_name for entry in parameter.entries}
         found = []
         for place in itertools.product(*map(range, parameter.shape[:depth])):
-            one, first = tuple(slice(i, i + 1) for i in place), (0,) * depth
-
-            def written(box: Box, one: Box = one, first: tuple[int, ...] = first) -> np.ndarray:
-                return open_array(folder / where).read((*one, *box))[first]
-
-            found.append(
-                Piece(
-                    names[place],
-                    size,
-                    layout.regions(where, place, parameter.shape, chunk, dtype.itemsize),
-                    lambda place=place: parameter.part(place),
-                    written,
-                )
-            )
+            at = layout.regions(where, place, parameter.shape, chunk, dtype.itemsize)
+            source, written = partial(_source, parameter, place), partial(_written, folder / where, place)
+            found.append(Piece(names[place], dtype, at, source, written))
         return found
 
     def finish(self, folder: StepWriter) -> None:
@@ -111,3 +101,12 @@ class ToStep:
         specs = {name: (one.shape, self._cast.of(one.dtype).name) for name, one in self._parameters.items()}
         arrays = {f"params.{name}": ArraySpec(tuple(shape), dtype) for name, (shape, dtype) in specs.items()}
         folder.finish(manifest.step_of(folder.final.name) or 0, description, arrays)
+
+
+def _source(parameter: Parameter, place: tuple[int, ...]) -> Callable[[Box], np.ndarray]:
+    return parameter.part(place).__getitem__
+
+
+def _written(folder: Path, place: tuple[int, ...], box: Box) -> np.ndarray:
+    one = tuple(slice(i, i + 1) for i in place)
+    return open_array(folder).read((*one, *box))[(0,) * len(one)]

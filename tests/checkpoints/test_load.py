@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from tests.checkpoints.helpers import (
     small_config,
     write_hugging_face,
 )
+from twinax.checkpoints import step
 from twinax.checkpoints.errors import CheckpointError, DamagedCheckpoint, MismatchedCheckpoint, NoCheckpoint
 from twinax.checkpoints.load import load_model
 from twinax.checkpoints.store import CheckpointStore
@@ -237,3 +239,22 @@ def test_generation_comes_from_config_json_where_it_has_no_file_of_its_own(tmp_p
     assert load_model(folder).generation == {"eos_token_id": [1, 2]}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "temperature": 0.5}))
     assert load_model(folder).generation == {"eos_token_id": 5, "temperature": 0.5}
+
+
+def test_a_dtype_for_each_parameter(tmp_path):
+    write_hugging_face(tmp_path / "hf", CONFIG, random_params(CONFIG))
+    params = load_model(tmp_path / "hf", dtype=lambda name: "float32" if "norm" in name else "bfloat16").params
+    expected = {n: a if "norm" in n else a.astype("bfloat16") for n, a in random_params(CONFIG).items()}
+    assert_same_bits(host(params), dict(sorted(expected.items())))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4, 5), (2, 1, 7)])
+@pytest.mark.parametrize("limit", [1, 40, 10**6])
+def test_copies_in_blocks(monkeypatch, shape, limit):
+    monkeypatch.setattr(step, "_COPY_BYTES", limit)
+    array = np.arange(np.prod(shape, dtype=int), dtype=np.int32).reshape(shape)
+    stored = SimpleNamespace(shape=shape, dtype=array.dtype, read=lambda index: array[index])
+    found = step.to_device(stored, None, "float32")
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, array)
+    assert step._aligned(shape, array.dtype).ctypes.data % 64 == 0
