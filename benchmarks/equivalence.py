@@ -33,6 +33,7 @@ ROWS, TOKENS, VOCABULARY = 16, 16, 64
 MODELS = ("dense", "mixture of experts")
 # Not in the matrix: what families other than Llama bring, all at once.
 EVERY_OPTION = "every option"
+LATENT = "latent attention"  # dense layers and mixtures in turn
 FILE = Path(__file__).parent.parent / "docs" / "equivalence.md"
 
 
@@ -51,6 +52,7 @@ VARIANTS = tuple(itertools.starmap(Variant, itertools.product(("none", "full"), 
 
 
 def model_config(name: str) -> Any:
+    from twinax.layers.mixer_config import LatentAttentionConfig
     from twinax.layers.moe_config import MoEConfig
     from twinax.layers.rope_config import RopeConfig
     from twinax.models.config import DecoderConfig, LayerKind
@@ -77,18 +79,29 @@ def model_config(name: str) -> Any:
             "logit_softcap": 3.0,
             "tie_embeddings": True,
         }
+    if name == LATENT:
+        kinds = (LayerKind(mixer="latent_attention", feed_forward="mlp"), LayerKind(mixer="latent_attention"))
+        moe = dataclasses.replace(
+            moe, router="sigmoid", groups=4, groups_per_token=2, group_top=2, router_bias=True, bias=True, clamp=0.5,
+            gate_slope=1.7, up_offset=1.0, bias_update=1e-3,
+        )  # fmt: skip
+        more = {
+            "pattern": kinds,
+            "rope": RopeConfig(size=2),
+            "latent": LatentAttentionConfig(query_rank=8, kv_rank=8, nope_dim=2, rope_dim=2, value_dim=6),
+            "num_kv_heads": 8,
+        }
     return DecoderConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
         num_layers=8,
         num_heads=8,
-        num_kv_heads=4,
         head_dim=4,
         max_position_embeddings=TOKENS,
         attention_bias=True,
-        moe=moe if name == MODELS[1] else None,
-        **more,
+        moe=moe if name in (MODELS[1], LATENT) else None,
+        **{"num_kv_heads": 4, **more},
     )
 
 

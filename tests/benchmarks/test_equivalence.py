@@ -5,7 +5,7 @@ import pytest
 from jax import lax
 
 from benchmarks import equivalence
-from benchmarks.equivalence import EVERY_OPTION, LIMIT, MODELS, VARIANTS, compare, plans
+from benchmarks.equivalence import EVERY_OPTION, LATENT, LIMIT, MODELS, VARIANTS, compare, plans
 from tests.thorough import thorough
 from twinax.sharding.plan import Plan
 
@@ -46,6 +46,22 @@ def test_layouts_give_the_numbers_of_one_device(model, plan, variant):
 )
 def test_every_option_of_a_decoder_gives_the_numbers_of_one_device(plan, variant):
     found = compare(EVERY_OPTION, Plan.parse(plan), variant)
+    assert isinstance(found, dict) and max(found.values()) < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("plan", "variant"),
+    thorough(
+        [
+            ("fsdp=2,tensor=2,expert=2", VARIANTS[3]),
+            ("sequence=2,tensor=2,data=2", VARIANTS[0]),
+            ("stage=2,expert=2,schedule=1f1b", VARIANTS[1]),
+        ],
+        quick=0,
+    ),
+)
+def test_latent_attention_and_layers_that_differ_give_the_numbers_of_one_device(plan, variant):
+    found = compare(LATENT, Plan.parse(plan), variant)
     assert isinstance(found, dict) and max(found.values()) < LIMIT
 
 

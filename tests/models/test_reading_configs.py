@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from twinax.layers.rope_config import LinearScaling, LongRopeScaling, RopeConfig, YarnScaling
 from twinax.models import families
 from twinax.models.config import DecoderConfig, LayerKind
+from twinax.models.decoder import param_shapes
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "families"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if (path / "config.json").exists())
@@ -106,11 +108,83 @@ def test_yarn_as_qwen_writes_it():
         ("phi3_longrope", {"rope_parameters": {"type": "longrope", "short_factor": [1]}}, "missing: .'long_factor"),
         ("mistral", {"sliding_window": 0}, "A window is a whole number"),
         ("olmo2", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("gpt_oss_mxfp4", {"quantization_config": {"quant_method": "gptq"}}, "quant_method='gptq'"),
+        ("gpt_oss_mxfp4", {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}}, "not_conv"),
+        ("deepseek_v3_fp8", {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "fmt='e5m2'"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy'"),
+        ("deepseek_v3", {"n_group": 4}, "groups must divide num_experts"),
+        ("deepseek_v3", {"topk_group": 1}, "fewer than experts_per_token=3"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True"),
     ],
 )
 def test_what_could_change_a_number_is_refused(case, changes, message):
     with pytest.raises(ValueError, match=message):
         read(case, **changes)
+
+
+RELEASED = {
+    # As OpenAI and DeepSeek wrote them, without the keys of tokens and of training.
+    "gpt-oss-20b": {
+        "attention_bias": True, "attention_dropout": 0.0, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu",
+        "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+        "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+        "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False,
+        "quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+                                "model.embed_tokens", "lm_head"], "quant_method": "mxfp4"},
+        "rms_norm_eps": 1e-05, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
+            "original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": False}, "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": False,
+        "vocab_size": 201088,
+    },
+    "DeepSeek-V3": {
+        "attention_bias": False, "attention_dropout": 0.0, "ep_size": 1, "first_k_dense_replace": 3,
+        "hidden_act": "silu", "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "model_type": "deepseek_v3", "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True,
+        "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                                "weight_block_size": [128, 128]},
+        "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000,
+        "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 4,
+        "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
+    },
+    "DeepSeek-V2-Lite": {
+        "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "first_k_dense_replace": 1,
+        "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 10944, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "model_type": "deepseek_v2", "moe_intermediate_size": 1408,
+        "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": False,
+        "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16,
+        "pretraining_tp": 1, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
+            "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000,
+        "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": True, "tie_word_embeddings": False,
+        "topk_group": 1, "topk_method": "greedy", "v_head_dim": 128, "vocab_size": 102400,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("gpt-oss-20b", 20.91), ("DeepSeek-V3", 671.03), ("DeepSeek-V2-Lite", 15.71)]
+)
+def test_released_configs_make_models_of_their_size(name, billions):
+    """In parameters, as the model cards count them."""
+    family = families.load(RELEASED[name]["model_type"])
+    config = family.from_hf(RELEASED[name])
+    assert family.from_hf(family.to_hf(config)) == config
+    shapes = param_shapes(config, jnp.bfloat16)
+    packed = config.quantization is not None and config.quantization.format == "mxfp4"
+    count = sum(
+        like.size * (2 if packed and path.endswith(".values") else 1)
+        for path, like in shapes.items()
+        if not path.endswith(".scales")
+    )
+    assert count / 1e9 == pytest.approx(billions, abs=0.006)
+    table = family.tensor_table(config)
+    assert {entry.name for entry in table} == set(shapes)
 
 
 def test_longrope_factors_for_another_head_are_an_error():
