@@ -1,13 +1,17 @@
-"""What every test shares: JAX on the CPU with eight simulated devices, a compile cache, repeatable Hypothesis."""
+"""What every test shares: JAX on the CPU with eight simulated devices, quick compiles, repeatable Hypothesis."""
 
 import os
 from pathlib import Path
 
+from tests import quick
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Before JAX is imported, and inherited by the processes that tests start.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    for name, value in quick.ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -36,11 +40,10 @@ def compile_cache():
 
 
 @pytest.fixture
-def plain_compile():
-    """XLA leaves out its dear optimisations, a third of such a test's time. For tests of meaning; never of bits."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def full_compile():
+    """See `tests.quick.full_compile`; the other tests compile quickly."""
+    with quick.full_compile():
+        yield
 
 
 @pytest.fixture(scope="session")

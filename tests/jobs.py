@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.quick import QUICK
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Far beyond what anything takes: it only keeps a bug from hanging the suite.
 TIMEOUT = 400
@@ -33,7 +31,7 @@ def free_port() -> int:
 
 
 def environment(devices: int, **more: str) -> dict[str, str]:
-    """For processes with so many simulated devices; programs are compiled quickly, not well."""
+    """For processes with so many simulated devices."""
     left_out = ("SLURM_", "JOB_COMPLETION", "JOBSET", "JAX_COORD")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     return {
@@ -41,7 +39,6 @@ def environment(devices: int, **more: str) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
-        "XLA_FLAGS": " ".join(f"--{name}={value}".lower() for name, value in QUICK.items()),
         "PYTHONUNBUFFERED": "1",
         **more,
     }

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.quick import QUICK
 from tests.thorough import thorough
 from twinax.layers.moe import MoE
 from twinax.layers.moe_config import MoEConfig
@@ -95,14 +94,13 @@ def assert_same(got, want, tolerance=1e-10):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), (jax.tree_util.keystr(path), a, b)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize("name", thorough(CONFIGS, range(0, len(CONFIGS), 2)))
 def test_values_statistics_and_gradients_are_those_of_a_loop_over_tokens_and_experts(name):
     config = CONFIGS[name]
     with jax.enable_x64(True):
         graph, state = make(config)
         x, is_token, dy = inputs(2, 3)
-        own = jax.jit(partial(value_and_gradients, partial(layer, graph, is_token)), compiler_options=QUICK)
+        own = jax.jit(partial(value_and_gradients, partial(layer, graph, is_token)))
         got = own(state, x, dy)
 
         def loops(state, x):
@@ -166,14 +164,14 @@ def check_plan(plan: Plan, config: MoEConfig, change=lambda state: state, consta
             with use(mesh):
                 return value_and_gradients(partial(layer, graph, is_token), state, x, dy)
 
-        want = jax.jit(partial(run, None), compiler_options=QUICK)(state, x, is_token, dy)
+        want = jax.jit(partial(run, None))(state, x, is_token, dy)
         places = [
             (path, leaf.replace(parameter_sharding(leaf.get_metadata()["axes"], mesh, leaf.get_value().shape)))
             for path, leaf in nnx.to_flat_state(state)
         ]
         place = nnx.from_flat_state(places), *[activation_sharding(("batch", "tokens"), mesh)] * 3
         placed = jax.device_put((state, x, is_token, dy), place)
-        got = jax.jit(partial(run, mesh)).lower(*placed).compile(compiler_options=QUICK)(*placed)
+        got = jax.jit(partial(run, mesh)).lower(*placed).compile()(*placed)
     assert_same(got, want)
     return got
 
@@ -199,7 +197,7 @@ def test_padding_reaches_no_expert():
     with jax.enable_x64(True):
         graph, state = make(SOFTMAX)
         x, is_token, _ = inputs(2, 6)
-        function = jax.jit(lambda x, is_token: nnx.merge(graph, state)(x, is_token), compiler_options=QUICK)
+        function = jax.jit(lambda x, is_token: nnx.merge(graph, state)(x, is_token))
         y, statistics = function(x, is_token)
         other, again = function(np.where(is_token[..., None], x, np.nan), is_token)
         np.testing.assert_array_equal(np.asarray(y)[~is_token], 0)
@@ -208,6 +206,7 @@ def test_padding_reaches_no_expert():
         assert int(jnp.sum(statistics.tokens_E)) == 2 * is_token.sum()
 
 
+@pytest.mark.usefixtures("full_compile")
 @pytest.mark.parametrize("width", [64, 192, 512])
 def test_a_served_token_has_the_same_bits_in_any_company(width):
     """The engine runs 8 rows and more; which of them are a request's, and what the others hold, must not matter."""
@@ -229,7 +228,7 @@ def test_a_served_token_has_the_same_bits_in_any_company(width):
 def test_router_and_statistics_are_float32_in_a_bfloat16_model():
     graph, state = nnx.split(MoE(D, SIGMOID, rngs=nnx.Rngs(0)))
     x = jnp.asarray(inputs()[0], jnp.bfloat16)
-    function = jax.jit(lambda x, is_token: nnx.merge(graph, state)(x, is_token), compiler_options=QUICK)
+    function = jax.jit(lambda x, is_token: nnx.merge(graph, state)(x, is_token))
     y, statistics = function(x, np.ones(x.shape[:2], bool))
     assert y.dtype == jnp.bfloat16
     assert statistics.probability_E.dtype == statistics.z.dtype == jnp.float32

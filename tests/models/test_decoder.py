@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.quick import QUICK
 from tests.thorough import thorough
 from twinax.layers.contexts import PackedContext
 from twinax.layers.moe_config import MoEConfig
@@ -158,7 +157,7 @@ def test_no_gathered_weight_is_kept_for_the_backward_pass(config, remat):
         with use(mesh):
             return jnp.sum(model.hidden(params, tokens, context)[0] ** 2)
 
-    text = jax.jit(jax.grad(loss)).lower(params, tokens).compile(compiler_options=QUICK).as_text()
+    text = jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text()
     carried = " ".join(re.findall(r"= \((.*)\) while\(", text))
     resting = {name: places[name].shard_shape(a.shape) for name, a in params.items() if name.startswith("blocks.")}
     stacks = {name: params[name].shape for name in resting if resting[name] != params[name].shape}
@@ -211,7 +210,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(plan):
             return jnp.mean(jax.nn.logsumexp(model.unembed(params, hidden), axis=-1) ** 2)
 
     with jax.enable_x64(True):
-        gradient = jax.jit(jax.value_and_grad(loss), static_argnums=3, compiler_options=QUICK)
+        gradient = jax.jit(jax.value_and_grad(loss), static_argnums=3)
         alone = init_params(config, 5, dtype=jnp.float64)
         spread = init_params(config, 5, dtype=jnp.float64, mesh=mesh)
         for name in alone:  # the values depend on the seed, not on the mesh

@@ -18,7 +18,6 @@ from twinax.models import families
 from twinax.models.decoder import functional
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "families"
-pytestmark = pytest.mark.usefixtures("plain_compile")
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/logits.npz"))
 QUICK = ("gpt2", "phi3", "qwen3_moe")
 

@@ -24,7 +24,6 @@ transformers = pytest.importorskip("transformers")
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 VOCABULARY = Tokenizer.bytes().vocab_size + 3
-pytestmark = pytest.mark.usefixtures("plain_compile")
 
 
 def _maker():

@@ -72,7 +72,6 @@ def check(got, want, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max()), err_msg=name)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_does_what_the_docstring_says(case):
     with jax.enable_x64(True):
@@ -91,7 +90,6 @@ def test_the_reference_does_what_the_docstring_says(case):
         np.testing.assert_allclose(slope, np.sum(weights * (ends[0] - ends[1])) / 2e-6, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize(
     ("case", "implementation"),
     [
@@ -111,7 +109,6 @@ def test_values_and_gradients_are_those_of_the_reference(case, implementation):
             check(run(*make(case), implementation), wanted, 1e-12)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @WITH_GRADIENTS
 def test_differentiation_gives_the_same_gradients(implementation):
     (hidden, weight, targets, weights), options = make("all of it", np.float32)
@@ -125,7 +122,6 @@ def test_differentiation_gives_the_same_gradients(implementation):
     np.testing.assert_array_equal(got[1], want[2].T)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 def test_bfloat16_products_with_float32_sums(implementation):
     (*arguments, weights), options = make("all of it")
@@ -166,7 +162,6 @@ def test_a_tpu_leaves_gradients_to_xla():
         cross_entropy_and_gradients(*arguments, weights, implementation="tpu")
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize("implementation", [name for name in OPERATION.names() if name != "tpu"])
 @pytest.mark.parametrize("case", ["plain", "all of it"])
 def test_a_vocabulary_over_two_axes_of_a_mesh_is_that_of_one_device(case, implementation):

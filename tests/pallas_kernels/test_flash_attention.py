@@ -133,7 +133,6 @@ def check(got, wanted, tolerance):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * max(1, np.abs(y).max()), err_msg=name)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_does_what_the_docstring_says(case):
     with jax.enable_x64(True):
@@ -144,7 +143,6 @@ def test_the_reference_does_what_the_docstring_says(case):
         np.testing.assert_allclose(lse, wanted_lse, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 @pytest.mark.parametrize("case", thorough(CASES, range(0, len(CASES), 3)))
 def test_forward_and_backward_in_float64(case, implementation):
@@ -154,7 +152,6 @@ def test_forward_and_backward_in_float64(case, implementation):
         check(outputs_and_gradients(inputs, options, implementation), wanted, 1e-12)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 @pytest.mark.parametrize("case", ["segments and window", "offsets by row", "bias of every head"])
 def test_forward_and_backward_in_float32(case, implementation):
@@ -163,7 +160,6 @@ def test_forward_and_backward_in_float32(case, implementation):
     check(outputs_and_gradients(*make(case, np.float32), implementation), wanted, 3e-6)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 def test_bfloat16_keeps_its_dtype_and_sums_in_float32(implementation):
     inputs, options = make("causal with rests", jnp.bfloat16)
@@ -174,7 +170,6 @@ def test_bfloat16_keeps_its_dtype_and_sums_in_float32(implementation):
     np.testing.assert_allclose(np.asarray(out, np.float64), wanted_out, atol=2**-6)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 @pytest.mark.parametrize("scales", ["one number", "one a head"])
 def test_float8_is_its_numbers_times_their_scales(scales, implementation):
@@ -205,7 +200,6 @@ def test_float8_has_no_gradient(implementation):
         jax.grad(loss)(1.0)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 def test_rows_that_see_nothing(implementation):
     """Padding, and a whole batch row of it: zeros, -inf, no gradient, whatever the padded inputs hold."""
@@ -221,7 +215,6 @@ def test_rows_that_see_nothing(implementation):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 @pytest.mark.parametrize("options", [{}, {"softcap": 30.0}], ids=["", "softcap"])
 def test_large_scores_stay_finite(implementation, options):
@@ -242,6 +235,7 @@ def test_one_array_of_segments_serves_both(implementation):
     np.testing.assert_array_equal(attend(*inputs, kv_segment_ids_BS=ids), wanted)
 
 
+@pytest.mark.usefixtures("full_compile")
 @ALL
 def test_a_batch_row_does_not_depend_on_the_others(implementation):
     inputs, options = make("causal", np.float32)

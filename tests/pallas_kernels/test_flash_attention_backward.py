@@ -47,7 +47,6 @@ def part(inputs, rows, keys, options, implementation):
     )
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 @pytest.mark.parametrize("case", thorough(OPTIONS, range(0, len(OPTIONS), 2)))
 def test_parts_add_up_to_the_gradients_of_the_whole(case, implementation):
@@ -87,7 +86,6 @@ def test_parts_add_up_to_the_gradients_of_the_whole(case, implementation):
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12 * np.abs(y).max())
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 def test_gradients_of_bfloat16_are_not_rounded(implementation):
     q, k = jnp.ones((1, 9, 2, 4), jnp.bfloat16), jnp.ones((1, 7, 1, 4), jnp.bfloat16)

@@ -29,8 +29,6 @@ from twinax.pallas_kernels.flash_attention import (
 from twinax.pallas_kernels.flash_attention.gradient import differentiable
 from twinax.planner.devices import has_cuda_plugin
 
-pytestmark = pytest.mark.usefixtures("plain_compile")
-
 GPU = jax.default_backend() == "gpu"
 NOTHING = {"qk_scale_H": None, "v_scale_H": None, "sinks_H": None}
 # B, T, S, H, K, D, E, options. Hopper's tiles are 128 queries, of two halves, and its blocks 64 or 128 keys;

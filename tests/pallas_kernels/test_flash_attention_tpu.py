@@ -17,8 +17,6 @@ from tests.pallas_kernels import test_flash_attention as contract
 from twinax.pallas_kernels.flash_attention import flash_attention, tpu
 from twinax.pallas_kernels.flash_attention.tpu_plan import Plan
 
-pytestmark = pytest.mark.usefixtures("plain_compile")
-
 # B, T, S, H, K, D, options: as in the contract.
 QUICK = {
     "causal, grouped, a rest": (1, 390, 390, 2, 1, 8, {}),

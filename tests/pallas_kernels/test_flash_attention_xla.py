@@ -36,7 +36,6 @@ def shapes(T, B=2, H=2, K=1, D=16):
     return [jax.ShapeDtypeStruct((B, T, heads, D), jnp.float32) for heads in (H, K, K)]
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_shape_of_the_program_means_the_same(program, monkeypatch):
     rng = np.random.default_rng(0)
@@ -75,7 +74,6 @@ def test_no_score_outlives_its_tile_in_what_the_backward_pass_keeps():
     assert 0 < max(x.size for x in jax.tree.leaves(pullback)) <= 2 * 256 * 2 * 16
 
 
-@pytest.mark.usefixtures("plain_compile")
 def test_under_vmap_and_remat():
     rng = np.random.default_rng(0)
     inputs = [jnp.asarray(rng.standard_normal((3, 2, 9, heads, 4)), jnp.float32) for heads in (2, 1, 1)]

@@ -66,7 +66,6 @@ def run(x_NI, weight_GOI, dy_NO, sizes_G, implementation):
         return jax.tree.map(np.asarray, function(x_NI, weight_GOI, dy_NO, sizes_G))
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize(
     ("case", "implementation"),
     [
@@ -91,7 +90,6 @@ def test_values_and_gradients_are_those_of_each_row_with_its_weight(case, implem
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale, err_msg=name)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 def test_bfloat16_is_summed_in_float32(implementation):
     arguments = [jnp.asarray(a, jnp.bfloat16) if a.dtype != np.int32 else a for a in make("uneven, more than a block")]
@@ -103,7 +101,6 @@ def test_bfloat16_is_summed_in_float32(implementation):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize(
     ("form", "block", "implementation"),
     [
@@ -176,7 +173,6 @@ def test_a_tpu_reads_quantised_weights_as_they_are_kept(kind, cut, monkeypatch):
         assert (np.abs(np.asarray(got, np.float64) - want) <= 2**-8 * (terms + np.abs(want)) + 1e-6).all(), contract
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize("static", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tpu_kernels_with_several_blocks_of_every_kind(static):
     """Terms, columns and rows are cut, the last blocks reach beyond the arrays, and pieces back over each other."""
@@ -211,7 +207,6 @@ def test_tpu_kernels_with_several_blocks_of_every_kind(static):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6 * np.abs(b).max(), err_msg=name)
 
 
-@pytest.mark.usefixtures("plain_compile")
 def test_visits_by_arithmetic_are_those_of_the_table():
     from twinax.pallas_kernels.grouped_matmul.visits import Known, visits
 
@@ -238,6 +233,7 @@ def test_ragged_dot_means_the_same():
         np.testing.assert_allclose(xla._by_ragged_dot(want, weight_GOI, sizes_G, 1), back, rtol=1e-12)
 
 
+@pytest.mark.usefixtures("full_compile")
 @pytest.mark.parametrize(("I", "O"), [(64, 176), (512, 100), (1408, 512)])
 def test_a_row_has_the_same_bits_in_any_company(I, O):
     rng = np.random.default_rng(3)

@@ -18,8 +18,6 @@ from twinax.pallas_kernels.quantized_matmul import gpu_hopper as quantized
 from twinax.pallas_kernels.quantized_matmul import gpu_triton as products
 from twinax.planner.devices import has_cuda_plugin
 
-pytestmark = pytest.mark.usefixtures("plain_compile")
-
 GPU = jax.default_backend() == "gpu"
 SLOW = pytest.mark.slow
 QUICK = ("none", LONGEST)

@@ -48,7 +48,6 @@ def documents(total: int, seed: int) -> np.ndarray:
 
 @ALL
 @pytest.mark.parametrize("total", [1, 50, 150])  # a part of a chunk, one, and several
-@pytest.mark.usefixtures("plain_compile")
 def test_values_and_gradients(implementation, total):
     ids = documents(total, seed=total)
     with jax.enable_x64(True):

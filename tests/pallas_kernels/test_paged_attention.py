@@ -135,7 +135,6 @@ def by_hand(case, q, k, v):
     return out
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_does_what_the_docstring_says(case):
     """The tokens before go in by one step, as prompts, and those of the case by the next."""
@@ -157,7 +156,6 @@ def test_the_reference_does_what_the_docstring_says(case):
             np.testing.assert_allclose(out[rows], by_hand(case, batch.q[rows], *whole), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 @pytest.mark.parametrize("case", thorough(CASES, range(0, len(CASES), 2)))
 def test_against_the_reference(case, implementation):
@@ -176,7 +174,6 @@ def test_against_the_reference(case, implementation):
         assert (changed > 0) == batch.owned().any()
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 @pytest.mark.parametrize("case", ["a prompt longer than a tile", "a mix, window"])
 def test_in_float32(case, implementation):
@@ -189,7 +186,6 @@ def test_in_float32(case, implementation):
     np.testing.assert_allclose(out, wanted, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @BOTH
 def test_pages_and_inputs_may_differ_in_dtype(implementation):
     case = CASES["a mix"]
@@ -214,7 +210,6 @@ def test_what_others_left_in_the_pages_does_no_harm(implementation):
     assert np.isfinite(clean).all()
 
 
-@pytest.mark.usefixtures("plain_compile")
 @BOTH
 def test_large_scores_stay_finite(implementation):
     batch, num_pages = make(CASES["a mix"], np.float32)
@@ -223,6 +218,7 @@ def test_large_scores_stay_finite(implementation):
     assert np.isfinite(out).all()
 
 
+@pytest.mark.usefixtures("full_compile")
 @ALL
 def test_in_a_scan_over_layers_and_unrolled(implementation):
     """Pages as the carry with a traced layer, or layers written out: the same bits, and each layer's own pages."""

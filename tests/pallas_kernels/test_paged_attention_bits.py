@@ -81,6 +81,7 @@ def tokens_of(shape):
     return [rng.standard_normal((n, heads, D)).astype(np.float32) for heads in (K * G, K, K)]
 
 
+@pytest.mark.usefixtures("full_compile")
 @pytest.mark.parametrize("implementation", CANDIDATES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_request_gives_the_same_bits_in_any_company(shape, implementation):

@@ -15,8 +15,6 @@ from tests.pallas_kernels.test_paged_attention import Case, filled, make, run
 from twinax.pallas_kernels.paged_attention import OPERATION, gpu, init_pages
 from twinax.planner.devices import has_cuda_plugin
 
-pytestmark = pytest.mark.usefixtures("plain_compile")
-
 GPU = jax.default_backend() == "gpu"
 SLOW = pytest.mark.slow
 SIZES = {"D": 16, "S": 16}

@@ -11,8 +11,6 @@ import pytest
 from twinax.pallas_kernels.paged_attention import SharedPrefixes, init_pages, paged_attention
 from twinax.pallas_kernels.paged_attention.pages import quantise
 
-pytestmark = pytest.mark.usefixtures("plain_compile")
-
 R, S, T, ROWS = 4, 4, 16, 4
 LENGTHS, NEW = np.array([7, 6, 9, 0], np.int32), np.array([1, 6, 4, 0], np.int32)
 STARTS = np.array([0, 4, 11, 3], np.int32)

@@ -201,6 +201,7 @@ def tree_over_lanes(x):
     return x
 
 
+@pytest.mark.usefixtures("full_compile")
 @pytest.mark.slow
 def test_a_request_gives_the_same_bits_in_any_company(monkeypatch):
     """In chunks, decode by decode, beside a neighbour, and in one group with it: decodes and chunks are two kernels.

@@ -20,8 +20,6 @@ from twinax.pallas_kernels.quantized_matmul import (
     with_inputs_first,
 )
 
-pytestmark = pytest.mark.usefixtures("plain_compile")
-
 E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 
 

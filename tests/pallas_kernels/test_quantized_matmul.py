@@ -156,7 +156,6 @@ def by_hand(x, weight, bias, activation_format):
     return x @ (w * s).T + np.asarray(bias, np.float64)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in QUICK else SLOW) for case in CASES])
 def test_reference_is_what_the_words_say(case):
     x, weight, bias, options = make(case)
@@ -169,7 +168,6 @@ def test_reference_is_what_the_words_say(case):
     np.testing.assert_allclose(y, by_hand(x, weight, bias, activation_format), **close)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pairs(BY_XLA)
 def test_is_the_reference(case, implementation):
     x, weight, bias, options = make(case)
@@ -186,7 +184,6 @@ def check(x, weight, bias, options, y):
     assert share.max() <= 1
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize("implementation", [name for name in CANDIDATES if name != "tpu"])  # there it is XLA's
 @pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in QUICK else SLOW) for case in CASES])
 def test_transposed_is_the_reference(case, implementation):
@@ -203,7 +200,6 @@ def test_transposed_is_the_reference(case, implementation):
     assert (np.abs(np.asarray(dx, np.float64) - want) <= room).all()
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 @pytest.mark.parametrize("case", ["int8, groups with a rest", pytest.param("int4 x int8", marks=SLOW)])
 def test_gradients_of_x_and_bias(case, implementation):
@@ -229,7 +225,6 @@ def test_gradients_of_x_and_bias(case, implementation):
     assert (np.abs(np.asarray(dx, np.float64) - want) <= room).all()
 
 
-@pytest.mark.usefixtures("plain_compile")
 @ALL
 def test_weights_get_no_gradient(implementation):
     x, weight, bias, _ = make("int8, a channel")

@@ -23,8 +23,6 @@ from twinax.pallas_kernels.quantized_matmul import (
 )
 from twinax.planner.devices import has_cuda_plugin
 
-pytestmark = pytest.mark.usefixtures("plain_compile")
-
 GPU = jax.default_backend() == "gpu"
 SLOW = pytest.mark.slow
 QUICK = ("int4, groups of 32",)

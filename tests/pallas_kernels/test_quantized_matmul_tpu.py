@@ -15,8 +15,6 @@ from twinax.pallas_kernels import tuned
 from twinax.pallas_kernels.quantized_matmul import quantize, quantized_matmul, tpu, with_inputs_first, xla
 from twinax.pallas_kernels.quantized_matmul.tpu_rows import evens_first, operand, split
 
-pytestmark = pytest.mark.usefixtures("plain_compile")
-
 SLOW = pytest.mark.slow
 CHIPS = ("v5e", "v5p", "v6e", "7x")
 compiles = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from tests.quick import QUICK
 from tests.thorough import thorough
 from twinax.pallas_kernels.flash_attention import flash_attention
 from twinax.pallas_kernels.ring_attention import OPERATION, ring_attention, unzigzag, zigzag
@@ -88,7 +87,7 @@ def on_a_ring(devices, ids, options, backward=True):
         out, pullback = jax.vjp(attend, q, k, v)
         return (out, *pullback(d_out)) if backward else out
 
-    return jax.jit(run, compiler_options=QUICK)
+    return jax.jit(run)
 
 
 def check(case, **way):
@@ -103,14 +102,12 @@ def check(case, **way):
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12 * np.abs(y).max(), err_msg=name)
 
 
-@pytest.mark.usefixtures("plain_compile")
 @pytest.mark.parametrize("two_way", [False, True], ids=["one way", "two ways"])
 @pytest.mark.parametrize("case", thorough(CASES, [0, 3, 6, 7, 10]))
 def test_a_ring_gives_the_output_and_gradients_of_one_device(case, two_way):
     check(case, two_way=two_way)
 
 
-@pytest.mark.usefixtures("plain_compile")
 # Kernels for TPUs take no float64, and have tests of their own.
 @pytest.mark.parametrize("implementation", [name for name in OPERATION.names() if name != "tpu"])
 def test_every_candidate_does(implementation):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.quick import full_compile
 from twinax.checkpoints.load import LoadedModel
 from twinax.checkpoints.tokenizer import Tokenizer
 from twinax.layers.contexts import PackedContext
@@ -32,6 +33,13 @@ PARAMS = init_params(CONFIG, 0)
 
 def loaded(params=PARAMS) -> LoadedModel:
     return LoadedModel(CONFIG, params, TOKENIZER, "llama", {}, pathlib.Path("here"), "hugging_face")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_for_a_user():
+    """The same tokens in any company: that is a matter of bits."""
+    with full_compile():
+        yield
 
 
 @pytest.fixture(scope="module")

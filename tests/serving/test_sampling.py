@@ -83,6 +83,7 @@ def test_draws_follow_the_distribution():
     assert chi_squared < 20.5  # 5 degrees of freedom, p = 0.001; the seed is fixed
 
 
+@pytest.mark.usefixtures("full_compile")
 def test_a_row_does_not_feel_its_neighbours():
     rng = np.random.default_rng(1)
     logits = jnp.asarray(rng.standard_normal((3, V)), jnp.float32)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.quick import QUICK
 from tests.thorough import thorough
 from twinax.sharding import pipeline
 from twinax.sharding.plan import Plan
@@ -88,7 +87,7 @@ def test_gpipe_and_interleaved(plan, pieces, rounds):
         weights_L, outside = weights()
         want = jax.value_and_grad(plain, (0, 1), has_aux=True)(outside, weights_L, rows())
         with use(plan.mesh()):
-            run = jax.jit(jax.value_and_grad(piped, (0, 1), has_aux=True), compiler_options=QUICK)
+            run = jax.jit(jax.value_and_grad(piped, (0, 1), has_aux=True))
             got = run(outside, weights_L, rows())
     check(got, want)
 
@@ -110,7 +109,7 @@ def test_1f1b(plan, pieces):
             outside, weights_L, rows()
         )
         with use(plan.mesh()):
-            (got_loss, others), *got = jax.jit(piped, compiler_options=QUICK)(outside, weights_L, rows())
+            (got_loss, others), *got = jax.jit(piped)(outside, weights_L, rows())
         got_loss += importance(got[0])
     assert others["rows"] == B
     check((got_loss, *got), (loss, sums, doutside, dweights))

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.quick import QUICK
 from twinax.models.decoder import DecoderConfig, functional, init_params, param_shardings
 from twinax.sharding.plan import ONE_DEVICE, Plan
 from twinax.sharding.rules import use
@@ -42,7 +41,7 @@ def mean_gradients(
     placed = jax.device_put(params, param_shardings(config, mesh))
     batch = put_batch(random_batch(0), 0, accumulation, mesh)
     with use(mesh):
-        find = jax.jit(functools.partial(gradients, model, plan=plan), compiler_options=QUICK)
+        find = jax.jit(functools.partial(gradients, model, plan=plan))
         return jax.device_get(find(placed, batch))
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.quick import QUICK
 from tests.thorough import thorough
 from tests.train.helpers import MODEL, difference, mean_gradients, random_batch, small_recipe
 from twinax.layers.contexts import PackedContext
@@ -86,7 +85,7 @@ def test_the_gradient_is_that_of_the_loss_and_the_penalties_written_out(name):
             nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets_BT[..., None], axis=-1)[..., 0]
             return total + jnp.sum(nll * batch.weights_BT) / np.sum(batch.weights_BT)
 
-        want = jax.jit(jax.grad(objective), compiler_options=QUICK)(params)
+        want = jax.jit(jax.grad(objective))(params)
         got = mean_gradients(config(MOES[name]))
     assert difference(got[0], jax.device_get(want)) < 1e-9
     assert outside.keys() <= got[0].keys() and len(layers) == 2
@@ -111,7 +110,7 @@ def compiled(moe: MoEConfig, settings: OptimizerConfig):
     mesh = ONE.mesh()
     step = make_step(config(moe), settings, lambda step: jnp.float32(settings.lr), mesh)
     state = init_state(config(moe), 0, mesh)
-    return step.lower(state, put_batch(random_batch(0), 0, 1, mesh)).compile(compiler_options=QUICK)
+    return step.lower(state, put_batch(random_batch(0), 0, 1, mesh)).compile()
 
 
 def crooked(moe: MoEConfig):
@@ -186,7 +185,7 @@ def test_metrics_are_those_of_the_tokens():
     (metrics,), _ = run(SOFTMAX, 1)
     mesh, model = ONE.mesh(), functional(config(SOFTMAX))
     params, batch = init_params(model.config, 0), put_batch(random_batch(0), 0, 1, mesh)
-    _, loss, _, statistics = jax.jit(functools.partial(gradients, model), compiler_options=QUICK)(params, batch)
+    _, loss, _, statistics = jax.jit(functools.partial(gradients, model))(params, batch)
     tokens = np.count_nonzero(random_batch(0).segment_ids_BT)
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)  # without the penalties
     load_LE = np.asarray(statistics.tokens_E) / (2 * tokens)

@@ -257,7 +257,8 @@ def test_sigterm_to_one_stops_all_and_a_kill_of_one_ends_the_others(folder, tmp_
     assert f"Resuming after step {step}" in first.out
     assert [first.status, second.status] == [1, -signal.SIGKILL]
     assert f"process 1 (pid {gone} on " in first.err
-    assert "not been heard of for 30 seconds, out of 2 processes" in first.err
+    # 10 where the sum over devices that was going on says that the other end is gone, 30 where it waits.
+    assert re.search("not been heard of for (10|30) seconds, out of 2 processes", first.err)
     assert f"with the same command: the run goes on after step {step}, the newest that is saved." in first.err
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.quick import QUICK
 from tests.thorough import thorough
 from tests.train.helpers import MODEL, difference, mean_gradients, random_batch
 from twinax.models.decoder import functional, init_params
@@ -42,7 +41,7 @@ def start(plan: Plan = ONE):
 @functools.cache
 def stepper(plan: Plan = ONE, schedule=constant, dtype=jnp.float32):
     step = make_step(CONFIG, OptimizerConfig(), schedule, plan.mesh(), dtype=dtype)
-    return step.lower(start(plan), put(0, 0, plan)).compile(compiler_options=QUICK)
+    return step.lower(start(plan), put(0, 0, plan)).compile()
 
 
 def run(steps: int, plan: Plan = ONE, **options):

@@ -103,6 +103,7 @@ def test_a_run_that_does_not_fit_its_checkpoint_is_refused(capsys: pytest.Captur
     assert "model.hidden_size is 32 in the checkpoint and 64 here" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("full_compile")
 def test_serve_answers_and_stops_on_sigterm(work: Path, repository: Path):
     command = [sys.executable, "-m", "twinax", "serve", "runs/tiny", "--port", "0", "--max-running", "2"]
     command += ["--compile-cache", str(repository / ".cache" / "serving")]
