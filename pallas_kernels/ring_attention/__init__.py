@@ -18,7 +18,7 @@ OPERATION = Operation(__name__, "ring_attention")
 def ring_attention(
     q_BTHD: jax.Array,
     k_BTKD: jax.Array,
-    v_BTKD: jax.Array,
+    v_BTKV: jax.Array,
     *,
     axis: str,
     segment_ids_BT: jax.Array | None = None,
@@ -34,22 +34,22 @@ def ring_attention(
     softcap, head groups and dtypes are as in `flash_attention`; positions are those of the whole row.
 
     Args:
-      q_BTHD: this device's queries. k_BTKD, v_BTKD: its keys and values, of the same dtype.
+      q_BTHD: this device's queries. k_BTKD, v_BTKV: its keys and values, of the same dtype; V may be another size.
       two_way: whether queries and outputs go round against the keys and values, so that links carry both ways. It is
         the same function; what travels, and when it pays, is in `xla.py`.
       implementation: a candidate's name, or None for the best one of the platform.
 
     Returns:
-      `out_BTHD` in q's dtype.
+      `out_BTHV` in q's dtype.
 
     Raises:
       ValueError: as `flash_attention`, and when T is odd. NotImplementedError: no candidate takes the arguments.
     """
-    q_BTHD, k_BTKD, v_BTKD = map(jnp.asarray, (q_BTHD, k_BTKD, v_BTKD))
+    q_BTHD, k_BTKD, v_BTKV = map(jnp.asarray, (q_BTHD, k_BTKD, v_BTKV))
     if q_BTHD.ndim != 4 or q_BTHD.shape[:2] != k_BTKD.shape[:2]:
         raise ValueError(
-            "ring_attention takes q [B, T, H, D] and k, v [B, T, K, D] of the same tokens, "
-            f"got q {q_BTHD.shape}, k {k_BTKD.shape}, v {v_BTKD.shape}"
+            "ring_attention takes q [B, T, H, D] k [B, T, K, D] and v [B, T, K, V] of the same tokens, "
+            f"got q {q_BTHD.shape}, k {k_BTKD.shape}, v {v_BTKV.shape}"
         )
     if q_BTHD.shape[1] % 2 and jax.lax.axis_size(axis) > 1:
         raise ValueError(
@@ -59,7 +59,7 @@ def ring_attention(
     return OPERATION(
         q_BTHD,
         k_BTKD,
-        v_BTKD,
+        v_BTKV,
         axis=axis,
         segment_ids_BT=segment_ids_BT,
         window=window,

@@ -38,6 +38,8 @@ def ring_attention(
     (_, T, H, D), K = q_BTHD.shape, k_BTKD.shape[2]
     if n == 1:
         raise NotImplementedError("a ring of one device is no ring")
+    if v_BTKD.shape[-1] != D:
+        raise NotImplementedError(f"the kernel takes values of the size of a head, {D}; got {v_BTKD.shape[-1]}")
     if q_BTHD.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel takes bfloat16 and float32, got {q_BTHD.dtype}")
     chunk = -(-(T // 2) // LANES) * LANES

@@ -112,7 +112,7 @@ def _forward(o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array 
     """The output, not yet rounded, and the log-sum-exp of this device's queries."""
     me = jax.lax.axis_index(o.axis)
     rows, keys = (q, ids), (k, v, ids)
-    nothing = _no_output(q)
+    nothing = _no_output(q, v)
 
     def lap(kind: _Lap, keys_at: Any, queries_at: Any, carry: Any) -> Any:
         guest_keys, guest_rows, found, guest_found = carry
@@ -286,8 +286,8 @@ def _zeros(like: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), like)
 
 
-def _no_output(q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    out = _zeros(q)
+def _no_output(q: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    out = _zeros(jax.ShapeDtypeStruct((*q.shape[:3], v.shape[-1]), q.dtype))
     return out, jnp.full(q.shape[:3], -jnp.inf, out.dtype)
 
 

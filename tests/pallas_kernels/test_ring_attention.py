@@ -29,6 +29,7 @@ CASES = {
     "window of one": (4, 2, 2, 1, {"window": 1}),
     "window within a chunk": (8, 4, 2, 2, {"window": 3}),
     "window of a few chunks": (8, 3, 2, 1, {"window": 8, "softcap": 1.5}),
+    "values of another size": (4, 4, 2, 1, {"V": 6, "segments": True}),
     "window around the ring": (4, 4, 2, 1, {"window": 27, "segments": True, "softcap": 2.0}),
 }
 
@@ -51,7 +52,9 @@ def make(case, dtype=np.float64):
     devices, chunk, H, K, options = CASES[case]
     length, options = 2 * devices * chunk, dict(options)
     rng = np.random.default_rng(list(CASES).index(case))
-    arrays = [rng.standard_normal((B, length, heads, D)).astype(dtype) for heads in (H, K, K, H)]
+    V = options.pop("V", D)
+    sizes = ((H, D), (K, D), (K, V), (H, V))
+    arrays = [rng.standard_normal((B, length, *size)).astype(dtype) for size in sizes]
     ids = None
     if options.pop("segments", False):
         ids = np.sort(rng.integers(1, 4, (B, length)), axis=1).astype(np.int32)
