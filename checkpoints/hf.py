@@ -152,7 +152,9 @@ def _why_not_ignored(tensors: SafetensorsFolder, name: str, config: DecoderConfi
         embedding = next(entry.hf_name for entry in table if entry.name == "embed.weight")
         if embedding in tensors.specs() and not same_bits(tensors.read(name), tensors.read(embedding)):
             return f"contradiction: tie_word_embeddings is true, but {name} differs from {embedding}"
-    return None
+        return None
+    check = getattr(families.load(config.family), "contradiction", None)
+    return check and check(config, name, tensors.read(name))
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -7,7 +7,9 @@ A family is a module with
 - `to_hf(config) -> dict`: the config.json that gives the same model back;
 - `tensor_table(config) -> tuple[TensorEntry, ...]`: which Hugging Face tensor is which parameter, read both ways (from
   names of modules: `_table`);
-- `ignorable_tensors(config) -> tuple[str, ...]`: patterns of tensors that change nothing.
+- `ignorable_tensors(config) -> tuple[str, ...]`: patterns of tensors that change nothing;
+- if these hold numbers that others could be, `contradiction(config, name, tensor) -> str | None`: why one of them is
+  not what the config makes it.
 """
 
 import dataclasses

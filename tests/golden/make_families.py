@@ -71,8 +71,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                                    "topk_group": 2, "first_k_dense_replace": 2, "num_mtp_layers": 0,
                                    **_rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0,
                                            mscale_all_dim=1.0)}),
-    "mamba2": ("Mamba2", {**dict.fromkeys(ATTENTION), "num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 2,
-                          "chunk_size": 16}),
+    "mamba2": ("Mamba2", {**dict.fromkeys(ATTENTION), "num_heads": 8, "head_dim": 8, "state_size": 16,
+                          "n_groups": 2}),
     "minimax": ("MiniMax", {"num_hidden_layers": 5, "layer_types": ["linear_attention"] * 2 + ["full_attention"] +
                             ["linear_attention", "full_attention"], "num_local_experts": 4, "block_size": 16,
                             "full_attn_alpha_factor": 3.5, "full_attn_beta_factor": 1.1, "linear_attn_alpha_factor":
@@ -81,6 +81,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                       "intermediate_size": None, "num_hidden_layers": None, "num_attention_heads": None,
                       "num_key_value_heads": None, "max_position_embeddings": None}),
 }  # fmt: skip
+# Of Mamba-2: what lets a state last for some tens of tokens.
+OF_STATES = {"dt_bias": -3.0, "D": 1.0}
 # Rotary frequencies are not in files, but the decays of MiniMax are.
 COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 # Cases whose folder has quantised weights: the case that they are made from, and changes to it.
@@ -106,7 +108,8 @@ def random_model(name: str, seed: int = 0, **more: Any) -> Any:
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = "norm" in parameter_name or ".ln_" in parameter_name
             near = 0.0 if kind.startswith("Gemma") or parameter_name.endswith("bias") else 1.0
-            parameter.copy_(near + 0.2 * noise if is_norm else 0.3 * noise)
+            usual = OF_STATES.get(parameter_name.rpartition(".")[2], 0.0)
+            parameter.copy_(near + 0.2 * noise if is_norm else usual + 0.3 * noise)
         for buffer_name, buffer in sorted(model.named_buffers()):
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))

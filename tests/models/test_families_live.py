@@ -130,6 +130,8 @@ def test_transformers_loads_what_we_export(model, tmp_path):
     convert(tmp_path / "step", tmp_path / "exported", max_shard_bytes=50_000)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
     for name, parameter in theirs.state_dict().items():
+        if name.endswith(MAKER.COMPUTED):
+            continue  # for another block_size, which changes no logit
         assert again.state_dict()[name].equal(parameter), name
     np.testing.assert_allclose(MAKER.logits_of(again, tokens, lengths), expected, rtol=0, atol=1e-5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
