@@ -1,98 +1,106 @@
 """Chat templates: Jinja in a sandbox, with what Hugging Face gives them, so that the same template gives the same text.
 
-A template comes with a model, so it is a program by a stranger. It runs in Jinja's immutable sandbox, and sees plain
-JSON values only: no objects, hence no methods but those of str, int, float, list and dict.
+A template comes with a model, so it is a program by a stranger. It runs in a process of its own (`template_child`), in
+Jinja's sandbox, with limits on time and memory. The process starts with the first conversation, and stays.
 """
 
+import atexit
+import contextlib
 import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
-from typing import Any
+from typing import Any, BinaryIO
 
-import jinja2
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+CPU_SECONDS = 5  # of one conversation; a megabyte of text takes a tenth of one
+_LENGTH = struct.Struct(">Q")
 
 
 class ChatTemplateError(ValueError):
     """There is no chat template, or it does not compile, or it refused the conversation."""
 
 
-class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the assistant wrote; rendered as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def send(stream: BinaryIO, message: dict[str, Any]) -> None:
+    """Writes JSON after its length."""
+    data = json.dumps(message).encode()
+    stream.write(_LENGTH.pack(len(data)) + data)
+    stream.flush()
 
 
-class _Dict:
-    """`dict(...)` for templates; a function object would carry attributes."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
-        return dict.fromkeys(keys, value)
-
-
-class _Namespace(Namespace):
-    """`namespace(...)` without names that begin with an underscore, which would reach into Python."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, values = args[0], dict(*args[1:], **kwargs)
-        for name in values:
-            _check_name(name)
-        Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        Namespace.__setitem__(self, name, value)
+def receive(stream: BinaryIO) -> dict[str, Any] | None:
+    """What was sent; None when the other side has ended."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    data = stream.read(length)
+    return None if len(data) < length else json.loads(data)
 
 
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace in a chat template may not hold {name!r}: names may not begin with '_'")
+class Renderer:
+    """The process that renders; started with the first conversation, again when it has ended, and after a fork.
+
+    Args:
+        cpu_seconds: of one conversation, at most (and up to one more).
+    """
+
+    def __init__(self, cpu_seconds: int):
+        self._seconds, self._lock, self._owner = cpu_seconds, threading.Lock(), 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Its answer. ChatTemplateError when it died of the request."""
+        with self._lock:
+            process = self._running()
+            assert process.stdin is not None is not process.stdout
+            try:
+                send(process.stdin, request)
+                answer = receive(process.stdout)
+            except BrokenPipeError:
+                answer = None
+            except BaseException:  # its answer would be taken for the next one's
+                process.kill()
+                self._end()
+                raise
+            if answer is not None:
+                if "last" in answer:
+                    self._end()
+                return answer
+            status = self._end()
+        reason = f"ended its process with status {status}"
+        if status == -signal.SIGXCPU:
+            reason = f"took more than {self._seconds} seconds of CPU time on this conversation, and was stopped"
+        raise ChatTemplateError(f"the chat template {reason}")
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+            command = [sys.executable, "-P", "-m", "twinax.checkpoints.template_child", str(self._seconds)]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._owner = os.getpid()
+        return self._process
+
+    def _end(self) -> int | None:
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return None
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        return process.wait()
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self._lock:
+            self._end()
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@lru_cache(maxsize=32)
-def _compile(source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
-    )
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        line = f" at line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise ChatTemplateError(f"the chat template is not valid Jinja{line}: {error.message}") from error
+_renderer = Renderer(CPU_SECONDS)
+atexit.register(_renderer.close)
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -124,19 +132,18 @@ def render(
       variables: more names for the template (`bos_token`, `eos_token`, `documents`, a template's own switches).
 
     Raises:
-      ChatTemplateError: the template does not compile, refuses the conversation (`raise_exception`), or fails in it.
+      ChatTemplateError: the template does not compile, refuses the conversation (`raise_exception`), fails in it, or
+        takes more time or memory than it may.
     """
+    if "continue_final_message" in variables:
+        raise ChatTemplateError(
+            "continue_final_message is not supported, and a template would not see it: render the conversation without "
+            "its last message, with add_generation_prompt=True, and append what that message begins with"
+        )
     context: dict[str, Any] = {"documents": None} | {name: _plain(value, name) for name, value in variables.items()}
     context |= {"messages": _plain(messages, "messages"), "tools": _plain(tools, "tools")}
     context["add_generation_prompt"] = add_generation_prompt
-    try:
-        return _compile(source).render(**context)
-    except jinja2.TemplateError as error:
-        raise ChatTemplateError(f"the chat template refused this conversation: {error.message}") from error
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, ArithmeticError, RecursionError) as error:
-        if isinstance(error, ChatTemplateError):
-            raise
-        raise ChatTemplateError(
-            f"the chat template failed on this conversation ({type(error).__name__}: {error}); "
-            "check the roles and the contents of the messages against the template"
-        ) from error
+    answer = _renderer.ask({"template": source, "context": context})
+    if "error" in answer:
+        raise ChatTemplateError(f"the chat template {answer['error']}")
+    return answer["text"]

@@ -92,8 +92,8 @@ class Cast:
         """Raises CheckpointError where numbers are parts of quantised weights, and have no other dtype."""
         if self.dtype is not None and config.quantization is not None:
             raise CheckpointError(
-                f"the weights are kept in {config.quantization.format}, which has no version in {self.dtype}; leave out "
-                "--dtype"
+                f"the weights are kept in {config.quantization.format}, which has no version in {self.dtype}; "
+                "leave out --dtype"
             )
 
 
