@@ -69,6 +69,7 @@ def model_config(name: str) -> Any:
             "norm": "rms_offset",
             "norm_placement": "both",
             "qk_norm": "all",
+            "sinks": True,
             "attention_scale": 0.3,
             "attention_softcap": 5.0,
             "activation": "gelu_tanh",

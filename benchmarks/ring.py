@@ -79,7 +79,7 @@ def compile_passes(kind: str, sizes: Sizes, devices: list[Any], dtype: Any) -> l
     def forward(q: Any, k: Any, v: Any, ids: Any) -> Any:
         def attend(q: Any, k: Any, v: Any) -> Any:
             if kind == "all_to_all":
-                return over_heads(rows, q, k, v, ids, "sequence")
+                return over_heads(rows, q, k, v, ids, axis="sequence")
             # What the kernel for TPUs sends stands in no HLO.
             way = {"two_way": kind == "ring_two_way", "implementation": "xla"}
             return ring_attention(q, k, v, axis="sequence", segment_ids_BT=ids, **way)

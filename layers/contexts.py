@@ -82,20 +82,16 @@ class PackedContext:
         ring = mesh_axes("tokens", mesh)
         heads = partition_spec(("batch", "tokens", "heads", None), mesh, ACTIVATION_RULES)
         tokens = partition_spec(("batch", "tokens"), mesh, ACTIVATION_RULES)
+        specs = (heads, heads, heads, tokens, partition_spec(("heads",), mesh, ACTIVATION_RULES))
         if not ring:
-            specs = (heads, heads, heads, tokens, partition_spec(("heads",), mesh, ACTIVATION_RULES))
             local = jax.shard_map(rows, in_specs=specs, out_specs=heads, check_vma=False)
             return local(q_BTHD, k_BTKD, v_BTKD, ids_BT, sinks_H), cache
-        if sinks_H is not None:
-            raise NotImplementedError(
-                "Attention sinks have no sequence parallelism yet; train this model with a plan whose sequence is 1."
-            )
         if self.attention == "all_to_all":
             local = partial(over_heads, rows, axis=ring[0])
         else:
             local = partial(_attend_ring, mixing, axis=ring[0], two_way=self.attention == "ring_two_way")
-        local = jax.shard_map(local, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False)
-        return local(q_BTHD, k_BTKD, v_BTKD, ids_BT), cache
+        local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
+        return local(q_BTHD, k_BTKD, v_BTKD, ids_BT, sinks_H), cache
 
 
     def attend_latent(
@@ -171,9 +167,16 @@ def _attend_rows(
 
 
 def _attend_ring(
-    mixing: Mixing, q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, ids_BT: jax.Array, **way: Any
+    mixing: Mixing,
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    ids_BT: jax.Array,
+    sinks_H: jax.Array | None,
+    **way: Any,
 ) -> jax.Array:
-    return ring_attention(q_BTHD, k_BTKD, v_BTKD, segment_ids_BT=ids_BT, **dataclasses.asdict(mixing), **way)
+    options = dataclasses.asdict(mixing)
+    return ring_attention(q_BTHD, k_BTKD, v_BTKD, segment_ids_BT=ids_BT, sinks_H=sinks_H, **options, **way)
 
 
 def in_order(x_BT: jax.Array, attention: str) -> jax.Array:

@@ -19,12 +19,15 @@ def over_heads(
     k_BTKD: jax.Array,
     v_BTKD: jax.Array,
     segment_ids_BT: jax.Array,
+    sinks_H: jax.Array | None = None,
+    *,
     axis: str,
 ) -> jax.Array:
     """`attend(q, k, v, segment_ids_BS)` of whole rows, this device's share of the heads; its output cut as q was.
 
-    To be called inside `jax.shard_map` over the mesh axis `axis`, the tokens in their natural order. A key/value head
-    whose queries end up on several devices is sent to each of them, and its gradients are added up.
+    Given sinks, one a query head, `attend` gets those of its heads after all else. To be called inside `jax.shard_map`
+    over the mesh axis `axis`, the tokens in their natural order. A key/value head whose queries end up on several
+    devices is sent to each of them, and its gradients are added up.
 
     Raises:
       ValueError: when H does not divide over the devices.
@@ -42,5 +45,9 @@ def over_heads(
         for x in (q_BTHD, jnp.repeat(k_BTKD, copies, axis=2), jnp.repeat(v_BTKD, copies, axis=2))
     )
     segment_ids_BS = jax.lax.all_gather(segment_ids_BT, axis, axis=1, tiled=True)
-    out_BSHD = attend(q_BSHD, k_BSKD, v_BSKD, segment_ids_BS)
+    sinks = ()
+    if sinks_H is not None:
+        each = heads // devices
+        sinks = (jax.lax.dynamic_slice_in_dim(sinks_H, jax.lax.axis_index(axis) * each, each),)
+    out_BSHD = attend(q_BSHD, k_BSKD, v_BSKD, segment_ids_BS, *sinks)
     return jax.lax.all_to_all(out_BSHD, axis, split_axis=1, concat_axis=2, tiled=True)

@@ -25,16 +25,19 @@ def ring_attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks_H: jax.Array | None = None,
     two_way: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Causal attention over the rows of all devices of the mesh axis `axis`, in reverse mode differentiable in q, k, v.
+    """Causal attention over the rows of all devices of the mesh axis `axis`; reverse mode in q, k, v and sinks.
 
     To be called inside `jax.shard_map`. The n devices hold a row's tokens in `zigzag` order. Window, segments, scale,
     softcap, head groups and dtypes are as in `flash_attention`; positions are those of the whole row.
 
     Args:
       q_BTHD: this device's queries. k_BTKD, v_BTKV: its keys and values, of the same dtype; V may be another size.
+      sinks_H: as in `flash_attention`; the same on every device of the ring, where each has its own part of their
+        gradient.
       two_way: whether queries and outputs go round against the keys and values, so that links carry both ways. It is
         the same function; what travels, and when it pays, is in `xla.py`.
       implementation: a candidate's name, or None for the best one of the platform.
@@ -56,6 +59,11 @@ def ring_attention(
             f"each device of a ring holds two chunks of a row, so its number of tokens is even; got {q_BTHD.shape[1]}. "
             "Pad the rows to a multiple of twice the devices."
         )
+    if sinks_H is not None:
+        sinks_H = jnp.asarray(sinks_H)
+        H = q_BTHD.shape[2]
+        if sinks_H.shape != (H,) or not jnp.issubdtype(sinks_H.dtype, jnp.floating):
+            raise ValueError(f"sinks are one float a query head, ({H},), got {sinks_H.dtype}{sinks_H.shape}")
     return OPERATION(
         q_BTHD,
         k_BTKD,
@@ -65,6 +73,7 @@ def ring_attention(
         window=window,
         scale=scale,
         softcap=softcap,
+        sinks_H=sinks_H,
         two_way=two_way,
         implementation=implementation,
     )

@@ -16,6 +16,7 @@ def ring_attention(
     window: int | None,
     scale: float | None,
     softcap: float | None,
+    sinks_H: jax.Array | None,
     two_way: bool,
 ) -> jax.Array:
     del two_way  # a way of travelling; nothing travels here
@@ -30,6 +31,7 @@ def ring_attention(
         window=window,
         scale=scale,
         softcap=softcap,
+        sinks_H=sinks_H,
         implementation="reference",
     )
     first = jax.lax.axis_index(axis) * length

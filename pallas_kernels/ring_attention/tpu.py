@@ -31,6 +31,7 @@ def ring_attention(
     window: int | None,
     scale: float | None,
     softcap: float | None,
+    sinks_H: jax.Array | None,
     two_way: bool,
 ) -> jax.Array:
     del two_way  # keys always travel both ways here
@@ -38,6 +39,8 @@ def ring_attention(
     (_, T, H, D), K = q_BTHD.shape, k_BTKD.shape[2]
     if n == 1:
         raise NotImplementedError("a ring of one device is no ring")
+    if sinks_H is not None:
+        raise NotImplementedError("the kernel has no attention sinks")
     if v_BTKD.shape[-1] != D:
         raise NotImplementedError(f"the kernel takes values of the size of a head, {D}; got {v_BTKD.shape[-1]}")
     if q_BTHD.dtype not in (jnp.bfloat16, jnp.float32):

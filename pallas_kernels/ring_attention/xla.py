@@ -91,24 +91,31 @@ def ring_attention(
     window: int | None,
     scale: float | None,
     softcap: float | None,
+    sinks_H: jax.Array | None,
     two_way: bool,
 ) -> jax.Array:
     o = _Ring(axis, jax.lax.axis_size(axis), q_BTHD.shape[1] // 2, window, scale, softcap, two_way)
-    return _attention(o, q_BTHD, k_BTKD, v_BTKD, segment_ids_BT)
+    return _attention(o, q_BTHD, k_BTKD, v_BTKD, segment_ids_BT, sinks_H)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
-    return _forward(o, q, k, v, ids)[0].astype(q.dtype)
+def _attention(
+    o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, sinks: jax.Array | None
+) -> jax.Array:
+    return _forward(o, q, k, v, ids, sinks)[0].astype(q.dtype)
 
 
-def _attention_forward(o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> Any:
-    out, lse = _forward(o, q, k, v, ids)
+def _attention_forward(
+    o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, sinks: jax.Array | None
+) -> Any:
+    out, lse = _forward(o, q, k, v, ids, sinks)
     out = out.astype(q.dtype)
-    return out, (q, k, v, ids, out, lse)
+    return out, (q, k, v, ids, sinks, out, lse)
 
 
-def _forward(o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _forward(
+    o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, sinks: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """The output, not yet rounded, and the log-sum-exp of this device's queries."""
     me = jax.lax.axis_index(o.axis)
     rows, keys = (q, ids), (k, v, ids)
@@ -131,12 +138,18 @@ def _forward(o: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array 
     found = _attend(o, nothing, rows, keys, (me, me), own=True)
     carry = (guest_keys, guest_rows, found, None)
     *_, found, guest_found = _laps(keys_path, queries_path, lap, carry, keys_gather=False)
-    return _merge(found, _send(o, guest_found, -queries_path[-1])) if queries_path else found
+    found = _merge(found, _send(o, guest_found, -queries_path[-1])) if queries_path else found
+    if sinks is None:
+        return found
+    # One more key, without a value. Queries that see nothing but it, padding, stay at zero.
+    out, lse = found
+    sunk = jnp.logaddexp(lse, sinks.astype(lse.dtype))
+    return out * jnp.exp(lse - sunk)[..., None], sunk
 
 
 def _attention_backward(o: _Ring, residuals: Any, d_out: jax.Array) -> Any:
     # Settled, or a compiler may see that some messages are those of the forward pass, and keep these until now.
-    (q, k, v, ids, out, lse), d_out = _settled((residuals, d_out))
+    (q, k, v, ids, sinks, out, lse), d_out = _settled((residuals, d_out))
     me, wide = jax.lax.axis_index(o.axis), lse.dtype
     delta = (out.astype(wide) * d_out.astype(wide)).sum(-1)
     rows, keys = (q, ids, d_out, lse, delta), (k, v, ids)
@@ -167,7 +180,9 @@ def _attention_backward(o: _Ring, residuals: Any, d_out: jax.Array) -> Any:
     if queries_path:
         dq = dq + _send(o, guest_dq, -queries_path[-1])
     dq, dkv = _attend_back(o, dq, _zeros((k, v)) if dkv is None else dkv, rows, keys, (me, me), own=True)
-    return *(grad.astype(x.dtype) for grad, x in zip((dq, *dkv), (q, k, v), strict=True)), None
+    # A sink's share of a softmax takes from all values of it.
+    d_sinks = None if sinks is None else -(jnp.exp(sinks.astype(wide) - lse) * delta).sum((0, 1)).astype(sinks.dtype)
+    return *(grad.astype(x.dtype) for grad, x in zip((dq, *dkv), (q, k, v), strict=True)), None, d_sinks
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -30,6 +30,7 @@ CASES = {
     "window within a chunk": (8, 4, 2, 2, {"window": 3}),
     "window of a few chunks": (8, 3, 2, 1, {"window": 8, "softcap": 1.5}),
     "values of another size": (4, 4, 2, 1, {"V": 6, "segments": True}),
+    "sinks": (4, 4, 4, 2, {"sinks": True, "segments": True}),
     "window around the ring": (4, 4, 2, 1, {"window": 27, "segments": True, "softcap": 2.0}),
 }
 
@@ -53,6 +54,8 @@ def make(case, dtype=np.float64):
     length, options = 2 * devices * chunk, dict(options)
     rng = np.random.default_rng(list(CASES).index(case))
     V = options.pop("V", D)
+    if options.pop("sinks", False):
+        options["sinks_H"] = jnp.asarray(rng.standard_normal(H))
     sizes = ((H, D), (K, D), (K, V), (H, V))
     arrays = [rng.standard_normal((B, length, *size)).astype(dtype) for size in sizes]
     ids = None
@@ -112,6 +115,27 @@ def test_a_ring_gives_the_output_and_gradients_of_one_device(case, two_way):
 
 
 # Kernels for TPUs take no float64, and have tests of their own.
+def test_the_gradient_of_sinks_is_that_of_one_device():
+    with jax.enable_x64(True):
+        devices, (*qkv, d_out), ids, options = make("sinks")
+        places, sinks = order(devices, d_out.shape[1]), options["sinks_H"]
+        mesh, cut, whole = Plan(sequence=devices).mesh(), PartitionSpec(None, "sequence"), PartitionSpec()
+
+        def attend(q, k, v, ids, sinks):
+            return ring_attention(q, k, v, axis="sequence", segment_ids_BT=ids, sinks_H=sinks)
+
+        island = jax.shard_map(attend, mesh=mesh, in_specs=(cut,) * 4 + (whole,), out_specs=cut, check_vma=False)
+        *placed, d_placed = (jnp.asarray(x[:, places]) for x in (*qkv, d_out))
+        run = lambda sinks: jnp.sum(island(*placed, jnp.asarray(ids[:, places]), sinks) * d_placed)  # noqa: E731
+        got = jax.jit(jax.grad(run))(sinks)
+
+        def one(sinks):
+            out = flash_attention(*qkv, q_segment_ids_BT=ids, sinks_H=sinks, implementation="reference")
+            return jnp.sum(out * d_out)
+
+        np.testing.assert_allclose(got, jax.grad(one)(sinks), rtol=1e-11)
+
+
 @pytest.mark.parametrize("implementation", [name for name in OPERATION.names() if name != "tpu"])
 def test_every_candidate_does(implementation):
     check("segments on four", implementation=implementation)

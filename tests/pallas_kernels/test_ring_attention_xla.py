@@ -29,7 +29,7 @@ def compiled(devices=8, backward=False, implementation=None, **options):
 
     def backward_pass(q, k, v, ids, out, lse, d_out):
         ring = xla._Ring("ring", devices, C, **{"window": None, "scale": None, "softcap": None, **options})
-        return xla._attention_backward(ring, (q, k, v, ids, out, lse), d_out)[:3]
+        return xla._attention_backward(ring, (q, k, v, ids, None, out, lse), d_out)[:3]
 
     def spec(*sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((B, 2 * devices * C, *sizes), dtype, sharding=NamedSharding(mesh, cut))
