@@ -17,6 +17,7 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401 (registers bfloat16 and float8 with NumPy)
 import numpy as np
 
+from . import limits
 from .errors import DamagedCheckpoint
 
 
@@ -28,6 +29,11 @@ class StoredArray:
     shape: tuple[int, ...]
     dtype: np.dtype
     chunks: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Of its chunks."""
+        return math.prod(-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True))
 
     def file_names(self, index: Sequence[slice] = ()) -> list[str]:
         """The files that hold the numbers at `index` (as `read` takes it): one for each chunk."""
@@ -76,12 +82,15 @@ def open_array(folder: Path) -> StoredArray:
     """Open one stored array. `DamagedCheckpoint` for a layout that Twinax does not write."""
     path = folder / ".zarray"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = json.loads(limits.read_small(path, limits.CONFIG_BYTES))
         plain = meta["zarr_format"] == 2 and meta["compressor"] is None and not meta["filters"] and meta["order"] == "C"
         plain = plain and meta.get("dimension_separator", ".") == "."
         dtype, shape, chunks = np.dtype(meta["dtype"]), tuple(meta["shape"]), tuple(meta["chunks"])
+        sizes = all(isinstance(size, int) and 0 < size < limits.SIZE for size in (*shape, *chunks))
+        if len(shape) != len(chunks) or len(shape) > limits.DIMENSIONS or not sizes:
+            raise ValueError(f"shape {limits.shown(shape)}, chunks {limits.shown(chunks)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{path} does not describe an array: {error}") from error
-    if not plain or dtype.byteorder == ">":
+    if not plain or dtype.byteorder == ">" or dtype.hasobject or dtype.names:
         raise DamagedCheckpoint(f"{path} is of a layout that Twinax does not write (compressed, filtered, ...)")
     return StoredArray(folder, shape, dtype, chunks)

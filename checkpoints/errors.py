@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LONGEST = 500  # characters of a line: names may be a stranger's
+
 
 class CheckpointError(ValueError):
     """Something about a checkpoint that the user can act on."""
@@ -24,8 +26,8 @@ class SaveError(CheckpointError):
 
 
 def first_few(lines: list[str], limit: int = 8) -> str:
-    """The first `limit` of `lines`, each on a line of its own, and how many were left out."""
-    shown = [f"  {line}" for line in lines[:limit]]
+    """The first `limit` of `lines`, each on a line of its own and not too long, and how many were left out."""
+    shown = [f"  {line[:_LONGEST]}{'...' if len(line) > _LONGEST else ''}" for line in lines[:limit]]
     if len(lines) > limit:
         shown.append(f"  ... and {len(lines) - limit} more")
     return "\n".join(shown)

@@ -16,7 +16,7 @@ import numpy as np
 from ..models import families
 from ..models.config import DecoderConfig, keeps_dtype
 from ..models.families import TensorEntry
-from . import safetensors
+from . import limits, safetensors
 from .errors import CheckpointError, DamagedCheckpoint, NoCheckpoint, first_few
 from .pieces import Parameter, tensor_shape
 from .safetensors import SafetensorsFolder
@@ -40,7 +40,15 @@ class HuggingFaceFolder:
     generation: dict[str, Any]
 
     def open_tensors(self) -> SafetensorsFolder:
-        return SafetensorsFolder(self.path)
+        """CheckpointError for fewer tensors than layers, before anything is made for each layer."""
+        tensors = SafetensorsFolder(self.path)
+        if (count := len(tensors.specs())) < self.config.num_layers:
+            tensors.close()
+            raise CheckpointError(
+                f"{self.path / CONFIG} describes {self.config.num_layers} layers, and the files beside it hold {count} "
+                "tensors; they are not of one model"
+            )
+        return tensors
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, None when the folder has no tokenizer.json."""
@@ -49,7 +57,7 @@ class HuggingFaceFolder:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file; `DamagedCheckpoint` for anything else."""
-    return safetensors.parse_json(path, path.read_bytes(), "the file")
+    return safetensors.parse_json(path, limits.read_small(path, limits.CONFIG_BYTES), "the file")
 
 
 def has_safetensors(folder: Path) -> bool:
@@ -75,6 +83,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     config_json = read_json(path / CONFIG)
     if not isinstance(config_json.get("model_type"), str):
         raise DamagedCheckpoint(f"{path / CONFIG} has no model_type; it must name one of {', '.join(families.names())}")
+    limits.check_counts(path / CONFIG, config_json)
     try:
         config = parse_config(config_json)
     except ValueError as error:

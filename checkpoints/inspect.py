@@ -56,6 +56,8 @@ def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
 
 
 def _inspect_step(folder: Path, verify: bool) -> dict[str, Any]:
+    from .step import open_stored
+
     odd: list[str] = []
     result: dict[str, Any] = {"kind": "Twinax step", "path": str(folder), "bytes": files.size_on_disk(folder)}
     try:
@@ -65,6 +67,8 @@ def _inspect_step(folder: Path, verify: bool) -> dict[str, Any]:
         missing = sorted(name for name in found.files if not (folder / name).is_file())
         if missing:
             raise DamagedCheckpoint(f"{folder} lacks files: {', '.join(missing[:5])}")
+        for name in found.arrays:
+            open_stored(found, name)
         config = DecoderConfig.from_dict(found.description.model)
     except ValueError as error:
         return {**result, "checksums": "damaged", "odd": [str(error)]}

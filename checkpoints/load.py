@@ -218,10 +218,10 @@ def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | None, progress: An
     tokenizer = opened.tokenizer()
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
-    shapes = {name: shape.shape for name, shape in param_shapes(config).items()}
-    shardings = _shardings(config, mesh)
     params = {}
     with opened.open_tensors() as tensors:
+        shapes = {name: shape.shape for name, shape in param_shapes(config).items()}
+        shardings = _shardings(config, mesh)
         for name, parameter in hf.match_tensors(tensors, config, shapes).items():
             params[name] = to_device(parameter, shardings.get(name), _cast(name, dtype))
             tensors.release()

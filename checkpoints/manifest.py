@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import limits
 from .errors import CheckpointError, DamagedCheckpoint, first_few
 from .files import CONTENT, checksum_bytes, checksum_files, list_files, write_file
 
@@ -180,7 +181,7 @@ def read(folder: Path) -> Manifest:
     """
     path = folder / NAME
     try:
-        raw = path.read_bytes()
+        raw = limits.read_small(path, limits.MANIFEST_BYTES)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{folder} is not a complete checkpoint: it has no {NAME}") from None
     found = parse(folder, raw)
@@ -214,6 +215,7 @@ def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
     outside = [name for name in (*content["files"], *content["arrays"]) if not is_inside(name)]
     if outside:
         raise DamagedCheckpoint(f"{path} names files outside of its folder: {outside[:3]}; it is refused")
+    limits.check_counts(path, content["model"])
     names = {f.name for f in dataclasses.fields(Description)} - {"tokenizer_files"}
     return Manifest(
         folder=folder,

@@ -22,11 +22,10 @@ import numpy as np
 
 from .errors import CheckpointError, DamagedCheckpoint, first_few
 from .files import fsync
+from .limits import DIMENSIONS, HEADER_BYTES, INDEX_BYTES, SHARDS, SIZE, check_regular, check_values, read_small, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
-_MAX_INDEX = 100_000_000
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -58,10 +57,11 @@ class _Placed:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} appears twice")
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {shown(name)} appears twice")
+        found[name] = value
     return found
 
 
@@ -70,7 +70,8 @@ def _no_constant(name: str) -> object:
 
 
 def parse_json(path: Path, data: bytes, what: str) -> dict:
-    """A JSON object without duplicate keys; anything else is `DamagedCheckpoint`."""
+    """A JSON object without duplicate keys, of not too many values; anything else is `DamagedCheckpoint`."""
+    check_values(path, data, what)
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -81,25 +82,28 @@ def parse_json(path: Path, data: bytes, what: str) -> dict:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < SIZE
 
 
 def _read_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
+    tensor = f"{path}: tensor {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise DamagedCheckpoint(f"{path}: tensor {name!r} must have just dtype, shape and data_offsets, not {entry!r}")
+        raise DamagedCheckpoint(f"{tensor} must have just dtype, shape and data_offsets, not {shown(entry)}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name!r} has dtype {code!r}; known are {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
-        raise DamagedCheckpoint(f"{path}: tensor {name!r} has shape {shape!r}, not a list of sizes")
+        raise CheckpointError(f"{tensor} has dtype {shown(code)}; known are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > DIMENSIONS or not all(_is_size(size) for size in shape):
+        raise DamagedCheckpoint(f"{tensor} has shape {shown(shape)}, not a list of at most {DIMENSIONS} sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-        raise DamagedCheckpoint(f"{path}: tensor {name!r} has data_offsets {offsets!r}, not [begin, end]")
+        raise DamagedCheckpoint(f"{tensor} has data_offsets {shown(offsets)}, not [begin, end]")
     spec = TensorSpec(name, DTYPES[code], tuple(shape))
     if offsets[1] - offsets[0] != spec.nbytes:
         raise DamagedCheckpoint(
-            f"{path}: tensor {name!r} of dtype {code} and shape {shape} takes {spec.nbytes} bytes, "
+            f"{tensor} of dtype {code} and shape {shape} takes {spec.nbytes} bytes, "
             f"but its data_offsets {offsets} span {offsets[1] - offsets[0]}"
         )
+    if math.prod(size for size in shape if size) * spec.dtype.itemsize >= SIZE:
+        raise DamagedCheckpoint(f"{tensor} has no numbers, and a shape {shape} that no array can have")
     return spec, offsets[0], offsets[1]
 
 
@@ -112,6 +116,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        check_regular(self.path)
         with open(self.path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             self.metadata, self._placed = self._read_header(file, size)
@@ -122,9 +127,10 @@ class SafetensorsFile:
         if size < 8:
             raise DamagedCheckpoint(f"{path} is truncated: a safetensors file begins with 8 bytes, this one has {size}")
         (length,) = struct.unpack("<Q", file.read(8))
-        if length > _MAX_HEADER:
+        if length > HEADER_BYTES:
             raise DamagedCheckpoint(
-                f"{path} is not a safetensors file: it announces a header of {length} bytes, the limit is {_MAX_HEADER}"
+                f"{path} is not a safetensors file, or of no model: it announces a header of {length} bytes, the limit "
+                f"is {HEADER_BYTES}"
             )
         if 8 + length > size:
             raise DamagedCheckpoint(
@@ -136,13 +142,13 @@ class SafetensorsFile:
         header = parse_json(path, raw, "the header")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise DamagedCheckpoint(f"{path}: __metadata__ must map strings to strings, not {metadata!r}")
+            raise DamagedCheckpoint(f"{path}: __metadata__ must map strings to strings, not {shown(metadata)}")
         entries = sorted((_read_entry(path, name, entry) for name, entry in header.items()), key=lambda e: (e[1], e[2]))
         end = 0
         for spec, begin, stop in entries:
             if begin != end:
                 kind = "overlaps the tensor before it" if begin < end else "leaves a hole before it"
-                raise DamagedCheckpoint(f"{path}: tensor {spec.name!r} begins at {begin}, not at {end}: it {kind}")
+                raise DamagedCheckpoint(f"{path}: tensor {shown(spec.name)} begins at {begin}, not at {end}: it {kind}")
             end = stop
         expected = 8 + length + end
         if expected != size:
@@ -273,7 +279,7 @@ class SafetensorsFolder:
             for tensor in shard.specs():
                 if tensor in self._home:
                     other = self._home[tensor].path.name
-                    raise DamagedCheckpoint(f"{shard.path}: tensor {tensor!r} is also in {other}")
+                    raise DamagedCheckpoint(f"{shard.path}: tensor {shown(tensor)} is also in {other}")
                 self._home[tensor] = shard
         if weight_map is not None:
             lost = [f"{t} (should be in {s})" for t, s in weight_map.items() if t not in self._shards[s].specs()]
@@ -281,15 +287,18 @@ class SafetensorsFolder:
                 raise DamagedCheckpoint(f"{index} names tensors that are not where it says:\n{first_few(lost)}")
 
     def _read_index(self, index: Path) -> dict[str, str]:
-        if index.stat().st_size > _MAX_INDEX:
-            raise DamagedCheckpoint(f"{index} is {index.stat().st_size} bytes long; the limit is {_MAX_INDEX}")
-        weight_map = parse_json(index, index.read_bytes(), "the index").get("weight_map")
+        weight_map = parse_json(index, read_small(index, INDEX_BYTES), "the index").get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise DamagedCheckpoint(f"{index}: weight_map must map tensor names to file names")
-        for shard in sorted(set(weight_map.values())):
+        names = set(weight_map.values())
+        if len(names) > SHARDS:
+            raise DamagedCheckpoint(f"{index} names {len(names):,} shards; the limit is {SHARDS:,}")
+        shards = sorted(names)
+        for shard in shards:
             if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
-                raise DamagedCheckpoint(f"{index}: {shard!r} is not the name of a file in this folder; it is refused")
-        missing = [shard for shard in sorted(set(weight_map.values())) if not (self.folder / shard).is_file()]
+                name = shown(shard)
+                raise DamagedCheckpoint(f"{index}: {name} is not the name of a file in this folder; it is refused")
+        missing = [shard for shard in shards if not (self.folder / shard).is_file()]
         if missing:
             raise DamagedCheckpoint(f"{self.folder}: the index names shards that are not there:\n{first_few(missing)}")
         return weight_map

@@ -218,4 +218,6 @@ def open_stored(found: Manifest, name: str) -> StoredArray:
     stored = open_array(found.folder / manifest.ARRAYS / name)
     if ArraySpec(stored.shape, stored.dtype.name) != found.arrays[name]:
         raise DamagedCheckpoint(f"{stored.folder} is not the {found.arrays[name]} that {manifest.NAME} describes")
+    if stored.count > len(found.files):
+        raise DamagedCheckpoint(f"{stored.folder} is cut into {stored.count:,} files, and {manifest.NAME} names fewer")
     return stored

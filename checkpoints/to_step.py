@@ -41,9 +41,9 @@ class ToStep:
         cast.check(config)
         if self._tokenizer is not None:
             check_vocabulary(self._tokenizer, config.vocab_size)
+        self._tensors = self._opened.open_tensors()
         shapes = {name: shape.shape for name, shape in param_shapes(config).items()}
         self._device_shapes = layout.device_shapes(config, plan)
-        self._tensors = self._opened.open_tensors()
         self._parameters = hf.match_tensors(self._tensors, config, shapes)
         self._tensors.release()
         stored = self._tensors.specs()

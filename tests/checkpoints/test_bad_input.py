@@ -1,0 +1,242 @@
+"""Whatever is wrong with a folder, each way in refuses it: quickly, in little memory, leaving nothing behind.
+
+The cases are made here and tried in one other process, which has loaded and converted a good folder before. For each
+way in the kernel says how much its memory grew at most, and ends the process when a case takes more than a second of
+CPU time (limits are whole seconds: in the worst case two).
+"""
+
+import json
+import os
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints.helpers import random_params, run_python, small_config, write_hugging_face
+from tests.checkpoints.test_damage import sign
+from twinax.checkpoints.convert import convert
+from twinax.checkpoints.files import checksum_file
+from twinax.checkpoints.limits import INDEX_BYTES, VALUES
+from twinax.checkpoints.safetensors import INDEX_NAME
+
+CONFIG = small_config()
+GROWTH = 200e6  # bytes
+MIB = 1 << 20
+
+# Tries each folder of argv[1] in each way; says what was raised, and by how many bytes the memory grew.
+PROGRAM = """
+import gc, json, os, pathlib, resource, sys
+from twinax.checkpoints.convert import convert
+from twinax.checkpoints.inspect import inspect, render
+from twinax.checkpoints.load import load_model
+
+root = pathlib.Path(sys.argv[1])
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+def allow_a_second():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + 2
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+def odd(folder):
+    found = inspect(folder)
+    render(found)
+    json.dumps(found)
+    if found["odd"]:
+        raise ValueError("\\n".join(found["odd"]))
+
+def out(folder):
+    convert(folder, root / "out")
+
+ways = {"load": load_model, "convert": out, "inspect": odd}
+for way in ways.values():  # what is imported and compiled once
+    way(root / "good")
+os.system("rm -r " + str(root / "out"))
+for folder in sorted(root.glob("bad-*")):
+    for name, way in ways.items():
+        gc.collect()
+        open("/proc/self/clear_refs", "w").write("5")
+        before = status("VmRSS")
+        print("begin", folder.name, name, file=sys.stderr, flush=True)
+        allow_a_second()
+        try:
+            way(folder)
+            said = None
+        except ValueError as error:
+            said = str(error)
+        print(json.dumps([folder.name, name, said, status("VmHWM") - before]))
+"""
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def header(folder: Path, raw: bytes, data: bytes = b"", announced: int | None = None) -> None:
+    length = struct.pack("<Q", len(raw) if announced is None else announced)
+    (folder / "model.safetensors").write_bytes(length + raw + data)
+
+
+def shards(folder: Path, weight_map: object) -> None:
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def sparse(path: Path, size: int) -> None:
+    with open(path, "wb") as file:
+        file.truncate(size)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 20_000)
+
+
+def reorder(folder: Path) -> None:
+    """Two tensors' offsets exchanged, of different sizes."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    entries = json.loads(data[8 : 8 + length])
+    a, b = entries["model.norm.weight"], entries["lm_head.weight"]
+    a["data_offsets"], b["data_offsets"] = b["data_offsets"], a["data_offsets"]
+    header(folder, json.dumps(entries).encode(), data[8 + length :])
+
+
+def many_entries(count: int) -> bytes:
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    return json.dumps({f"t{i}": entry for i in range(count)}, separators=(",", ":")).encode()
+
+
+ENTRY = b'{"dtype":"F32","shape":%s,"data_offsets":[0,8]}'
+CASES = {
+    "truncated": (truncate, "is truncated"),
+    "reordered": (reorder, "spans? "),
+    "a header of exabytes": (lambda f: header(f, b"{}", announced=2**63), "announces a header"),
+    "a header of 31 MB that is not there": (lambda f: header(f, b"{}", announced=31 * MIB), "is truncated"),
+    "a header of 90 MB": (lambda f: header(f, b'{"a":"' + b"x" * 90 * MIB + b'"}'), "announces a header"),
+    "a header of lists": (lambda f: header(f, b'{"a":[' + b"[]," * 8 * MIB + b"[]]}"), "holds about"),
+    "a header of numbers": (lambda f: header(f, b'{"a":[' + b"9," * 15 * MIB + b"9]}"), "holds about"),
+    "a header of names": (lambda f: header(f, many_entries(400_000)), "holds about"),
+    "a header nested deep": (lambda f: header(f, b'{"a":' * 300_000), "not valid JSON"),
+    "a header of one name": (lambda f: header(f, b'{"' + b"n" * 30 * MIB + b'":{"dtype":7}}'), "must have just"),
+    "a name that comes twice": (
+        lambda f: header(f, many_entries(48_000)[:-1] + b',"t47999":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
+        "appears twice",
+    ),
+    "overlapping tensors": (
+        lambda f: header(f, b'{"a":%s,"b":%s}' % (ENTRY % b"[2]", ENTRY % b"[2]"), bytes(8)),
+        "overlaps",
+    ),
+    "a huge shape": (lambda f: header(f, b'{"a":%s}' % (ENTRY % b"[4611686018427387904]"), bytes(8)), "data_offsets"),
+    "a huge empty shape": (
+        lambda f: header(f, b'{"a":{"dtype":"F32","shape":[0,4611686018427387904],"data_offsets":[0,0]}}'),
+        "no array can have",
+    ),
+    "a million dimensions": (
+        lambda f: header(f, b'{"a":%s}' % (ENTRY % (b"[" + b"1," * 300_000 + b"2]")), bytes(8)),
+        "at most 32 sizes",
+    ),
+    "a size of a thousand digits": (lambda f: header(f, b'{"a":%s}' % (ENTRY % (b"[" + b"9" * 1000 + b"]"))), "shape"),
+    "another dtype": (lambda f: retype(f, "I32"), "wrong dtype"),
+    "an unknown dtype": (lambda f: retype(f, "F4"), "dtype 'F4'"),
+    "an index that leaves the folder": (lambda f: shards(f, {"a": "../good/model.safetensors"}), "refused"),
+    "an index with an absolute name": (lambda f: shards(f, {"a": "/etc/passwd"}), "refused"),
+    "an index of shards that are not there": (lambda f: shards(f, {"a": "model-00001-of-00002.safetensors"}), "not th"),
+    "an index of many shards": (lambda f: shards(f, {f"t{i}": f"s{i}" for i in range(250_000)}), "250,000 shards"),
+    "an index of lists": (
+        lambda f: (f / INDEX_NAME).write_bytes(b'{"weight_map":[' + b"[]," * 10 * MIB + b"[]]}"),
+        "holds about",
+    ),
+    "an index of 10 GB": (lambda f: sparse(f / INDEX_NAME, 10 << 30), "the limit for such a file"),
+    "weights in a pipe": (lambda f: pipe(f / "model.safetensors"), "not a regular file"),
+    "a config of 10 GB": (lambda f: sparse(f / "config.json", 10 << 30), "the limit for such a file"),
+    "a config of lists": (lambda f: (f / "config.json").write_bytes(b'{"a":[' + b"[]," * MIB + b"[]]}"), "holds about"),
+    "a billion layers": (lambda f: change_json(f / "config.json", num_hidden_layers=10**9), "1000000000 layers"),
+    "more layers than tensors": (lambda f: change_json(f / "config.json", num_hidden_layers=9_000), "30 tensors"),
+    "a vocabulary of 10**15": (lambda f: change_json(f / "config.json", vocab_size=10**15), "wrong shape"),
+    "another width": (lambda f: change_json(f / "config.json", hidden_size=32), "wrong shape"),
+    "a layer too many": (lambda f: change_json(f / "config.json", num_hidden_layers=2), "unknown: model.layers.2"),
+    "another family": (lambda f: change_json(f / "config.json", model_type="../llama"), "no model family"),
+    "pickles": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), r"refused.*save_pretrained"),
+    "a tokenizer too large": (lambda f: change_json(f / "config.json", vocab_size=200), "needs vocab_size >= 259"),
+    "a tokenizer that is no JSON": (lambda f: (f / "tokenizer.json").write_bytes(b"{" * MIB), "tokenizer.json"),
+}
+STEPS = {
+    "a manifest of 10 GB": (lambda f: sparse(f / "twinax.json", 10 << 30), "the limit for such a file"),
+    "a manifest of a billion layers": (
+        lambda f: sign(f, lambda c: c["model"].update(num_layers=10**9)),
+        "1000000000 layers",
+    ),
+    "a chunk of each number": (lambda f: zarray(f, chunks=[1, 1]), "is cut into"),
+    "chunks of nothing": (lambda f: zarray(f, chunks=[0, 16]), "does not describe an array"),
+    "a stored array of objects": (lambda f: zarray(f, dtype="|O"), "does not write"),
+    "another shape": (lambda f: zarray(f, shape=[10**12, 10**6]), "that twinax.json describes"),
+}
+
+
+def retype(folder: Path, code: str) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    entries = json.loads(data[8 : 8 + length])
+    entries["model.norm.weight"]["dtype"] = code
+    header(folder, json.dumps(entries).encode(), data[8 + length :])
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def zarray(folder: Path, **changes: object) -> None:
+    """Changes one `.zarray`, and the manifest's checksum of it, as a stranger would."""
+    name = "arrays/params.embed.weight/.zarray"
+    change_json(folder / name, **changes)
+    size, checksum = checksum_file(folder / name)
+    sign(folder, lambda content: content["files"].update({name: {"bytes": size, "blake2b": checksum}}))
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory) -> tuple[Path, dict[tuple[str, str], tuple[str | None, int]]]:
+    """(folder of the cases, (case, way) -> (what was raised, growth of memory))."""
+    root = tmp_path_factory.mktemp("bad")
+    good = write_hugging_face(root / "good", CONFIG, random_params(CONFIG))
+    step = convert(good, root / "step").target
+    for source, cases in ((good, CASES), (step, STEPS)):
+        for title, (spoil, _) in cases.items():
+            spoil(shutil.copytree(source, root / f"bad-{title}"))
+    before = sorted(os.listdir(root))
+    ended = run_python(PROGRAM, str(root))
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert sorted(os.listdir(root)) == before, "something was left behind"
+    rows = [json.loads(line) for line in ended.stdout.splitlines()]
+    return root, {(name.removeprefix("bad-"), way): (said, growth) for name, way, said, growth in rows}
+
+
+@pytest.mark.parametrize("title", [*CASES, *STEPS])
+def test_it_is_refused_in_words(tried, title):
+    _, message = {**CASES, **STEPS}[title]
+    for way in ("load", "convert", "inspect"):
+        said, growth = tried[1][title, way]
+        assert said is not None, way
+        assert re.search(rf"(?s){message}", said), f"{way}: {said}"
+        assert len(said) < 5000
+        assert growth < GROWTH, way
+
+
+def test_the_limits_are_far_from_models():
+    """An index as of a trillion parameters, each weight in three tensors: 207,360 tensors."""
+    names = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.{kind}": f"model-{layer:05d}-of-00062.safetensors"
+        for layer in range(60)
+        for expert in range(384)
+        for part in ("gate", "up", "down")
+        for kind in ("weight_packed", "weight_scale", "weight_shape")
+    }
+    text = json.dumps({"metadata": {"total_size": 10**12}, "weight_map": names}, indent=2)
+    assert sum(map(text.count, ",:[{")) < VALUES
+    assert len(text) < INDEX_BYTES
