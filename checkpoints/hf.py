@@ -25,6 +25,7 @@ from .tokenizer import Tokenizer
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+HEAD = "lm_head.weight"  # the output projection, in all families
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -156,7 +157,7 @@ def _why_not_ignored(tensors: SafetensorsFolder, name: str, config: DecoderConfi
     patterns = families.load(config.family).ignorable_tensors(config)
     if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
         return f"unknown: {name} {list(tensors.specs()[name].shape)}, which nothing uses"
-    if name == "lm_head.weight":  # tied: a copy of the embedding
+    if name == HEAD:  # tied: a copy of the embedding
         table = families.load(config.family).tensor_table(config)
         embedding = next(entry.hf_name for entry in table if entry.name == "embed.weight")
         if embedding in tensors.specs() and not same_bits(tensors.read(name), tensors.read(embedding)):

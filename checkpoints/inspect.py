@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from ..models import families
-from ..models.config import DecoderConfig
+from ..models.config import DecoderConfig, keeps_dtype
 from . import files, hf, manifest, safetensors
 from .arrays import open_array
 from .errors import CheckpointError, DamagedCheckpoint
 from .manifest import Manifest
+from .stream import blocks
 from .tokenizer import Tokenizer, check_vocabulary
 
+_UNREAD = "no numbers were read: --verify looks for NaN and infinities"
 _NOT_VERIFIED = "not verified (--verify compares every file)"
 
 
@@ -25,8 +27,8 @@ def inspect(path: str | os.PathLike[str], verify: bool = False) -> dict[str, Any
     """Describe a step folder, a run (its steps, and the newest) or a Hugging Face folder.
 
     `verify` reads every file: steps are compared with their checksums, and parameters are searched for NaN and
-    infinities. What is wrong with a folder is in the result's "odd" and does not raise; `NoCheckpoint` when there is
-    nothing to describe.
+    infinities. What is wrong with a folder is in the result's "odd", what is only unusual in its "notes": neither
+    raises. `NoCheckpoint` when there is nothing to describe.
     """
     from .load import locate
 
@@ -41,9 +43,10 @@ def inspect(path: str | os.PathLike[str], verify: bool = False) -> dict[str, Any
 def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
     steps = {step: _inspect_step(path, verify) for step, path in manifest.step_folders(folder).items()}
     good = [step for step, found in steps.items() if "damaged" not in found["checksums"]]
-    odd = [f"step {step}: {text}" for step, found in steps.items() for text in found["odd"]]
-    odd += [f"{p.name}: left by a save that was killed" for p in sorted(folder.glob(f"{files.TMP_PREFIX}*"))]
     newest = steps[good[-1]] if good else {}
+    odd = [f"step {step}: {text}" for step, found in steps.items() for text in found["odd"]]
+    notes = list(newest["notes"]) if newest else []
+    odd += [f"{p.name}: left by a save that was killed" for p in sorted(folder.glob(f"{files.TMP_PREFIX}*"))]
     return {
         **newest,
         "kind": "Twinax training run",
@@ -52,6 +55,7 @@ def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
         "newest_good_step": good[-1] if good else None,
         "bytes": sum(found["bytes"] for found in steps.values()),
         "odd": odd,
+        "notes": notes,
     }
 
 
@@ -59,6 +63,7 @@ def _inspect_step(folder: Path, verify: bool) -> dict[str, Any]:
     from .step import open_stored
 
     odd: list[str] = []
+    notes = [] if verify else [_UNREAD]
     result: dict[str, Any] = {"kind": "Twinax step", "path": str(folder), "bytes": files.size_on_disk(folder)}
     try:
         found = manifest.read(folder)
@@ -71,7 +76,7 @@ def _inspect_step(folder: Path, verify: bool) -> dict[str, Any]:
             open_stored(found, name)
         config = DecoderConfig.from_dict(found.description.model)
     except ValueError as error:
-        return {**result, "checksums": "damaged", "odd": [str(error)]}
+        return {**result, "checksums": "damaged", "odd": [str(error)], "notes": []}
     description = found.description
     params = {n.removeprefix("params."): s for n, s in found.arrays.items() if n.startswith("params.")}
     extra = sorted(set(files.list_files(folder)) - set(found.files) - {manifest.NAME})
@@ -85,10 +90,10 @@ def _inspect_step(folder: Path, verify: bool) -> dict[str, Any]:
         "step": found.step,
         "created": found.created,
         **_model(config, odd),
-        "parameters": _count({name: spec.shape for name, spec in params.items()}),
+        "parameters": _count({name: spec.shape for name, spec in params.items()}, config),
         "dtypes": dict(Counter(spec.dtype for spec in params.values())),
         "state_arrays": len(found.arrays) - len(params),
-        **_tokenizer(_load_tokenizer(found, description.tokenizer_files, odd), config.vocab_size, odd),
+        **_tokenizer(_load_tokenizer(found, description.tokenizer_files, odd), config.vocab_size, odd, notes),
         "data": description.data,
         "seed": description.seed,
         "plan": description.plan,
@@ -97,7 +102,7 @@ def _inspect_step(folder: Path, verify: bool) -> dict[str, Any]:
         "files": len(found.files) + 1,
         "checksums": "verified" if verify else _NOT_VERIFIED,
     }
-    return {**result, "odd": odd}
+    return {**result, "odd": odd, "notes": notes}
 
 
 def _load_tokenizer(found: Manifest, tokenizer_files: dict[str, bytes], odd: list[str]) -> Tokenizer | None:
@@ -112,24 +117,27 @@ def _load_tokenizer(found: Manifest, tokenizer_files: dict[str, bytes], odd: lis
 
 def _inspect_hugging_face(folder: Path, verify: bool) -> dict[str, Any]:
     odd: list[str] = []
+    notes = [] if verify else [_UNREAD]
     result: dict[str, Any] = {"kind": "Hugging Face folder", "path": str(folder), "bytes": files.size_on_disk(folder)}
     tokenizer = None
     try:
         opened = hf.open_folder(folder)
         tokenizer = opened.tokenizer()
     except ValueError as error:
-        return {**result, "checksums": "none", "odd": [str(error)]}
+        return {**result, "checksums": "none", "odd": [str(error)], "notes": []}
+    model = _model(opened.config, odd)
     try:
         with opened.open_tensors() as tensors:
             specs = tensors.specs()
             shards = [path.name for path in tensors.files]
-            odd += _match(tensors, opened.config)
+            shapes = _match(tensors, opened.config, odd, notes)
             if verify:
                 for name in specs:
                     odd += _not_finite(name, tensors.read(name))
+                    tensors.release()
     except (CheckpointError, OSError) as error:
-        return {**result, **_model(opened.config, odd), "checksums": "damaged", "odd": [*odd, str(error)]}
-    odd += [
+        return {**result, **model, "checksums": "damaged", "odd": [*odd, str(error)], "notes": []}
+    notes += [
         f"{path.name}: a pickle, which is never opened"
         for pattern in ("*.bin", "*.pt")
         for path in folder.glob(pattern)
@@ -137,27 +145,37 @@ def _inspect_hugging_face(folder: Path, verify: bool) -> dict[str, Any]:
     result |= {
         "holds": "parameters",
         "step": None,
-        **_model(opened.config, odd),
-        "parameters": _count({name: spec.shape for name, spec in specs.items()}),
+        **model,
+        "parameters": _count(shapes, opened.config),
         "dtypes": dict(Counter(spec.dtype.name for spec in specs.values())),
-        **_tokenizer(tokenizer, opened.config.vocab_size, odd),
+        **_tokenizer(tokenizer, opened.config.vocab_size, odd, notes),
         "generation": opened.generation,
         "files": len(shards),
         "checksums": "headers and sizes agree; safetensors files carry no checksums",
     }
-    return {**result, "odd": odd}
+    return {**result, "odd": odd, "notes": notes}
 
 
-def _match(tensors: safetensors.SafetensorsFolder, config: DecoderConfig) -> list[str]:
+def _match(
+    tensors: safetensors.SafetensorsFolder, config: DecoderConfig, odd: list[str], notes: list[str]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters; of the tensors, where they are not those of the config."""
     from ..models.decoder import param_shapes
 
-    shapes = {name: shape.shape for name, shape in param_shapes(config).items()}
+    shapes = {name: tuple(like.shape) for name, like in param_shapes(config).items()}
+    specs = tensors.specs()
     try:
         parts = hf.match_tensors(tensors, config, shapes)
     except CheckpointError as error:
-        return [str(error)]
+        odd.append(str(error))
+        return {name: spec.shape for name, spec in specs.items()}
     used = {entry.hf_name for parameter in parts.values() for entry in parameter.entries}
-    return [f"{name}: not used, and provably without effect" for name in tensors.specs() if name not in used]
+    for name in specs:
+        if name not in used and config.tie_embeddings and name == hf.HEAD:
+            notes.append(f"{name}: a second copy of the embedding, to which it is tied ({specs[name].nbytes:,} bytes)")
+        elif name not in used:
+            notes.append(f"{name}: not used, and provably without effect")
+    return shapes
 
 
 def _model(config: DecoderConfig, odd: list[str]) -> dict[str, Any]:
@@ -171,7 +189,7 @@ def _model(config: DecoderConfig, odd: list[str]) -> dict[str, Any]:
     }
 
 
-def _tokenizer(tokenizer: Tokenizer | None, vocab_size: int, odd: list[str]) -> dict[str, Any]:
+def _tokenizer(tokenizer: Tokenizer | None, vocab_size: int, odd: list[str], notes: list[str]) -> dict[str, Any]:
     if tokenizer is None:
         odd.append("there is no tokenizer")
         return {"tokenizer": None}
@@ -179,6 +197,8 @@ def _tokenizer(tokenizer: Tokenizer | None, vocab_size: int, odd: list[str]) -> 
         check_vocabulary(tokenizer, vocab_size)
     except ValueError as error:
         odd.append(str(error))
+    if (padding := vocab_size - tokenizer.vocab_size) > 0:
+        notes.append(f"the vocabulary is padded: {padding:,} of its {vocab_size:,} rows belong to no token")
     return {
         "tokenizer": {
             "vocabulary": tokenizer.vocab_size,
@@ -189,30 +209,28 @@ def _tokenizer(tokenizer: Tokenizer | None, vocab_size: int, odd: list[str]) -> 
     }
 
 
-def _count(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Parameters by part: embedding, attention, feed-forward, norms, output; the rest by name."""
+def _count(shapes: dict[str, tuple[int, ...]], config: DecoderConfig) -> dict[str, int]:
+    """Parameters by part of the model; scales of quantised weights are none, and mxfp4 has two in a byte."""
     parts: Counter[str] = Counter()
+    packed = config.quantization is not None and config.quantization.format == "mxfp4"
     for name, shape in shapes.items():
-        parts[_part(name)] += math.prod(shape)
+        if not (keeps_dtype(name) and name.endswith(".scales")):
+            parts[_part(name)] += math.prod(shape) * (2 if packed and keeps_dtype(name) else 1)
     return {"total": sum(parts.values()), **dict(parts.most_common())}
 
 
 def _part(name: str) -> str:
-    if "norm" in name:
+    first = name.removeprefix("blocks.").partition(".")[0]
+    if "norm" in first:
         return "norms"
-    for part, marks in {
-        "attention": ("attention", "self_attn"),
-        "mlp": ("mlp",),
-        "output": ("unembed", "lm_head"),
-        "embedding": ("embed",),
-    }.items():
-        if any(mark in name for mark in marks):
-            return part
-    return name
+    known = {"embed": "embedding", "unembed": "output", "moe": "experts"}
+    return known.get(first, first.replace("_", " "))
 
 
 def _not_finite(name: str, array: np.ndarray) -> list[str]:
-    bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+    if array.dtype.kind in "iub":
+        return []
+    bad = sum(array[box].size - np.count_nonzero(np.isfinite(array[box])) for box in blocks(array.shape, 1))
     return [f"{name}: {bad:,} of {array.size:,} numbers are NaN or infinite"] if bad else []
 
 
@@ -231,12 +249,18 @@ def render(found: dict[str, Any]) -> str:
     line("family", found.get("family"))
     if model := found.get("model"):
         heads = f"{model['num_heads']} heads ({model['num_kv_heads']} for keys and values) of {model['head_dim']}"
-        widths = f"width {model['hidden_size']}, mlp {model['intermediate_size']}"
+        mixers = Counter(kind.mixer for kind in DecoderConfig.from_dict(model).kinds)
+        widths = f"width {model['hidden_size']}"
+        widths += f", mlp {model['intermediate_size']}" if model["intermediate_size"] else ""
         if moe := model.get("moe"):
             experts = f"{moe['num_experts']} experts of {moe['expert_size']}, {moe['experts_per_token']} a token"
             shared = f" and {moe['shared_experts']} shared" if moe["shared_experts"] else ""
             widths = f"width {model['hidden_size']}, {experts}{shared}"
-        line("shape", f"{model['num_layers']} layers, {widths}, {heads}")
+        line("shape", f"{model['num_layers']} layers, {widths}" + (f", {heads}" if model["num_heads"] else ""))
+        if set(mixers) != {"attention"}:
+            line("mixers", ", ".join(f"{mixer.replace('_', ' ')} in {count}" for mixer, count in mixers.items()))
+        if kept := model.get("quantization"):
+            line("weights", f"quantised, {kept['format']}")
     if parameters := found.get("parameters"):
         total = parameters["total"]
         line("parameters", f"{total:,}")
@@ -255,6 +279,7 @@ def render(found: dict[str, Any]) -> str:
         line(key, found.get(key))
     line("on disk", f"{found['bytes']:,} bytes" + (f" in {found['files']} files" if "files" in found else ""))
     line("checksums", found.get("checksums"))
+    lines += [f"  note: {text}" for text in found["notes"]]
     lines += [f"  odd: {text}" for text in found["odd"]]
     if not found["odd"]:
         lines.append("  nothing odd")

@@ -1,6 +1,8 @@
 """What `inspect` says of each kind of folder, and what it finds odd."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from tests.checkpoints.helpers import flip_bit, make_run, random_params, small_c
 from twinax.checkpoints.errors import NoCheckpoint
 from twinax.checkpoints.inspect import inspect, render
 from twinax.layers.moe_config import MoEConfig
+from twinax.models.config import DecoderConfig
+from twinax.models.decoder import param_shapes
 
 CONFIG = small_config()
 PARAMETERS = sum(array.size for array in random_params(CONFIG).values())
@@ -84,10 +88,11 @@ def test_odd_things_are_said_and_do_not_stop_it(tmp_path):
     extra = {"mystery": np.ones(2, np.float32), "model.rotary_emb.inv_freq": np.ones(2, np.float32)}
     folder = write_hugging_face(tmp_path / "hf", config, params, extra=extra)
     (folder / "pytorch_model.bin").touch()
-    odd = "\n".join(inspect(folder, verify=True)["odd"])
+    found = inspect(folder, verify=True)
+    odd = "\n".join(found["odd"])
     assert "unknown: mystery" in odd
     assert "model.embed_tokens.weight: 2 of 4,128 numbers are NaN or infinite" in odd
-    assert "pytorch_model.bin: a pickle" in odd
+    assert found["notes"] == ["pytorch_model.bin: a pickle, which is never opened"]
     assert "needs vocab_size >= 259" in odd
 
     step = make_run(tmp_path / "run", 1, tokenizer_files={}) / "checkpoints/step_00000001"
@@ -111,3 +116,49 @@ def test_broken_hugging_face_folders(tmp_path, name):
 def test_nothing_there(tmp_path):
     with pytest.raises(NoCheckpoint, match="holds no model"):
         inspect(tmp_path)
+
+
+def test_what_is_unusual_is_noted_and_is_not_odd(tmp_path):
+    config = small_config(tie_embeddings=True)
+    params = random_params(config)
+    extra = {"lm_head.weight": params["embed.weight"], "model.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    found = inspect(write_hugging_face(tmp_path / "hf", config, params, extra=extra))
+    assert found["odd"] == []
+    assert found["notes"] == [
+        "no numbers were read: --verify looks for NaN and infinities",
+        "lm_head.weight: a second copy of the embedding, to which it is tied (16,896 bytes)",
+        "model.rotary_emb.inv_freq: not used, and provably without effect",
+        "the vocabulary is padded: 5 of its 264 rows belong to no token",
+    ]
+    assert found["parameters"]["total"] == sum(array.size for array in params.values())
+    assert "note: the vocabulary is padded" in render(found)
+    assert "output" not in found["parameters"]
+    run = inspect(make_run(tmp_path / "run", 1, 2))
+    assert run["notes"] == [found["notes"][0], found["notes"][3]]
+    assert inspect(tmp_path / "run", verify=True)["notes"] == [found["notes"][3]]
+
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "families"
+
+
+@pytest.mark.parametrize(
+    ("family", "parts", "shown"),
+    [
+        ("mamba2", {"mamba2", "embedding", "output", "norms"}, "mamba2 in 3"),
+        ("gpt2", {"attention", "mlp", "embedding", "positions", "norms"}, "layers"),
+        ("gpt_oss_mxfp4", {"attention", "experts", "embedding", "output", "norms"}, "quantised, mxfp4"),
+        ("deepseek_v3_fp8", {"latent attention", "experts", "mlp", "embedding", "output", "norms"}, "fp8_e4m3"),
+    ],
+)
+def test_parts_of_every_kind_of_model(family, parts, shown):
+    found = inspect(GOLDEN / family)
+    assert set(found["parameters"]) == {"total", *parts}
+    assert shown in render(found)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss_mxfp4", "deepseek_v3_fp8"])
+def test_quantised_weights_are_counted_as_numbers(family):
+    """As many as the same model has unquantised."""
+    found = inspect(GOLDEN / family)
+    plain = dataclasses.replace(DecoderConfig.from_dict(found["model"]), quantization=None)
+    assert found["parameters"]["total"] == sum(like.size for like in param_shapes(plain).values())
