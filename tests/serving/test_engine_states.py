@@ -1,0 +1,152 @@
+"""The engine with mixers that keep a state: the trainer's numbers, and the same in any company, chunks and slots.
+
+All norms are over 32 numbers: of longer rows, XLA:CPU adds up in an order that hangs on how many rows there are.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.quick import full_compile
+from twinax.checkpoints.load import LoadedModel
+from twinax.checkpoints.tokenizer import Tokenizer
+from twinax.layers.contexts import PackedContext
+from twinax.layers.mixer_config import LightningConfig, Mamba2Config
+from twinax.models.cache import init_cache, page_bytes
+from twinax.models.config import DecoderConfig, LayerKind
+from twinax.models.decoder import functional, init_params, weight_dtype
+from twinax.serving.engine import Engine, EngineConfig
+from twinax.serving.request import SamplingParams
+from twinax.sharding.plan import PlanError
+
+TOKENIZER = Tokenizer.bytes()
+COMMON = {"vocab_size": TOKENIZER.vocab_size + 1, "hidden_size": 32, "max_position_embeddings": 128}
+MAMBA = DecoderConfig(
+    **COMMON,
+    intermediate_size=0,
+    num_layers=2,
+    num_heads=0,
+    num_kv_heads=0,
+    head_dim=0,
+    mamba2=Mamba2Config(num_heads=4, head_dim=8, state_size=8, groups=2),
+    pattern=(LayerKind(rope=None, mixer="mamba2", feed_forward=None),),
+)
+# Three mixers of which each has layers of its own, in the cache too.
+HYBRID = DecoderConfig(
+    **COMMON,
+    intermediate_size=64,
+    num_layers=4,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    mamba2=Mamba2Config(num_heads=4, head_dim=8, state_size=8),
+    lightning=LightningConfig(num_heads=2, head_dim=16),
+    norm_placement="residual",
+    pattern=(
+        LayerKind(rope=None, mixer="lightning_attention", mixer_scales=(2.0, 0.5)),
+        LayerKind(rope=None, mixer="mamba2", feed_forward=None),
+        LayerKind(window=20),
+        LayerKind(rope=None, mixer="lightning_attention", feed_forward_scales=(1.5, 1.0)),
+    ),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_for_a_user():
+    """What is the same is a matter of bits."""
+    with full_compile():
+        yield
+
+
+def loaded(config: DecoderConfig) -> LoadedModel:
+    return LoadedModel(config, init_params(config, 0), TOKENIZER, "llama", {}, pathlib.Path("here"), "step")
+
+
+def engine_of(config: DecoderConfig, **limits) -> Engine:
+    limits = {"max_running": 6, "page_size": 16, "chunk_tokens": 64, "max_waiting": 9, "compile_cache": "", **limits}
+    with full_compile():
+        engine = Engine(loaded(config), EngineConfig(**limits))
+        engine.warmup()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def served():
+    return HYBRID, engine_of(HYBRID)
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 256, int(n)).tolist() for n in rng.integers(1, 90, count)]
+
+
+def greedy(**more) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 10, "ignore_eos": True, "logprobs": 2, **more})
+
+
+def logprobs_of(done) -> list[float]:
+    return [own.logprob for own in [*(done.prompt_logprobs or [None])[1:], *done.logprobs]]
+
+
+def test_tokens_and_logprobs_are_those_of_the_training_forward(served):
+    config, engine = served
+    model, params = functional(config), engine.loaded.params
+
+    @jax.jit
+    def forward(tokens, context):
+        return jax.nn.log_softmax(model.unembed(params, model.hidden(params, tokens, context)[0]))
+
+    for done in engine.generate(prompts(5), greedy(prompt_logprobs=0)):
+        ids = done.prompt_ids + done.token_ids
+        tokens, place = np.zeros((1, 128), np.int32), np.arange(128, dtype=np.int32)[None]
+        tokens[0, : len(ids)] = ids
+        logprobs_TV = np.asarray(forward(tokens, PackedContext((place < len(ids)).astype(np.int32), place)))[0]
+        assert done.token_ids == np.argmax(logprobs_TV[len(done.prompt_ids) - 1 : len(ids) - 1], -1).tolist()
+        want = logprobs_TV[np.arange(len(ids) - 1), ids[1:]]
+        np.testing.assert_allclose(logprobs_of(done), want, rtol=0, atol=2e-5)
+
+
+def test_a_request_gives_the_same_bits_alone_among_neighbours_and_in_other_slots(served):
+    _, engine = served
+    asked = prompts(9)  # more than there are slots, so these are used again
+    among = engine.generate(asked, greedy(prompt_logprobs=0))
+    backwards = engine.generate(asked[::-1], greedy(prompt_logprobs=0))[::-1]
+    for prompt, one, other in zip(asked, among, backwards, strict=True):
+        (alone,) = engine.generate([prompt], greedy(prompt_logprobs=0))
+        assert alone.token_ids == one.token_ids == other.token_ids
+        assert logprobs_of(alone) == logprobs_of(one) == logprobs_of(other)
+
+
+@pytest.mark.slow
+def test_chunks_and_preemption_change_no_bit(served):
+    config, roomy = served
+    asked = prompts(6)
+    want = roomy.generate(asked, greedy(max_tokens=30))
+    small = engine_of(config, chunk_tokens=7)  # 64 rows all the same, so that products are the same programs
+    crowded = engine_of(config, max_running=4, num_pages=12)
+    assert [logprobs_of(one) for one in small.generate(asked, greedy(max_tokens=30))] == list(map(logprobs_of, want))
+    found = crowded.generate(asked, greedy(max_tokens=30))
+    assert crowded.stats().preemptions > 0
+    assert [one.token_ids for one in found] == [one.token_ids for one in want]
+    assert [logprobs_of(one) for one in found] == list(map(logprobs_of, want))
+
+
+def test_what_is_kept_of_a_request():
+    cache = init_cache(HYBRID, num_pages=3, page_size=16, slots=5, dtype=jnp.dtype(jnp.bfloat16))
+    assert {name: (state.shape, state.dtype) for name, state in cache.states.items()} == {
+        "lightning_attention.state": ((2, 5, 2, 16, 16), jnp.float32),
+        "mamba2.inputs": ((1, 5, 3, 48), jnp.float32),
+        "mamba2.state": ((1, 5, 4, 8, 8), jnp.float32),
+    }
+    assert page_bytes(MAMBA, 16, jnp.dtype(jnp.float32)) == 0
+    names = [name for name in init_params(MAMBA, 0) if weight_dtype(name, jnp.bfloat16) == jnp.float32]
+    assert [name.rpartition(".")[2] for name in sorted(names)] == ["A_log", "D", "dt_bias"]
+
+
+@pytest.mark.parametrize("config", [MAMBA, HYBRID], ids=["mamba2", "hybrid"])
+def test_a_mesh_is_refused(config):
+    with pytest.raises(PlanError, match="served by one device"):
+        Engine(loaded(config), EngineConfig(plan="tensor=2", compile_cache=""))
