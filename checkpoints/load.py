@@ -26,6 +26,7 @@ from .step import open_stored, to_device
 from .tokenizer import Tokenizer, check_vocabulary
 
 CHECKPOINTS = "checkpoints"  # the folder of steps in a run's output folder
+MeshOf = Callable[[DecoderConfig], Mesh | None]
 _log = logging.getLogger(__name__)
 
 
@@ -111,7 +112,7 @@ def load_model(
     path: str | os.PathLike[str],
     *,
     dtype: Any = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | MeshOf | None = None,
     plan: Plan | str | None = None,
     verify: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
@@ -121,7 +122,8 @@ def load_model(
     Args:
         path: the folder.
         dtype: cast the parameters to it, or each to what this function gives for its name; None keeps what is stored.
-        mesh, plan: where the parameters live (one of the two); by default on the first device.
+        mesh, plan: where the parameters live (one of the two); by default on the first device. A function gives the
+            mesh (or None) for the model's config, before anything else is read.
         verify: compare a step's files with their checksums first: those that this process reads.
         progress: called with (parameter name, parameters done, parameters in all).
 
@@ -136,13 +138,18 @@ def load_model(
     return _load_step(folder, kind, dtype, mesh, verify, progress)
 
 
-def _verify_here(found: Manifest, mesh: Mesh | None) -> None:
+def _mesh(mesh: Mesh | MeshOf | None, config: DecoderConfig) -> Mesh | None:
+    return mesh if mesh is None or isinstance(mesh, Mesh) else mesh(config)
+
+
+def _verify_here(found: Manifest, given: Mesh | MeshOf | None) -> None:
     """Verifies the files that this process reads: those of all parameters, or of what its devices of the mesh hold."""
     everything = [f"{manifest.ARRAYS}/params."]
+    config = DecoderConfig.from_dict(found.description.model)
+    mesh = _mesh(given, config)
     if mesh is None:
         found.verify(everything)
         return
-    config = DecoderConfig.from_dict(found.description.model)
     shapes = {f"params.{name}": like.shape for name, like in param_shapes(config).items()}
     if any(name not in found.arrays or found.arrays[name].shape != shape for name, shape in shapes.items()):
         found.verify(everything)  # not of its config; who loads it says so
@@ -167,11 +174,14 @@ def _cast(name: str, dtype: Any) -> Any:
     return dtype(name) if callable(dtype) and not isinstance(dtype, type) else dtype
 
 
-def _shardings(config: DecoderConfig, mesh: Mesh | None) -> dict[str, Any]:
+def _shardings(config: DecoderConfig, given: Mesh | MeshOf | None) -> dict[str, Any]:
+    mesh = _mesh(given, config)
     return {} if mesh is None else dict(param_shardings(config, mesh))
 
 
-def _load_step(folder: Path, kind: str, dtype: Any, mesh: Mesh | None, verify: bool, progress: Any) -> LoadedModel:
+def _load_step(
+    folder: Path, kind: str, dtype: Any, mesh: Mesh | MeshOf | None, verify: bool, progress: Any
+) -> LoadedModel:
     found = open_step(folder, kind, lambda found: _verify_here(found, mesh) if verify else None)
     description = found.description
     config = DecoderConfig.from_dict(description.model)
@@ -212,7 +222,7 @@ def _load_step(folder: Path, kind: str, dtype: Any, mesh: Mesh | None, verify: b
     )
 
 
-def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | None, progress: Any) -> LoadedModel:
+def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | MeshOf | None, progress: Any) -> LoadedModel:
     opened = hf.open_folder(folder)
     config = opened.config
     tokenizer = opened.tokenizer()
@@ -220,8 +230,8 @@ def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | None, progress: An
         check_vocabulary(tokenizer, config.vocab_size)
     params = {}
     with opened.open_tensors() as tensors:
-        shapes = {name: shape.shape for name, shape in param_shapes(config).items()}
         shardings = _shardings(config, mesh)
+        shapes = {name: shape.shape for name, shape in param_shapes(config).items()}
         for name, parameter in hf.match_tensors(tensors, config, shapes).items():
             params[name] = to_device(parameter, shardings.get(name), _cast(name, dtype))
             tensors.release()

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 from ..checkpoints.load import LoadedModel, load_model
 from ..models.cache import page_bytes
 from ..models.config import DecoderConfig
+from ..models.decoder import weight_dtype
 from ..sharding.plan import Plan, PlanError
 from . import sampling
 from .batch import TOKEN, HostBatch
@@ -132,6 +134,10 @@ def _mesh(text: str, model: DecoderConfig) -> Mesh | None:
     return plan.mesh()
 
 
+def _dtype(config: EngineConfig) -> jnp.dtype:
+    return jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
 class Engine:
     """Serves one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
 
@@ -144,7 +150,7 @@ class Engine:
             raise ValueError(f"{loaded.source} has no tokenizer, which serving needs; copy its tokenizer.json there.")
         self.loaded, self.config, self.tokenizer = loaded, config, loaded.tokenizer
         model = loaded.config
-        dtype = jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+        dtype = _dtype(config)
         self.max_model_len = config.max_model_len or model.max_position_embeddings
         if not 2 <= self.max_model_len <= model.max_position_embeddings:
             raise ValueError(
@@ -184,8 +190,13 @@ class Engine:
 
     @classmethod
     def from_path(cls, path: str | Path, config: EngineConfig | None = None) -> "Engine":
-        """An engine for a Twinax checkpoint or a Hugging Face folder, not warmed up yet."""
-        return cls(load_model(path), config)
+        """An engine for a Twinax checkpoint or a Hugging Face folder, not warmed up yet.
+
+        Parameters go from the files straight to their devices, in the dtype that they are served in.
+        """
+        config = config or EngineConfig()
+        mesh, dtype = partial(_mesh, config.plan), partial(weight_dtype, dtype=_dtype(config))
+        return cls(load_model(path, dtype=dtype, mesh=mesh), config)
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles all programs; a compile after this is a bug, which `stats` counts."""

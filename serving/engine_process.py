@@ -111,16 +111,13 @@ def build(settings: wire.EngineSettings, channel: wire.BlockingChannel) -> tuple
     channel.send(wire.Progress("importing JAX"))
     import jax
 
-    from ..checkpoints.load import load_model
     from .engine import Engine, EngineConfig
 
     channel.send(wire.Progress("loading the model"))
-    loaded = load_model(settings.model)
-    if loaded.tokenizer is None:
-        raise ValueError(f"{settings.model} has no tokenizer, so it can't be asked; put its tokenizer.json there")
     names = [name for name in wire.EngineSettings.__struct_fields__ if name != "model"]
     given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
-    engine = Engine(loaded, EngineConfig(**given))
+    engine = Engine.from_path(settings.model, EngineConfig(**given))
+    loaded = engine.loaded
     middle = time.perf_counter()
 
     def progress(done: int, total: int) -> None:

@@ -24,6 +24,7 @@ from twinax.checkpoints.errors import CheckpointError, DamagedCheckpoint, Mismat
 from twinax.checkpoints.load import load_model
 from twinax.checkpoints.store import CheckpointStore
 from twinax.checkpoints.tokenizer import Tokenizer, TokenizerError
+from twinax.sharding.plan import Plan, PlanError
 
 CONFIG = small_config()
 
@@ -258,3 +259,21 @@ def test_copies_in_blocks(monkeypatch, shape, limit):
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, array)
     assert step._aligned(shape, array.dtype).ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("kind", ["run", "hf"])
+def test_a_mesh_for_the_config(tmp_path, kind):
+    """The mesh is asked for with the config in hand, and what it refuses is refused before numbers are read."""
+    make_run(tmp_path / "run", 0)
+    write_hugging_face(tmp_path / "hf", CONFIG, random_params(CONFIG))
+    spread = load_model(tmp_path / kind, mesh=lambda config: Plan(fsdp=config.num_kv_heads).mesh())
+    assert len(spread.params["embed.weight"].sharding.device_set) == 2
+    alone = load_model(tmp_path / kind, mesh=lambda _: None)
+    assert len(alone.params["embed.weight"].sharding.device_set) == 1
+    assert_same_bits(host(spread.params), host(alone.params))
+
+    def refuse(_):
+        raise PlanError("not this one")
+
+    with pytest.raises(PlanError, match="not this one"):
+        load_model(tmp_path / kind, mesh=refuse)
