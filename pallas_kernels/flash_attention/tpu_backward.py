@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .tpu_forward import LANES, LOG2E, VMEM_BYTES, Scores, across, dot
+from .tpu_forward import LOG2E, VMEM_BYTES, Scores, column, dot
 from .tpu_plan import Plan
 
 
@@ -292,6 +292,7 @@ class Pair:
                 dq = dq[:, size:]
             products = following
         if not diagonal:
+            assert dq is not None
             self.to_queries(slice(0, self.plan.block_q), dq)
 
     def _products(self, chunk: slice, first: int) -> tuple[jax.Array, jax.Array]:
@@ -335,7 +336,6 @@ class Pair:
         q_at = self.plan.position(i, self.tables, b) + first
         sees = self.plan.sees(q_at, j * self.plan.block_k + chunk.start, logits.shape, 1)
         if "q_ids" in self.x:
-            ids = jnp.broadcast_to(self.x["kv_ids"][:, chunk], (LANES, logits.shape[0]))
-            same = across(jnp.transpose(ids), logits.shape[1]) == self.x["q_ids"][:, first:]
+            same = column(self.x["kv_ids"][:, chunk], logits.shape[1]) == self.x["q_ids"][:, first:]
             sees = same if sees is None else sees & same
         return logits if sees is None else jnp.where(sees, logits, -jnp.inf)

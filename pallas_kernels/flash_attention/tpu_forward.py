@@ -2,8 +2,12 @@
 
 One step of the grid takes a block of queries and a block of keys. Within it the queries go in chunks, all written out
 in one straight line: a chunk's scores are multiplied while the softmax of the chunk before is taken, so that the matrix
-and the vector units are both busy; the compiler's scheduler does the rest. Rows' sums are kept lane by lane, and added
-across lanes once, at the end. The blocks of keys come last first: on the diagonal there is then nothing to rescale.
+and the vector units are both busy; the compiler's scheduler does the rest. The blocks of keys come last first: on the
+diagonal there is then nothing to rescale.
+
+Scores are held [key, query], and the output is summed transposed, [E, query]: what there is one of a query (maximum,
+sum) is then a row, which costs nothing to apply, and the probabilities fill the matrix unit as its weights, which E
+alone does not. A row's sum is kept in 8 parts, added once, at the end.
 
 Scores are kept in base 2. What multiplies them is applied to their distance from the maximum, and so costs one
 operation in all; with a soft cap or a bias, before.
@@ -26,9 +30,13 @@ from jax.experimental.pallas import tpu as pltpu
 from .tpu_plan import Plan
 
 LANES = 128
+AHEAD = 4  # chunks whose scores are multiplied before they are needed
+PART = 512  # keys of one product: the chunk's products go to several matrix units
 LOWEST = -1e30  # a running maximum's start: finite, so that what is hidden, -inf, has no weight beside it
 SMALLEST = 1e-30
 LOG2E = math.log2(math.e)
+SUBLANES = 8  # parts of a row's sum
+TILE = 128
 VMEM_BYTES = 60 << 20  # of the 64 MiB of the smallest chip
 
 
@@ -69,7 +77,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """out_BHTE in bfloat16 or q's dtype, and lse [B, H, 1, T].
 
-    `extras` may hold q_ids and kv_ids [B, 1, length], bias [B or 1, H or 1, T, S], sinks [H] and factors [H].
+    `extras` may hold q_ids and kv_ids [B, 1, length], bias [B or 1, H or 1, S, T], sinks [H] and factors [H].
     """
     (B, H, T, D), (_, K, _, E) = q_BHTD.shape, v_BKSE.shape
     bq, bk, G = plan.block_q, plan.block_k, H // K
@@ -106,9 +114,9 @@ def forward(
 
         def bias_map(b: Any, h: Any, n: Any, t: Any, *refs: Any) -> Any:
             block = key_block(b, n, t, refs)
-            return 0 if shared_b else b, 0 if shared_h else h, row(n, t), block
+            return 0 if shared_b else b, 0 if shared_h else h, block, row(n, t)
 
-        specs["bias"] = pl.BlockSpec((None, None, bq, bk), bias_map)
+        specs["bias"] = pl.BlockSpec((None, None, bk, bq), bias_map)
     for name in ("sinks", "factors"):
         if name in extras:
             specs[name] = pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -128,9 +136,10 @@ def forward(
                 pl.BlockSpec((None, None, 1, bq), lambda b, h, n, t, *_: (b, h, 0, row(n, t))),
             ],
             scratch_shapes=[
-                pltpu.VMEM((bq, LANES), jnp.float32),
-                pltpu.VMEM((bq, LANES), jnp.float32),
-                pltpu.VMEM((bq, E), jnp.float32),
+                pltpu.VMEM((1, bq), jnp.float32),
+                pltpu.VMEM((SUBLANES, bq), jnp.float32),
+                pltpu.VMEM((E, bq), jnp.float32),
+                pltpu.VMEM(scores_kept(plan), jnp.float32),
             ],
         ),
         out_shape=[
@@ -145,6 +154,12 @@ def forward(
     )(*(tables[name] for name in names), *inputs.values())
 
 
+def scores_kept(plan: Plan) -> tuple[int, int, int]:
+    """The shape of the memory for a pair's scores. Left to itself, the compiler spills more than twice as much."""
+    size = min(plan.chunk, plan.block_q)
+    return min(AHEAD + 1, plan.block_q // size), plan.block_k, size
+
+
 def _key_block(plan: Plan, low: Any, high: Any, j: Any) -> Any:
     """The last comes first; a step without a block of its own names one that is there."""
     if plan.folded:
@@ -156,12 +171,12 @@ def _kernel(plan: Plan, scores: Scores, steps: int, names: list[str], inputs: li
     tables = dict(zip(names, refs[: len(names)], strict=True))
     refs = refs[len(names) :]
     x = dict(zip(inputs, refs[: len(inputs)], strict=True))
-    out_ref, lse_ref, max_ref, sum_ref, acc_ref = refs[len(inputs) :]
+    out_ref, lse_ref, max_ref, sum_ref, acc_ref, scores_ref = refs[len(inputs) :]
     b, h, n, t = (pl.program_id(axis) for axis in range(4))
     i, j = plan.place(n, t)
     low, high = plan.keys_of(i, tables, b)
     block = _key_block(plan, low, high, j)
-    rows = Rows(plan, scores, x, tables, (b, h, i, block), (out_ref, lse_ref, max_ref, sum_ref, acc_ref))
+    rows = Rows(plan, scores, x, tables, (b, h, i, block), (out_ref, lse_ref, max_ref, sum_ref, acc_ref, scores_ref))
 
     full, kinds = plan.is_full(i, block, tables, b), _kinds(plan, steps)
     for first, is_edge in kinds:
@@ -176,7 +191,7 @@ def _kernel(plan: Plan, scores: Scores, steps: int, names: list[str], inputs: li
         @pl.when(j == high if plan.folded else j == steps - 1)
         def _() -> None:
             for chunk in rows.chunks():
-                rows.finish(chunk, max_ref[chunk], sum_ref[chunk], acc_ref[chunk])
+                rows.finish(chunk, max_ref[:, chunk], sum_ref[:, chunk], acc_ref[:, chunk])
 
 
 @functools.cache
@@ -203,7 +218,7 @@ class Rows:
     x: dict[str, Any]
     tables: dict[str, Any]
     at: tuple[Any, Any, Any, Any]
-    refs: tuple[Any, Any, Any, Any, Any]
+    refs: tuple[Any, ...]
 
     def chunks(self) -> list[slice]:
         size = min(self.plan.chunk, self.plan.block_q)
@@ -212,75 +227,72 @@ class Rows:
     def run(self, first: bool, last: bool, edge: bool) -> None:
         # On the diagonal a chunk's last keys are known to be hidden, and the first ones to be seen.
         diagonal = edge and self.plan.diagonal
-        chunks = self.chunks()
-        keys = [min(self.plan.block_k, c.stop) if diagonal else self.plan.block_k for c in chunks]
-        product = self._product(chunks[0], keys[0])
+        chunks, bk = self.chunks(), self.plan.block_k
+        keys = [min(bk, chunk.stop) if diagonal else bk for chunk in chunks]
+        vT = jnp.transpose(self.x["v"][...])
+        tops = [self._scores(n, chunks[n], keys[n], edge) for n in range(min(AHEAD, len(chunks)))]
         for n, chunk in enumerate(chunks):
-            following = self._product(chunks[n + 1], keys[n + 1]) if n + 1 < len(chunks) else None
-            self._attend(chunk, product, first, last, edge, diagonal)
-            product = following
+            if n + AHEAD < len(chunks):
+                tops.append(self._scores(n + AHEAD, chunks[n + AHEAD], keys[n + AHEAD], edge))
+            self._attend(n, chunk, tops[n], vT[:, : keys[n]], first, last)
 
-    def _product(self, chunk: slice, keys: int) -> jax.Array:
-        return dot(self.x["q"][chunk], self.x["k"][:keys], (1, 1))
-
-    def _attend(self, chunk: slice, s: Any, first: bool, last: bool, edge: bool, diagonal: bool) -> None:
-        b, h, i, block = self.at
-        _, _, max_ref, sum_ref, acc_ref = self.refs
-        keys, v_ref, late = s.shape[1], self.x["v"], self.scores.late
-        bias = self.x["bias"][chunk, :keys] if "bias" in self.x else None
-        s = self.scores.logits(s, self.x["factors"][h] if "factors" in self.x else None, bias)
-        if diagonal and chunk.start:
-            tail = self._mask(chunk, s[:, chunk.start :], chunk.start)
-            s = jnp.concatenate([s[:, : chunk.start], tail], 1)
+    def _scores(self, n: int, chunk: slice, keys: int, edge: bool) -> jax.Array:
+        """Keeps those of a chunk, masked, [key, query]; their maxima, [1, query]."""
+        x, k, q = self.x, self.x["k"], self.x["q"][chunk]
+        s = jnp.concatenate([dot(k[at : min(at + PART, keys)], q, (1, 1)) for at in range(0, keys, PART)])
+        bias = x["bias"][:keys, chunk] if "bias" in x else None
+        s = self.scores.logits(s, x["factors"][self.at[1]] if "factors" in x else None, bias)
+        if edge and self.plan.diagonal and chunk.start:
+            s = jnp.concatenate([s[: chunk.start], self._mask(chunk, s[chunk.start :], chunk.start)])
         elif edge:
             s = self._mask(chunk, s, 0)
-        top = jnp.maximum(jnp.broadcast_to(s.max(-1, keepdims=True), (s.shape[0], LANES)), LOWEST)
+        self.refs[-1][n % (AHEAD + 1), :keys] = s
+        return jnp.maximum(s.max(0, keepdims=True), LOWEST)
+
+    def _attend(self, n: int, chunk: slice, top: jax.Array, vT: jax.Array, first: bool, last: bool) -> None:
+        _, _, max_ref, sum_ref, acc_ref, scores_ref = self.refs
+        late = self.scores.late
         if not first:
-            before = max_ref[chunk]
+            before = max_ref[:, chunk]
             top = jnp.maximum(before, top)
-        p = jnp.exp2((s - across(top, keys)) * late) if late != 1.0 else jnp.exp2(s - across(top, keys))
-        total = p[:, :LANES]
-        for n in range(LANES, keys, LANES):
-            total = total + p[:, n : n + LANES]
-        out = dot(p.astype(v_ref.dtype), v_ref[:keys], (1, 0))
+        s = scores_ref[n % (AHEAD + 1), : vT.shape[1]]
+        p = jnp.exp2((s - top) * late) if late != 1.0 else jnp.exp2(s - top)
+        total = p.reshape(-1, SUBLANES, p.shape[1]).sum(0)
+        out = dot(vT, p.astype(vT.dtype), (1, 0))
         if not first:
             decay = jnp.exp2((before - top) * late)
-            total = sum_ref[chunk] * decay + total
-            out = acc_ref[chunk] * across(decay, out.shape[1]) + out
+            total = sum_ref[:, chunk] * decay + total
+            out = acc_ref[:, chunk] * decay + out
         if last:
             self.finish(chunk, top, total, out)
         else:
-            max_ref[chunk], sum_ref[chunk], acc_ref[chunk] = top, total, out
+            max_ref[:, chunk], sum_ref[:, chunk], acc_ref[:, chunk] = top, total, out
 
     def _mask(self, chunk: slice, s: jax.Array, first_key: int) -> jax.Array:
         b, _, i, block = self.at
         if self.plan.diagonal:
-            sees = self.plan.sees(chunk.start, first_key, s.shape, 0)
+            sees = self.plan.sees(chunk.start, first_key, s.shape, 1)
         else:
             q_at = self.plan.position(i, self.tables, b) + chunk.start
-            sees = self.plan.sees(q_at, block * self.plan.block_k, s.shape, 0)
+            sees = self.plan.sees(q_at, block * self.plan.block_k, s.shape, 1)
         if "q_ids" in self.x:
-            ids = jnp.broadcast_to(self.x["q_ids"][:, chunk], (LANES, s.shape[0]))
-            same = across(jnp.transpose(ids), s.shape[1]) == self.x["kv_ids"][...]
+            same = column(self.x["kv_ids"][...], s.shape[1]) == self.x["q_ids"][:, chunk]
             sees = same if sees is None else sees & same
         return s if sees is None else jnp.where(sees, s, -jnp.inf)
 
     def finish(self, chunk: slice, top: jax.Array, total: jax.Array, out: jax.Array) -> None:
+        """Of top [1, r], total [SUBLANES, r] and out [E, r]."""
         out_ref, lse_ref, *_ = self.refs
-        top = top * self.scores.late
-        total = jnp.broadcast_to(total.sum(-1, keepdims=True), top.shape)
+        top, total = top * self.scores.late, total.sum(0, keepdims=True)
         if "sinks" in self.x:
             sink = jnp.full(top.shape, self.x["sinks"][self.at[1]] * LOG2E)
             new_top = jnp.maximum(top, sink)
             share = jnp.exp2(top - new_top)
-            total, out = total * share + jnp.exp2(sink - new_top), out * across(share, out.shape[1])
-            top = new_top
+            total, out, top = total * share + jnp.exp2(sink - new_top), out * share, new_top
         # Where nothing is seen both are 0; else the greatest logit alone adds 1.
-        out_ref[chunk] = (out * across(1 / jnp.maximum(total, SMALLEST), out.shape[1])).astype(out_ref.dtype)
-        lane = lax.broadcasted_iota(jnp.int32, top.shape, 1)
-        both = jnp.transpose(jnp.where(lane == 0, top, total))
-        lse = (both[:1] + jnp.log2(jnp.maximum(both[1:2], SMALLEST))) * math.log(2)
-        lse_ref[:, chunk] = jnp.where(both[1:2] > 0, lse, -jnp.inf)
+        some = jnp.maximum(total, SMALLEST)
+        out_ref[chunk] = jnp.transpose((out * (1 / some)).astype(out_ref.dtype))
+        lse_ref[:, chunk] = jnp.where(total > 0, (top + jnp.log2(some)) * math.log(2), -jnp.inf)
 
 
 def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
@@ -290,6 +302,7 @@ def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
     return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def across(x: jax.Array, width: int) -> jax.Array:
-    """[r, LANES], whose columns are the same, as [r, width]."""
-    return x[:, :width] if width <= LANES else jnp.tile(x, (1, width // LANES))
+def column(x: jax.Array, width: int) -> jax.Array:
+    """A row [1, r] as [r, width], whose columns are all the same."""
+    columns = jnp.transpose(jnp.broadcast_to(x, (LANES, x.shape[1])))
+    return columns[:, :width] if width <= LANES else jnp.tile(columns, (1, width // LANES))

@@ -32,7 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..flash_attention.tpu_forward import LANES, LOWEST, Rows, Scores
+from ..flash_attention.tpu_forward import LANES, LOWEST, SUBLANES, Rows, Scores, scores_kept
 from ..flash_attention.tpu_plan import Plan
 
 COLLECTIVE_ID = 7
@@ -103,7 +103,7 @@ class Ring:
     def vmem(self, D: int, itemsize: int) -> int:
         """Bytes of the kernel's buffers: what the grid loads and stores is there twice."""
         lanes = -(-D // LANES) * LANES
-        rows = 2 * self.G * 2 * lanes * itemsize + self.G * (4 * lanes + 2 * 4 * LANES)
+        rows = 2 * self.G * 2 * lanes * itemsize + self.G * 4 * (lanes + 2 * SUBLANES)
         keys = (2 + 4) * 2 * lanes * itemsize
         return self.T * (rows + keys) * 9 // 8 + (8 << 20)  # and what the compiler spills
 
@@ -250,9 +250,10 @@ def forward(o: Ring, q_NGTD: jax.Array, kv_N2TD: jax.Array, q_ids: Any, kv_ids: 
         out_shape=[jax.ShapeDtypeStruct((N, G, T, D), dtype), jax.ShapeDtypeStruct((N, G, 1, T), jnp.float32)],
         scratch_shapes=[
             pltpu.VMEM((o.streams, 2, 2, T, D), dtype),
-            pltpu.VMEM((G, T, LANES), jnp.float32),
-            pltpu.VMEM((G, T, LANES), jnp.float32),
-            pltpu.VMEM((G, T, D), jnp.float32),
+            pltpu.VMEM((G, 1, T), jnp.float32),
+            pltpu.VMEM((G, SUBLANES, T), jnp.float32),
+            pltpu.VMEM((G, D, T), jnp.float32),
+            pltpu.VMEM(scores_kept(o.plan(False)), jnp.float32),
             *semaphores(o.streams, 2),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -283,7 +284,7 @@ def _kernel(o: Ring, q_ref: Any, kv_ref: Any, *refs: Any) -> None:
     q_ids: Any
     kv_ids: Any
     q_ids, kv_ids = refs[:2] if o.segments else (None, None)
-    out_ref, lse_ref, buffers, max_ref, sum_ref, acc_ref, sent, arrived, permits = refs[2 * o.segments :]
+    out_ref, lse_ref, buffers, max_ref, sum_ref, acc_ref, scores_ref, sent, arrived, permits = refs[2 * o.segments :]
     turn, me, kv_ref = pl.program_id(0), lax.axis_index(o.axis), kv_ref.at[0]
     streams = Streams(o, buffers, sent, arrived, permits)
 
@@ -303,7 +304,7 @@ def _kernel(o: Ring, q_ref: Any, kv_ref: Any, *refs: Any) -> None:
         if o.segments:
             x |= {"q_ids": q_ids.at[:, at], "kv_ids": kv_ids.at[device, :, keys]}
         outputs = out_ref.at[g, at], lse_ref.at[g, :, at]
-        state = max_ref.at[g, at], sum_ref.at[g, at], acc_ref.at[g, at]
+        state = *(ref.at[g, :, at] for ref in (max_ref, sum_ref, acc_ref)), scores_ref
         return Rows(plan, o.scores, x, tables, (0, 0, 0, 0), (*outputs, *state))
 
     def attend(g: Any, i: Any, j: Any, kv: Any, device: Any, causal: bool = False) -> None:
@@ -341,8 +342,8 @@ def _kernel(o: Ring, q_ref: Any, kv_ref: Any, *refs: Any) -> None:
     def finish(g: Any, i: Any) -> None:
         one = rows(g, i, 0, kv_ref, me, o.plan(False), {})
         for chunk in one.chunks():
-            *_, max_i, sum_i, acc_i = one.refs
-            one.finish(chunk, max_i[chunk], sum_i[chunk], acc_i[chunk])
+            *_, max_i, sum_i, acc_i, _scores = one.refs
+            one.finish(chunk, *(ref[:, chunk] for ref in (max_i, sum_i, acc_i)))
 
     for_each(o.G, 2 * per_chunk, finish)
     pl.when(turn == pl.num_programs(0) - 1)(streams.leave)
