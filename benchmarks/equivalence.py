@@ -34,6 +34,8 @@ MODELS = ("dense", "mixture of experts")
 # Not in the matrix: what families other than Llama bring, all at once.
 EVERY_OPTION = "every option"
 LATENT = "latent attention"  # dense layers and mixtures in turn
+STATES = "states"  # Mamba-2, lightning attention and attention
+STATES_ALIKE = "states, of layers alike"  # without lightning attention, whose decays hang on the layer's number
 FILE = Path(__file__).parent.parent / "docs" / "equivalence.md"
 
 
@@ -52,7 +54,7 @@ VARIANTS = tuple(itertools.starmap(Variant, itertools.product(("none", "full"), 
 
 
 def model_config(name: str) -> Any:
-    from twinax.layers.mixer_config import LatentAttentionConfig
+    from twinax.layers.mixer_config import LatentAttentionConfig, LightningConfig, Mamba2Config
     from twinax.layers.moe_config import MoEConfig
     from twinax.layers.rope_config import RopeConfig
     from twinax.models.config import DecoderConfig, LayerKind
@@ -91,6 +93,15 @@ def model_config(name: str) -> Any:
             "rope": RopeConfig(size=2),
             "latent": LatentAttentionConfig(query_rank=8, kv_rank=8, nope_dim=2, rope_dim=2, value_dim=6),
             "num_kv_heads": 8,
+        }
+    if name.startswith(STATES):
+        mamba = LayerKind(rope=None, mixer="mamba2", feed_forward=None)
+        lightning = LayerKind(rope=None, mixer="lightning_attention", mixer_scales=(1.5, 0.5))
+        more = {
+            "pattern": (mamba, LayerKind()) if name == STATES_ALIKE else (mamba, lightning, LayerKind(), mamba),
+            "mamba2": Mamba2Config(num_heads=8, head_dim=4, state_size=6, groups=2),
+            "lightning": None if name == STATES_ALIKE else LightningConfig(num_heads=4, head_dim=8),
+            "norm_placement": "residual",
         }
     return DecoderConfig(
         vocab_size=VOCABULARY,

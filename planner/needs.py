@@ -93,8 +93,10 @@ def needs(config: DecoderConfig, chip: str) -> Needs:
         plan = Plan(fsdp=devices)
         if training is None or training / devices > memory or _problems(config, plan):
             return False
+        if not plain:
+            return True
         workload = Workload(config, "train", devices, tokens)
-        return not plain or sum(train_memory(workload, Layout(plan)).values()) <= memory
+        return sum(train_memory(workload, Layout(plan)).values()) <= memory
 
     return Needs(
         chip=found,

@@ -35,6 +35,11 @@ class Workload:
                 f"A workload has at least one row of two tokens; got {self.rows} rows of {self.seq_len}. A batch of "
                 "--batch-tokens holds batch-tokens / seq-len rows."
             )
+        if others := [mixer for mixer in self.model.mixers if mixer != "attention"]:
+            raise PlannerError(
+                f"The planner does not know yet what layers of {' and '.join(others)} take; it plans models that have "
+                "plain attention alone."
+            )
         if self.seq_len > self.model.max_position_embeddings:
             raise PlannerError(
                 f"The model takes {self.model.max_position_embeddings} tokens of context; --seq-len {self.seq_len} is "

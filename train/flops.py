@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..models.config import DecoderConfig
+from ..models.config import RECURRENT, DecoderConfig
 from ..models.decoder import param_axes, param_shapes
 
 # Dense bfloat16 FLOP/s of one JAX device, by the beginning of its `device_kind`; from the vendors' data sheets.
@@ -42,7 +42,8 @@ def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     """FLOPs of forward and backward for one token: 6 for each weight of a product, and the attention's own.
 
     The embedding's rows are looked up, not multiplied, and of many experts a token takes a few. A causal token sees
-    half the row on average; what `remat` computes again is not counted.
+    half the row on average; a state is updated and read once a token (what chunks multiply besides, and what `remat`
+    computes again, is not counted).
     """
     shapes, axes = param_shapes(config), param_axes(config)
     taken = 1.0 if config.moe is None else config.moe.experts_per_token / config.moe.num_experts
@@ -52,7 +53,15 @@ def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
         if name != "embed.weight" or config.tie_embeddings
     )
     attention = len(config.layers_with("attention")) * config.num_heads * config.head_dim * sequence_length
-    return 6.0 * weights + 6.0 * attention
+    if (latent := config.latent) is not None:
+        size = (latent.nope_dim + latent.rope_dim + latent.value_dim) / 2  # of a score's product, and of a value's
+        attention += len(config.layers_with("latent_attention")) * config.num_heads * size * sequence_length
+    states = sum(
+        2 * len(config.layers_with(mixer)) * math.prod(getattr(config, field).states["state"])
+        for mixer, field in RECURRENT.items()
+        if mixer in config.mixers
+    )
+    return 6.0 * (weights + attention + states)
 
 
 def peak_flops(devices: Sequence[Any], dtype: Any) -> Peak:

@@ -5,7 +5,7 @@ import pytest
 from jax import lax
 
 from benchmarks import equivalence
-from benchmarks.equivalence import EVERY_OPTION, LATENT, LIMIT, MODELS, VARIANTS, compare, plans
+from benchmarks.equivalence import EVERY_OPTION, LATENT, LIMIT, MODELS, STATES, STATES_ALIKE, VARIANTS, compare, plans
 from tests.thorough import thorough
 from twinax.sharding.plan import Plan
 
@@ -63,6 +63,27 @@ def test_every_option_of_a_decoder_gives_the_numbers_of_one_device(plan, variant
 def test_latent_attention_and_layers_that_differ_give_the_numbers_of_one_device(plan, variant):
     found = compare(LATENT, Plan.parse(plan), variant)
     assert isinstance(found, dict) and max(found.values()) < LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "plan", "variant"),
+    [
+        (STATES, "data=2,fsdp=2", VARIANTS[2]),
+        (STATES_ALIKE, "stage=2,fsdp=2,schedule=1f1b", VARIANTS[0]),
+    ],
+)
+def test_mixers_that_keep_a_state_give_the_numbers_of_one_device(model, plan, variant):
+    found = compare(model, Plan.parse(plan), variant)
+    assert isinstance(found, dict) and max(found.values()) < LIMIT
+
+
+def test_plans_that_cut_what_has_a_state_are_refused():
+    for axis in ("sequence", "tensor"):
+        said = compare(STATES, Plan.parse(f"{axis}=2"), VARIANTS[0])
+        assert f"{axis}=2 cannot cut layers that keep a state" in str(said)
+    with pytest.raises(ValueError, match="hang on the layer's number"):
+        compare(STATES, Plan(stage=2), VARIANTS[0])
 
 
 def test_a_missing_sum_is_caught(monkeypatch):

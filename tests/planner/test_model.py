@@ -5,6 +5,9 @@ import dataclasses
 import pytest
 
 from tests.planner.helpers import DENSE, costs_of
+from twinax.layers.mixer_config import LightningConfig
+from twinax.models.config import LayerKind
+from twinax.planner.errors import PlannerError
 from twinax.planner.model import estimate
 from twinax.planner.sizes import parameters, resting, share_of
 from twinax.planner.topology import Topology
@@ -52,6 +55,13 @@ def test_a_device_s_share_adds_up():
     whole = sum(p.elements(Plan()) for p in parameters(DENSE))
     assert resting(DENSE, Plan(fsdp=4)) == whole / 4
     assert resting(DENSE, Plan(data=4)) == whole
+
+
+def test_mixers_that_it_does_not_know_are_refused():
+    kinds = (LayerKind(), LayerKind(rope=None, mixer="lightning_attention"))
+    model = dataclasses.replace(DENSE, pattern=kinds, lightning=LightningConfig(num_heads=2, head_dim=8))
+    with pytest.raises(PlannerError, match="does not know yet what layers of lightning_attention take"):
+        Workload(model, "serve", 8, 512)
 
 
 def test_more_devices_share_the_work():

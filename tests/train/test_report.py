@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from twinax.layers.mixer_config import Mamba2Config
+from twinax.models.config import DecoderConfig, LayerKind
 from twinax.models.decoder import param_shapes
 from twinax.train import display as display_module
 from twinax.train.curve import draw_curve, smoothed, thinned, ticks
@@ -111,6 +113,25 @@ def test_a_token_pays_for_the_experts_it_takes():
     mixture = ModelConfig(**sizes, experts=16, shared_experts=1).decoder(100, 32)
     routers = 3 * 16 * 64
     assert flops_per_token(mixture, 32) == flops_per_token(dense, 32) + 6 * routers
+
+
+def test_a_state_is_updated_and_read_once_a_token():
+    config = DecoderConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=0,
+        num_layers=3,
+        num_heads=0,
+        num_kv_heads=0,
+        head_dim=0,
+        max_position_embeddings=32,
+        mamba2=Mamba2Config(num_heads=4, head_dim=32, state_size=16),
+        pattern=(LayerKind(rope=None, mixer="mamba2", feed_forward=None),),
+    )
+    multiplied = sum(shape.size for name, shape in param_shapes(config).items() if name != "embed.weight")
+    # A key times a value and a query times the state: 2 products of 2 FLOPs a number, three times with the backward.
+    states = 3 * 2 * 2 * (4 * 32 * 16) * 3
+    assert flops_per_token(config, 32) == flops_per_token(config, 8) == 6 * multiplied + states
 
 
 class FakeDevice:
