@@ -55,7 +55,7 @@ test: $(VENV)/installed-test
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/installed-test
-	$(PY) -m pytest -q -n 2 --dist loadfile -m slow $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n 2 --dist worksteal -m slow $(PYTEST_ARGS)
 
 test-all: test test-slow
 

@@ -19,6 +19,8 @@ ENVIRONMENT = {
     # A device that waits for the others in a collective may keep a thread of a pool that all share. XLA makes as many
     # as there are cores, or as this says; with two, simulated devices can wait for each other forever.
     "NPROC": "64",
+    # Torch's threads wait by spinning: for models so small, and beside another worker, half of its time.
+    "OMP_NUM_THREADS": "1",
 }
 
 

@@ -1,5 +1,6 @@
 """What a checkpoint of a run says of itself, and whether a recipe may go on from it."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,8 @@ def check_resume(before: Manifest, now: Description) -> None:
 
     Anything else of a recipe may change from one process to the next: learning rate, steps, plan, micro-batches.
     """
-    then = before.description
-    different = [*_differences(then.model, now.model, "model."), *_data_differences(then.data, now.data)]
+    then, model = before.description, json.loads(json.dumps(now.model))  # in a checkpoint, tuples are lists
+    different = [*_differences(then.model, model, "model."), *_data_differences(then.data, now.data)]
     if different:
         raise ResumeError(
             f"{before.folder} cannot go on with this recipe:\n"

@@ -189,6 +189,7 @@ COMPILED = [
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_compile")
 @pytest.mark.skipif(not has_cuda_plugin() or not shutil.which("ptxas"), reason="wants JAX's CUDA plug-in and ptxas")
 @pytest.mark.parametrize(
     ("chip", "cases"),

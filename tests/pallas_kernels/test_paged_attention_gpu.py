@@ -125,6 +125,7 @@ COMPILED = [
 
 
 @SLOW
+@pytest.mark.usefixtures("full_compile")
 @pytest.mark.skipif(not has_cuda_plugin() or not shutil.which("ptxas"), reason="wants JAX's CUDA plug-in and ptxas")
 @pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
 def test_compiles_without_spills(chip):

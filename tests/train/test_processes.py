@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,20 +87,25 @@ def run(folder: Path, output: str, count: int, devices: int = 8, **task) -> Run:
 
 
 @pytest.fixture(scope="module")
-def pairs(folder) -> dict[str, tuple[Run, Run]]:
+def pair(folder) -> Callable[[str], tuple[Run, Run]]:
     """By plan: the run of one process with eight devices, and that of two with four each."""
-    made = {}
-    for name, plan, accumulation in (("tensor", TENSOR, 2), ("ring", RING, 1)):
-        task = {"plan": plan, "accumulation": accumulation}
-        made[plan] = run(folder, f"{name}-1", 1, **task), run(folder, f"{name}-2", 2, **task)
-        for ended in (end for one in made[plan] for end in one.ended):
+
+    @functools.cache
+    def runs(plan: str) -> tuple[Run, Run]:
+        name, task = plan.split("=")[0], {"plan": plan, "accumulation": 2 if plan == TENSOR else 1}
+        return run(folder, f"{name}-1", 1, **task), run(folder, f"{name}-2", 2, **task)
+
+    def pair(plan: str) -> tuple[Run, Run]:
+        for ended in (end for one in runs(plan) for end in one.ended):
             assert ended.status == 0, ended.err
-    return made
+        return runs(plan)
+
+    return pair
 
 
 @pytest.mark.parametrize("plan", [TENSOR, RING])
-def test_two_processes_train_as_one(pairs, plan):
-    one, two = pairs[plan]
+def test_two_processes_train_as_one(pair, plan):
+    one, two = pair(plan)
     want, got = one.outcome(), two.outcome()
     assert facts(two.outcome(1)) == facts(got)
     assert [step["batch"] for step in got["steps"]] == [step["batch"] for step in want["steps"]]
@@ -107,7 +114,7 @@ def test_two_processes_train_as_one(pairs, plan):
     for key in ("loss", "grad_norm"):
         assert [step[key] for step in got["steps"]] == pytest.approx([step[key] for step in want["steps"]], rel=1e-6)
     assert got["eval"] == pytest.approx(want["eval"], rel=1e-6)
-    first, second = (stored_state(pair.output / "checkpoints" / "step_00000005") for pair in (one, two))
+    first, second = (stored_state(each.output / "checkpoints" / "step_00000005") for each in (one, two))
     for name, array in first.items():
         assert np.max(np.abs(second[name] - array)) <= 1e-6 * max(np.max(np.abs(array)), 1e-30), name
 
@@ -119,8 +126,8 @@ def facts(outcome: dict) -> dict:
 
 
 @pytest.mark.parametrize("plan", [TENSOR, RING])
-def test_process_0_alone_speaks_and_writes(pairs, plan):
-    _, two = pairs[plan]
+def test_process_0_alone_speaks_and_writes(pair, plan):
+    _, two = pair(plan)
     first, second = two.ended
     assert "Trained 5 steps" in first.out
     assert (second.out, second.err) == ("", "")
@@ -133,8 +140,8 @@ def test_process_0_alone_speaks_and_writes(pairs, plan):
 
 
 @pytest.mark.parametrize("plan", [TENSOR, RING])
-def test_what_two_processes_save_has_their_bits(pairs, plan):
-    _, two = pairs[plan]
+def test_what_two_processes_save_has_their_bits(pair, plan):
+    _, two = pair(plan)
     folder = two.output / "checkpoints" / "step_00000005"
     in_memory = two.state("saved", 2)
     assert len(in_memory) > 20
@@ -147,8 +154,8 @@ def test_what_two_processes_save_has_their_bits(pairs, plan):
         assert len(list((folder / "arrays" / "params.embed.weight").glob("*.*"))) > 4
 
 
-def test_two_processes_go_on_with_another_plan_from_the_newest_good_step(pairs, folder):
-    _, two = pairs[TENSOR]
+def test_two_processes_go_on_with_another_plan_from_the_newest_good_step(pair, folder):
+    _, two = pair(TENSOR)
     shutil.copytree(two.output, folder / "on")
     arrays = folder / "on" / "checkpoints" / "step_00000005" / "arrays"
     damaged = arrays / "params.blocks.mlp.up.weight" / "0.0.0"
@@ -161,7 +168,7 @@ def test_two_processes_go_on_with_another_plan_from_the_newest_good_step(pairs, 
     assert "mlp.up.weight/0.0.0: its bytes have changed" in on.ended[0].out
     assert same_bits(on.state("restored", 2), stored_state(two.output / "checkpoints" / "step_00000003"))
     steps = on.outcome()["steps"]
-    want = pairs[TENSOR][0].outcome()["steps"][3:]
+    want = pair(TENSOR)[0].outcome()["steps"][3:]
     assert [step["step"] for step in steps] == [4, 5]
     assert [step["batch"] for step in steps] == [step["batch"] for step in want]
     assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in want], rel=1e-6)
@@ -173,8 +180,8 @@ def test_two_processes_go_on_with_another_plan_from_the_newest_good_step(pairs, 
     assert same_bits(on.state("saved", 2), stored_state(folder / "on" / "checkpoints" / "step_00000005"))
 
 
-def test_one_process_goes_on_from_two(pairs, folder):
-    _, two = pairs[RING]
+def test_one_process_goes_on_from_two(pair, folder):
+    _, two = pair(RING)
     shutil.copytree(two.output, folder / "alone")
     alone = run(folder, "alone", 1, plan="data=2,fsdp=2", steps=6)
     assert [ended.status for ended in alone.ended] == [0], alone.ended
