@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from ..pallas_kernels.chips import known_platform
 from ..pallas_kernels.flash_attention import flash_attention
 from ..pallas_kernels.linear_attention import linear_attention, ragged_linear_attention
 from ..pallas_kernels.paged_attention import Pages, paged_attention
@@ -326,7 +327,11 @@ class PagedContext:
         q_THR = jnp.einsum("thn,hnr->thr", q_THN, up_HNR, precision=precision)
         k_T1D = jnp.concatenate([latent_TR[:, None], k_turned_T1P], axis=-1)
         mixed_THR, cache = self.attend(jnp.concatenate([q_THR, q_THP], axis=-1), k_T1D, None, cache, layer, mixing)
-        return jnp.einsum("thr,hvr->thv", mixed_THR, up_HVR, precision=precision), cache
+        up_HRV = jnp.swapaxes(up_HVR, 1, 2)
+        if known_platform() == "cpu":
+            # Turned in memory: otherwise XLA:CPU rounds a row in another way in batches of another size.
+            up_HRV = jax.lax.optimization_barrier(up_HRV)
+        return jnp.einsum("thr,hrv->thv", mixed_THR, up_HRV, precision=precision), cache
 
     def convolve(
         self, convolution: Convolution, x_TC: jax.Array, cache: Cache, layer: Any, mixer: str

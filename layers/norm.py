@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..sharding.rules import gather
+from .rows import row_mean
 
 
 class RMSNorm(nnx.Module):
@@ -33,7 +34,7 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.groups > 1:
             wide = wide.reshape(*x.shape[:-1], self.groups, -1)
-        scaled = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        scaled = wide * jax.lax.rsqrt(row_mean(jnp.square(wide)) + self.epsilon)
         scaled = scaled.reshape(x.shape)
         weight = gather(self.weight[...], self.weight.axes)
         if self.offset:
@@ -52,7 +53,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        scaled = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        centred = wide - row_mean(wide)
+        scaled = centred * jax.lax.rsqrt(row_mean(jnp.square(centred)) + self.epsilon)
         weight, bias = (gather(p[...], p.axes).astype(wide.dtype) for p in (self.weight, self.bias))
         return (scaled * weight + bias).astype(x.dtype)

@@ -16,6 +16,7 @@ from flax import nnx
 from ..sharding.rules import gather
 from .linear import linear
 from .moe_config import MoEConfig
+from .rows import row_sum
 
 
 class Router(nnx.Module):
@@ -85,16 +86,18 @@ def route(config: MoEConfig, x_ND: jax.Array, weights: RouterWeights) -> Routes:
     weight_ED, bias_E, logit_bias_E = weights
     logits_NE = linear(x_ND.astype(weight_ED.dtype), weight_ED, logit_bias_E)
     if config.router == "softmax":
-        scores_NE = probability_NE = jax.nn.softmax(logits_NE, axis=-1)
+        top_N1 = jax.lax.stop_gradient(jnp.max(logits_NE, axis=-1, keepdims=True))
+        raised_NE = jnp.exp(logits_NE - top_N1)
+        scores_NE = probability_NE = raised_NE / row_sum(raised_NE)
     else:
         scores_NE = jax.nn.sigmoid(logits_NE)
-        probability_NE = scores_NE / jnp.sum(scores_NE, axis=-1, keepdims=True)
+        probability_NE = scores_NE / row_sum(scores_NE)
     order_NE = scores_NE if bias_E is None else scores_NE + bias_E
     order_NE = _best_groups(config, jax.lax.stop_gradient(order_NE))
     _, expert_NK = jax.lax.top_k(order_NE, config.experts_per_token)
     weight_NK = jnp.take_along_axis(scores_NE, expert_NK, axis=-1)
     if config.normalize:
-        weight_NK = weight_NK / jnp.sum(weight_NK, axis=-1, keepdims=True)
+        weight_NK = weight_NK / row_sum(weight_NK)
     z_N = jnp.square(jax.nn.logsumexp(logits_NE, axis=-1))
     return Routes(expert_NK, config.route_scale * weight_NK, probability_NE, z_N)
 

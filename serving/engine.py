@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Collection
 from functools import partial
 from pathlib import Path
@@ -124,14 +124,22 @@ def _mesh(text: str, model: DecoderConfig) -> Mesh | None:
             f"An engine is cut over tensor alone, as in plan=tensor={plan.devices}; got {text!r}. For more requests at "
             "once run several servers."
         )
+    for what in _alone(model):
+        raise PlanError(f"{what} served by one device so far; leave plan out.")
     sizes = {"heads": model.num_heads, "kv_heads": model.num_kv_heads, "vocab": model.vocab_size}
     if problems := plan.problems({**sizes, "mlp": model.intermediate_size}):
         raise PlanError(f"The plan {plan} does not fit: {'; '.join(problems)}. Choose a tensor that divides them all.")
-    if model.moe is not None:
-        raise PlanError("A mixture of experts is served by one device so far; leave plan out.")
-    if model.dimensions["states"]:
-        raise PlanError(f"Layers of {', '.join(model.mixers)} are served by one device so far; leave plan out.")
     return plan.mesh()
+
+
+def _alone(model: DecoderConfig) -> Iterator[str]:
+    """What is in the model that no mesh serves."""
+    if model.quantization is not None:
+        yield f"{model.quantization.format} weights are"
+    if model.moe is not None:
+        yield "A mixture of experts is"
+    if others := set(model.mixers) - {"attention"}:
+        yield f"Layers of {', '.join(sorted(others))} are"
 
 
 def _dtype(config: EngineConfig) -> jnp.dtype:

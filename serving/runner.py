@@ -166,9 +166,8 @@ class Runner:
 
     def _place(self, params: dict[str, Any], prefix: str = "") -> dict[str, jax.Array]:
         """Parameters in their dtype and place; of one layer, their names lack the `prefix` of the stacks."""
+        places = {name: self._made.place_of(prefix + name, bool(prefix)) for name in params}
         return {
-            name: jax.device_put(
-                jnp.asarray(array, weight_dtype(name, self.dtype, array.dtype)), self._made.place_of(prefix + name, bool(prefix))
-            )
+            name: jax.device_put(jnp.asarray(array, weight_dtype(name, self.dtype, array.dtype)), places[name])
             for name, array in params.items()
         }
