@@ -6,9 +6,11 @@ Shapes: O outputs, I inputs, as `quantized_matmul.QuantizedWeight` has them.
 import jax
 from flax import nnx
 
-from ..pallas_kernels.quantized_matmul import PACKED, QuantizedWeight, quantize
+from ..pallas_kernels.quantized_matmul import PACKED, QuantizedWeight, dequantize, quantize
 from ..sharding.rules import current
 from .quantization_config import Quantization
+
+__all__ = ["dequantize", "quantized", "quantized_params", "quantized_weight"]
 
 
 def quantized_params(
@@ -28,4 +30,9 @@ def quantized_weight(quantization: Quantization, values: nnx.Param, scales: nnx.
             f"Weights in {quantization.format} are used by one device so far, and a mesh of several is in use. Leave "
             "out the plan."
         )
-    return QuantizedWeight(values[...], scales[...], None, quantization.format, quantization.block)
+    return quantized(quantization, values[...], scales[...])
+
+
+def quantized(quantization: Quantization, values: jax.Array, scales: jax.Array) -> QuantizedWeight:
+    """The weight [..., O, I] of these arrays."""
+    return QuantizedWeight(values, scales, None, quantization.format, quantization.block)

@@ -276,3 +276,6 @@ class DecoderConfig:
         if "pattern" in values:
             nested["pattern"] = tuple(LayerKind(**kind) for kind in values["pattern"])
         return cls(**{**values, **nested})
+
+
+__all__ = ["DecoderConfig", "LayerKind", "keeps_dtype"]

@@ -14,6 +14,7 @@ from ..checkpoints.manifest import Manifest
 from ..checkpoints.store import CheckpointStore
 from ..checkpoints.tokenizer import Tokenizer, check_vocabulary
 from ..models.config import DecoderConfig
+from ..models.dequantize import dequantized
 from ..sharding import plans
 from ..sharding.agreement import agree, count, from_first, problems
 from ..sharding.plan import Plan, PlanError
@@ -94,7 +95,9 @@ def open_model(
         tokenizer = tokenizer or Tokenizer.from_files(before.description.tokenizer_files)
     else:
         loaded = load_model(source, dtype=jnp.float32, mesh=mesh)
-        config, params, tokenizer = loaded.config, loaded.params, tokenizer or loaded.tokenizer or Tokenizer.bytes()
+        # Quantised weights have no gradient: what they stand for is trained.
+        config, params = dequantized(loaded.config, loaded.params, mesh=mesh)
+        tokenizer = tokenizer or loaded.tokenizer or Tokenizer.bytes()
     check_vocabulary(tokenizer, config.vocab_size)
     if recipe.sequence_length > config.max_position_embeddings:
         raise RecipeError(
