@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 CPU_SECONDS = 5  # of one conversation; a megabyte of text takes a tenth of one
 _LENGTH = struct.Struct(">Q")
@@ -24,14 +24,14 @@ class ChatTemplateError(ValueError):
     """There is no chat template, or it does not compile, or it refused the conversation."""
 
 
-def send(stream: BinaryIO, message: dict[str, Any]) -> None:
+def send(stream: IO[bytes], message: dict[str, Any]) -> None:
     """Writes JSON after its length."""
     data = json.dumps(message).encode()
     stream.write(_LENGTH.pack(len(data)) + data)
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> dict[str, Any] | None:
+def receive(stream: IO[bytes]) -> dict[str, Any] | None:
     """What was sent; None when the other side has ended."""
     head = stream.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
@@ -56,10 +56,12 @@ class Renderer:
         """Its answer. ChatTemplateError when it died of the request."""
         with self._lock:
             process = self._running()
-            assert process.stdin is not None is not process.stdout
+            stdin, stdout = process.stdin, process.stdout
+            assert stdin is not None
+            assert stdout is not None
             try:
-                send(process.stdin, request)
-                answer = receive(process.stdout)
+                send(stdin, request)
+                answer = receive(stdout)
             except BrokenPipeError:
                 answer = None
             except BaseException:  # its answer would be taken for the next one's

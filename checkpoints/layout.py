@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def device_shapes(config: DecoderConfig, plan: Plan | None) -> dict[str, tuple[i
     if plan is None:
         return shapes
     plan.check(config.dimensions)
-    mesh = AbstractMesh(tuple(plan.sizes.values()), tuple(plan.sizes))
+    mesh: Any = AbstractMesh(tuple(plan.sizes.values()), tuple(plan.sizes))  # of devices that need not be here
     return {name: where.shard_shape(shapes[name]) for name, where in param_shardings(config, mesh).items()}
 
 

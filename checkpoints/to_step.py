@@ -14,6 +14,7 @@ from ..models.decoder import param_shapes
 from ..sharding.plan import Plan
 from . import hf, layout, manifest
 from .arrays import open_array
+from .files import NewFolder
 from .manifest import ArraySpec, Description
 from .pieces import Parameter
 from .safetensors import TensorSpec
@@ -64,7 +65,7 @@ class ToStep:
         """The folder to write to."""
         return StepWriter(final, content)
 
-    def copy(self, folder: StepWriter, tell: Progress | None) -> Copy:
+    def copy(self, folder: NewFolder, tell: Progress | None) -> Copy:
         """What is to be copied; writes all that is small."""
         arrays, sizes, pieces = folder.tmp / manifest.ARRAYS, {}, []
         layout.write_tree(arrays, (f"params.{name}" for name in self._parameters))
@@ -90,8 +91,9 @@ class ToStep:
             found.append(Piece(names[place], dtype, at, source, written))
         return found
 
-    def finish(self, folder: StepWriter) -> None:
+    def finish(self, folder: NewFolder) -> None:
         """Writes what the arrays mean, and gives the folder its name."""
+        assert isinstance(folder, StepWriter)
         description = Description(
             family=self._opened.config.family,
             model=self._opened.config.to_dict(),

@@ -35,6 +35,8 @@ _SHORTEST = 16  # logits are computed for lengths padded to a power of two, so t
 def load(path: str | os.PathLike[str], *, dtype: str | None = None) -> "Model":
     """Loads a run folder (its newest good step), a step folder or a Hugging Face folder.
 
+    Files are mapped, not read: each parameter's pages are read as it goes to its device, and let go.
+
     `dtype`: "float32" or "bfloat16", of compute; None: float32 on a CPU, bfloat16 elsewhere. Raises ValueErrors that
     say what is wrong with the folder.
     """
