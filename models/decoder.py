@@ -249,8 +249,9 @@ def functional(
     return FunctionalDecoder(config, dtype=dtype, remat=remat)
 
 
-def _abstract(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=param_dtype))
+@lru_cache(maxsize=32)
+def _abstract(config: DecoderConfig) -> Any:
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.float32))
     return nnx.to_flat_state(nnx.state(model, nnx.Param))
 
 
