@@ -22,7 +22,7 @@ from .tpu_forward import LANES, LOG2E, Scores, forward
 from .tpu_plan import PADDING_K, PADDING_Q, Plan, padded_ids, tables
 
 UNSEEN = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass
-DQ_BYTES = 12 << 20  # of the queries' gradient at a time, which is held in vector memory
+DQ_BYTES = 8 << 20  # of the queries' gradient at a time, which is held in vector memory
 PART = 2048  # queries: a longer row's backward pass is cut at multiples of this
 
 
