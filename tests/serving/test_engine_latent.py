@@ -1,29 +1,20 @@
 """The engine with latent attention, layers that differ, and quantised weights: the same bits in any company."""
 
 import dataclasses
-import pathlib
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from tests.quick import full_compile
-from tests.serving.test_engine_states import greedy, logprobs_of, prompts
-from twinax.checkpoints.load import LoadedModel
-from twinax.checkpoints.tokenizer import Tokenizer
-from twinax.layers.contexts import PackedContext
+from tests.serving.engines import TOKENIZER, check_against_training, engine_of, greedy, loaded, logprobs_of, prompts
 from twinax.layers.mixer_config import LatentAttentionConfig
 from twinax.layers.moe_config import MoEConfig
 from twinax.layers.quantization_config import Quantization
 from twinax.layers.rope_config import RopeConfig
 from twinax.models.cache import init_cache, page_bytes
 from twinax.models.config import DecoderConfig, LayerKind
-from twinax.models.decoder import functional, init_params
 from twinax.serving.engine import Engine, EngineConfig
 from twinax.sharding.plan import PlanError
 
-TOKENIZER = Tokenizer.bytes()
 COMMON = {
     "vocab_size": TOKENIZER.vocab_size, "hidden_size": 64, "intermediate_size": 96, "num_layers": 3, "num_heads": 4,
     "max_position_embeddings": 128,
@@ -68,39 +59,13 @@ MODELS = {
 }
 
 
-def loaded(config: DecoderConfig) -> LoadedModel:
-    return LoadedModel(config, init_params(config, 0), TOKENIZER, "llama", {}, pathlib.Path("here"), "step")
-
-
-def engine_of(config: DecoderConfig, **limits) -> Engine:
-    limits = {"max_running": 6, "page_size": 16, "chunk_tokens": 64, "max_waiting": 9, "compile_cache": "", **limits}
-    with full_compile():
-        engine = Engine(loaded(config), EngineConfig(**limits))
-        engine.warmup()
-    return engine
-
-
 @pytest.fixture(scope="module", params=list(MODELS))
 def served(request):
     return MODELS[request.param], engine_of(MODELS[request.param])
 
 
 def test_tokens_and_logprobs_are_those_of_the_training_forward(served):
-    config, engine = served
-    model, params = functional(config), engine.loaded.params
-
-    @jax.jit
-    def forward(tokens, context):
-        return jax.nn.log_softmax(model.unembed(params, model.hidden(params, tokens, context)[0]))
-
-    for done in engine.generate(prompts(5), greedy(prompt_logprobs=0)):
-        ids = done.prompt_ids + done.token_ids
-        tokens, place = np.zeros((1, 128), np.int32), np.arange(128, dtype=np.int32)[None]
-        tokens[0, : len(ids)] = ids
-        logprobs_TV = np.asarray(forward(tokens, PackedContext((place < len(ids)).astype(np.int32), place)))[0]
-        assert done.token_ids == np.argmax(logprobs_TV[len(done.prompt_ids) - 1 : len(ids) - 1], -1).tolist()
-        want = logprobs_TV[np.arange(len(ids) - 1), ids[1:]]
-        np.testing.assert_allclose(logprobs_of(done), want, rtol=0, atol=2e-5)
+    check_against_training(*served)
 
 
 def test_a_request_gives_the_same_bits_alone_and_among_neighbours(served):

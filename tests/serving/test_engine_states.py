@@ -1,28 +1,16 @@
-"""The engine with mixers that keep a state: the trainer's numbers, and the same in any company, chunks and slots.
+"""The engine with mixers that keep a state: the trainer's numbers, and the same in any company, chunks and slots."""
 
-All norms are over 32 numbers: of longer rows, XLA:CPU adds up in an order that hangs on how many rows there are.
-"""
-
-import pathlib
-
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from tests.quick import full_compile
-from twinax.checkpoints.load import LoadedModel
-from twinax.checkpoints.tokenizer import Tokenizer
-from twinax.layers.contexts import PackedContext
+from tests.serving.engines import TOKENIZER, check_against_training, engine_of, greedy, loaded, logprobs_of, prompts
 from twinax.layers.mixer_config import LightningConfig, Mamba2Config
 from twinax.models.cache import init_cache, page_bytes
 from twinax.models.config import DecoderConfig, LayerKind
-from twinax.models.decoder import functional, init_params, weight_dtype
+from twinax.models.decoder import init_params, weight_dtype
 from twinax.serving.engine import Engine, EngineConfig
-from twinax.serving.request import SamplingParams
 from twinax.sharding.plan import PlanError
 
-TOKENIZER = Tokenizer.bytes()
 COMMON = {"vocab_size": TOKENIZER.vocab_size + 1, "hidden_size": 32, "max_position_embeddings": 128}
 MAMBA = DecoderConfig(
     **COMMON,
@@ -54,59 +42,13 @@ HYBRID = DecoderConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _as_for_a_user():
-    """What is the same is a matter of bits."""
-    with full_compile():
-        yield
-
-
-def loaded(config: DecoderConfig) -> LoadedModel:
-    return LoadedModel(config, init_params(config, 0), TOKENIZER, "llama", {}, pathlib.Path("here"), "step")
-
-
-def engine_of(config: DecoderConfig, **limits) -> Engine:
-    limits = {"max_running": 6, "page_size": 16, "chunk_tokens": 64, "max_waiting": 9, "compile_cache": "", **limits}
-    with full_compile():
-        engine = Engine(loaded(config), EngineConfig(**limits))
-        engine.warmup()
-    return engine
-
-
 @pytest.fixture(scope="module")
 def served():
     return HYBRID, engine_of(HYBRID)
 
 
-def prompts(count: int) -> list[list[int]]:
-    rng = np.random.default_rng(1)
-    return [rng.integers(0, 256, int(n)).tolist() for n in rng.integers(1, 90, count)]
-
-
-def greedy(**more) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0.0, "max_tokens": 10, "ignore_eos": True, "logprobs": 2, **more})
-
-
-def logprobs_of(done) -> list[float]:
-    return [own.logprob for own in [*(done.prompt_logprobs or [None])[1:], *done.logprobs]]
-
-
 def test_tokens_and_logprobs_are_those_of_the_training_forward(served):
-    config, engine = served
-    model, params = functional(config), engine.loaded.params
-
-    @jax.jit
-    def forward(tokens, context):
-        return jax.nn.log_softmax(model.unembed(params, model.hidden(params, tokens, context)[0]))
-
-    for done in engine.generate(prompts(5), greedy(prompt_logprobs=0)):
-        ids = done.prompt_ids + done.token_ids
-        tokens, place = np.zeros((1, 128), np.int32), np.arange(128, dtype=np.int32)[None]
-        tokens[0, : len(ids)] = ids
-        logprobs_TV = np.asarray(forward(tokens, PackedContext((place < len(ids)).astype(np.int32), place)))[0]
-        assert done.token_ids == np.argmax(logprobs_TV[len(done.prompt_ids) - 1 : len(ids) - 1], -1).tolist()
-        want = logprobs_TV[np.arange(len(ids) - 1), ids[1:]]
-        np.testing.assert_allclose(logprobs_of(done), want, rtol=0, atol=2e-5)
+    check_against_training(*served)
 
 
 def test_a_request_gives_the_same_bits_alone_among_neighbours_and_in_other_slots(served):

@@ -1,0 +1,61 @@
+"""What tests of the engine over several kinds of models share."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from tests.quick import full_compile
+from twinax.checkpoints.load import LoadedModel
+from twinax.checkpoints.tokenizer import Tokenizer
+from twinax.layers.contexts import PackedContext
+from twinax.models.config import DecoderConfig
+from twinax.models.decoder import functional, init_params
+from twinax.serving.engine import Engine, EngineConfig
+from twinax.serving.request import SamplingParams
+
+TOKENIZER = Tokenizer.bytes()
+
+
+def loaded(config: DecoderConfig) -> LoadedModel:
+    return LoadedModel(config, init_params(config, 0), TOKENIZER, "llama", {}, pathlib.Path("here"), "step")
+
+
+def engine_of(config: DecoderConfig, **limits) -> Engine:
+    limits = {"max_running": 6, "page_size": 16, "chunk_tokens": 64, "max_waiting": 9, "compile_cache": "", **limits}
+    with full_compile():
+        engine = Engine(loaded(config), EngineConfig(**limits))
+        engine.warmup()
+    return engine
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 256, int(n)).tolist() for n in rng.integers(1, 90, count)]
+
+
+def greedy(**more) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 10, "ignore_eos": True, "logprobs": 2, **more})
+
+
+def logprobs_of(done) -> list[float]:
+    """Of the prompt, if they were asked for, and of what was generated."""
+    return [own.logprob for own in [*(done.prompt_logprobs or [None])[1:], *done.logprobs]]
+
+
+def check_against_training(config: DecoderConfig, engine: Engine) -> None:
+    """Tokens and log-probabilities of the engine are those of the forward pass that trains."""
+    model, params = functional(config), engine.loaded.params
+
+    @jax.jit
+    def forward(tokens, context):
+        return jax.nn.log_softmax(model.unembed(params, model.hidden(params, tokens, context)[0]))
+
+    for done in engine.generate(prompts(5), greedy(prompt_logprobs=0)):
+        ids = done.prompt_ids + done.token_ids
+        tokens, place = np.zeros((1, 128), np.int32), np.arange(128, dtype=np.int32)[None]
+        tokens[0, : len(ids)] = ids
+        logprobs_TV = np.asarray(forward(tokens, PackedContext((place < len(ids)).astype(np.int32), place)))[0]
+        assert done.token_ids == np.argmax(logprobs_TV[len(done.prompt_ids) - 1 : len(ids) - 1], -1).tolist()
+        want = logprobs_TV[np.arange(len(ids) - 1), ids[1:]]
+        np.testing.assert_allclose(logprobs_of(done), want, rtol=0, atol=2e-5)
