@@ -28,7 +28,7 @@ class Needs:
         weights: served, in bfloat16 or as they are quantised.
         cache_per_token: kept of each token, in bfloat16. state_per_request: kept of each request.
         context: tokens of the longest request.
-        training: float32 parameters, two moments of the optimizer, and gradients; None: quantised weights don't train.
+        training: float32 parameters (of quantised ones what they stand for), two moments of the optimizer, gradients.
         serve_devices: devices that hold the weights and one request of `context` tokens; None: no plan does.
         train_devices: devices for a step of a row each (with its activations, where `with_activations`); None: none.
         train_tokens: of a row.
@@ -39,7 +39,7 @@ class Needs:
     cache_per_token: float
     state_per_request: float
     context: int
-    training: float | None
+    training: float
     serve_devices: int | None
     train_devices: int | None
     train_tokens: int
@@ -59,8 +59,6 @@ class Needs:
         if self.state_per_request:
             found.append(f"  state         {_size(self.state_per_request)} a request")
         found.append(f"  to serve      {_devices(self.serve_devices, kind)}, one request of the whole context")
-        if self.training is None:
-            return [*found, "  to train      not as it is: its weights are quantised"]
         what = f"a row of {self.train_tokens:,} tokens each, plan fsdp={self.train_devices}"
         if not self.with_activations:
             what = "activations not counted"
@@ -75,27 +73,27 @@ class Needs:
 
 def needs(config: DecoderConfig, chip: str) -> Needs:
     """What the model needs of a chip by its name. PlannerError for an unknown chip."""
-    found, weights, count = find_chip(chip), 0.0, 0
+    found, weights = find_chip(chip), 0.0
     from ..models.decoder import param_shapes, weight_dtype
 
     for name, like in param_shapes(config).items():
-        count += math.prod(like.shape)
         weights += math.prod(like.shape) * _itemsize(weight_dtype(name, "bfloat16", like.dtype))
+    trained = dataclasses.replace(config, quantization=None)
     per_token, per_request = _cache(config)
     memory = MARGIN * found.memory
     longest = per_token * config.max_position_embeddings + per_request
     serve = _fewest(lambda n: not _problems(config, Plan(tensor=n)) and (weights + longest) / n <= memory)
     plain = config.mixers == ("attention",)
     tokens = min(config.max_position_embeddings, TRAIN_TOKENS)
-    training = None if config.quantization is not None else float(REST * count)
+    training = float(REST * sum(math.prod(like.shape) for like in param_shapes(trained).values()))
 
     def trains(devices: int) -> bool:
         plan = Plan(fsdp=devices)
-        if training is None or training / devices > memory or _problems(config, plan):
+        if training / devices > memory or _problems(trained, plan):
             return False
         if not plain:
             return True
-        workload = Workload(config, "train", devices, tokens)
+        workload = Workload(trained, "train", devices, tokens)
         return sum(train_memory(workload, Layout(plan)).values()) <= memory
 
     return Needs(
