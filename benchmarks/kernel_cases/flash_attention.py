@@ -10,9 +10,9 @@ for our kernels: the products write that order).
 
 The profiler runs every step of the grid, so its time and memory grow with the heads, which are all alike, and with
 the square of the length. It is given few heads (`_heads`), and of rows of 16,384 a part of the queries (of the keys,
-for splash attention's backward pass) against all the others (`_part`): with all tiles computed these are all alike too,
-and under our causal kernels' diagonal the two blocks in the middle are the mean of all, as their grid pairs a long row
-with a short one. Cycles are multiplied accordingly, and so what begins and ends a kernel is counted more than once.
+for splash attention's backward pass) against all the others: with all tiles computed these are all alike too, and under
+our causal kernels' diagonal the two blocks in the middle are the mean of all, as their grid pairs a long row with a
+short one. Cycles are multiplied accordingly, and so what begins and ends a kernel is counted more than once.
 
 Of a backward pass the pullback is compiled, with all that it does around its kernels.
 """
@@ -90,7 +90,7 @@ def _heads(target: Any, B: int, T: int, H: int, backward: bool = False) -> int:
 
 
 def _part(T: int) -> int:
-    """How many queries, or keys, meet all the others: two blocks of ours at least."""
+    """How many queries (keys, backward) of the peers meet all the others."""
     return 2048 if T == LONG else T
 
 
@@ -103,7 +103,7 @@ def forward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implement
             return flash_attention(q, k, v, causal=causal, implementation=implementation)
 
         return _of_library(target, attend, B, T, H, D, causal, "forward")
-    heads, rows = _heads(target, B, T, H), _part(T)
+    heads, rows = _heads(target, B, T, H), min(T, 4096)  # two blocks, where there are two
     options = {"causal": causal, "q_offset": (T - rows) // 2 if causal else 0, "implementation": implementation}
     program = Program(
         _heads_first(lambda q, k, v: flash_attention(q, k, v, **options)),
