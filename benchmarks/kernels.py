@@ -42,7 +42,6 @@ from .tokamax_peer import TOKAMAX, in_environment, tokamax_kernels, versions
 
 KEPT = REPOSITORY / ".cache" / "kernels"
 OURS = "twinax"
-A_CHILD = 6  # kernels
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
 
 
@@ -157,11 +156,8 @@ def measure(
                 kept.found[names[index]] = found
             bar.advance(task)
 
-        # The profiler keeps what it saw as long as its process lives: gigabytes, after some large grids.
         here = sum(name not in elsewhere for name in names)
-        for first in range(0, here, A_CHILD):
-            some = requests[first : min(first + A_CHILD, here)]
-            compile_all(some, progress=lambda n, found, first=first: there(first + n, found))
+        compile_all(requests[:here], progress=there)
         for n in range(here, len(names)):
             in_environment(elsewhere[names[n]], [requests[n]], lambda _, found, n=n: there(n, found))
     measured = []

@@ -37,7 +37,6 @@ from .static import Request, Static, compile_all
 
 Blocks = dict[str, Any]
 LEAST = 0.02
-A_CHILD = 6  # kernels
 Compile = Callable[[Sequence[Request]], list[Static]]
 
 
@@ -162,11 +161,10 @@ def main() -> None:
             cases = [case for case in found if options.match is None or options.match in case.name]
 
             def compile(requests: Sequence[Request]) -> list[Static]:
-                found: list[Static] = []
-                for first in range(0, len(requests), A_CHILD):  # which keeps all that it profiled in memory
-                    Console(stderr=True).print(f"{first}/{len(requests)}", highlight=False, end="\r")
-                    found += compile_all(requests[first : first + A_CHILD])
-                return found
+                def say(index: int, found: Static) -> None:
+                    Console(stderr=True).print(f"{index + 1}/{len(requests)}", highlight=False, end="\r")
+
+                return compile_all(requests, progress=say)
 
             choices = tune(cases, target, compile, options.least)
         except (PlannerError, ValueError) as error:
