@@ -368,8 +368,9 @@ class PagedContext:
             log_decay_TH,
             state_LSHNP,
             layer=layer,
-            slot_T=self._slots(state_LSHNP.shape[1]),
-            is_first_T=self.positions_T == 0,
-            decode_rows=self.decode_rows,
+            slot_R=self.slot_R,
+            start_R=self.query_start_R,
+            length_R=self.query_length_R,
+            is_new_R=self.lengths_R == self.query_length_R,
         )
         return y_THP, cache.with_state(name, state_LSHNP)

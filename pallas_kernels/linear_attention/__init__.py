@@ -6,6 +6,7 @@ That is the state space duality of Mamba-2 (Dao and Gu 2024, arXiv:2405.21060: d
 C, keys and queries shared by the heads of a group) and lightning attention (Qin et al. 2024, arXiv:2401.04658: a fixed
 decay for each head). Shapes, here and in every candidate:
   B rows   T tokens   G groups   H heads (a multiple of G)   N key size   P value size   L layers   S slots
+  R requests
 """
 
 from typing import Any
@@ -59,9 +60,10 @@ def ragged_linear_attention(
     states_LSHNP: jax.Array,
     *,
     layer: Any,
-    slot_T: jax.Array,
-    is_first_T: jax.Array,
-    decode_rows: int,
+    slot_R: jax.Array,
+    start_R: jax.Array,
+    length_R: jax.Array,
+    is_new_R: jax.Array,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`y` [T, H, P] in the dtype of `v` for a flat batch of many requests, and the states after it. Not differentiable.
@@ -71,10 +73,9 @@ def ragged_linear_attention(
 
     Args:
       states_LSHNP: the state of each slot, float32 or wider. layer: which of L is meant, an int or a traced one.
-      slot_T: int32, the slot of each row's request; S (or more) for rows of none, which give zeros. Rows of one slot
-        follow each other in the order of their positions.
-      is_first_T: bool, True for a request's first token, before which its state is zero.
-      decode_rows: no two of the first so many rows have the same slot.
+      slot_R: int32, the slot of each request. start_R, length_R: int32, its rows, in the order of their positions;
+        length 0: it has none in this step. Rows of no request give zeros.
+      is_new_R: bool, whether these are a request's first tokens, before which its state is zero.
       Otherwise as `linear_attention`.
     """
     arrays = q_TGN, k_TGN, v_THP, log_decay_TH = tuple(map(jnp.asarray, (q_TGN, k_TGN, v_THP, log_decay_TH)))
@@ -85,8 +86,8 @@ def ragged_linear_attention(
             f"states is [L, S, H, N, P] with H, N, P = {shape}, float32 or wider; got {states_LSHNP.dtype}"
             f"{states_LSHNP.shape}"
         )
-    rows = {"layer": layer, "slot_T": slot_T, "is_first_T": is_first_T, "decode_rows": decode_rows}
-    return RAGGED(*arrays, states_LSHNP, implementation=implementation, **rows)
+    requests = {"slot_R": slot_R, "start_R": start_R, "length_R": length_R, "is_new_R": is_new_R}
+    return RAGGED(*arrays, states_LSHNP, implementation=implementation, layer=layer, **requests)
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, rows: tuple[str, ...]) -> None:

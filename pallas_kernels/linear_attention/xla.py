@@ -75,34 +75,44 @@ def ragged_linear_attention(
     states_LSHNP: jax.Array,
     *,
     layer: Any,
-    slot_T: jax.Array,
-    is_first_T: jax.Array,
-    decode_rows: int,
+    slot_R: jax.Array,
+    start_R: jax.Array,
+    length_R: jax.Array,
+    is_new_R: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Token by token, those of no request passed over. On a CPU that is all: a state fills its caches.
+    """Request by request, and each token by token. On a CPU that is all: one state fills its caches.
 
-    Elsewhere the first rows, which are of different requests, go together.
+    Elsewhere requests that have one token go together.
     """
     slots = states_LSHNP.shape[1]
     inputs = (q_TGN, k_TGN, v_THP, log_decay_TH)
     y_THP = jnp.zeros(v_THP.shape, states_LSHNP.dtype)
-    together = 0 if known_platform() == "cpu" else decode_rows
-    if together:
-        slot_R = slot_T[:together]
+    is_left_R = length_R > 0
+    if known_platform() != "cpu":
+        is_one_R = length_R == 1
+        is_left_R &= ~is_one_R
+        row_R = jnp.where(is_one_R, start_R, len(y_THP))
         before = states_LSHNP[layer, jnp.minimum(slot_R, slots - 1)]
-        before = jnp.where(is_first_T[:together, None, None, None], 0, before)
-        after, y = jax.vmap(recur)(before, *(x[:together] for x in inputs))
-        states_LSHNP = states_LSHNP.at[layer, slot_R].set(after, mode="drop")
-        y_THP = y_THP.at[:together].set(jnp.where((slot_R < slots)[:, None, None], y, 0))
-    is_left_T = (slot_T < slots) & (jnp.arange(len(slot_T)) >= together)
-    order_T = jnp.argsort(~is_left_T, stable=True)
+        before = jnp.where(is_new_R[:, None, None, None], 0, before)
+        after, y = jax.vmap(recur)(before, *(x[jnp.minimum(row_R, len(x) - 1)] for x in inputs))
+        states_LSHNP = states_LSHNP.at[layer, jnp.where(is_one_R, slot_R, slots)].set(after, mode="drop")
+        y_THP = y_THP.at[row_R].set(y, mode="drop")
+    order_R = jnp.argsort(~is_left_R, stable=True)
 
-    def step(nth: jax.Array, carry: Any) -> Any:
+    def token(t: jax.Array, carry: Any) -> Any:
+        state_HNP, y_THP = carry
+        state_HNP, y_HP = recur(state_HNP, *(jax.lax.dynamic_index_in_dim(x, t, keepdims=False) for x in inputs))
+        return state_HNP, jax.lax.dynamic_update_index_in_dim(y_THP, y_HP, t, 0)
+
+    def request(nth: jax.Array, carry: Any) -> Any:
         states_LSHNP, y_THP = carry
-        t = order_T[nth]
-        state_HNP = jnp.where(is_first_T[t], 0, states_LSHNP[layer, slot_T[t]])
-        state_HNP, y_HP = recur(state_HNP, *(x[t] for x in inputs))
-        return states_LSHNP.at[layer, slot_T[t]].set(state_HNP), y_THP.at[t].set(y_HP)
+        r = order_R[nth]
+        # Slices, which are moved whole; a scatter would go number by number.
+        at = (layer, slot_R[r], 0, 0, 0)
+        state_HNP = jax.lax.dynamic_slice(states_LSHNP, at, (1, 1, *states_LSHNP.shape[2:]))[0, 0]
+        state_HNP = jnp.where(is_new_R[r], 0, state_HNP)
+        state_HNP, y_THP = jax.lax.fori_loop(start_R[r], start_R[r] + length_R[r], token, (state_HNP, y_THP))
+        return jax.lax.dynamic_update_slice(states_LSHNP, state_HNP[None, None], at), y_THP
 
-    states_LSHNP, y_THP = jax.lax.fori_loop(0, jnp.sum(is_left_T), step, (states_LSHNP, y_THP))
+    states_LSHNP, y_THP = jax.lax.fori_loop(0, jnp.sum(is_left_R), request, (states_LSHNP, y_THP))
     return y_THP.astype(v_THP.dtype), states_LSHNP

@@ -78,9 +78,11 @@ def test_sums_and_states_are_float32(implementation, dtype):
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=rounding, atol=10 * rounding)
 
 
-def flat(ids_T: np.ndarray, slots: int, implementation: str | None, arguments, states, slot_T, first_T, decode_rows=0):
-    run = jax.jit(partial(ragged_linear_attention, decode_rows=decode_rows, implementation=implementation))
-    return run(*arguments, states, layer=1, slot_T=jnp.asarray(slot_T), is_first_T=jnp.asarray(first_T))
+def flat(arguments, states, requests, implementation):
+    """`requests` are (slot, start, length, whether it is new)."""
+    slot, start, length, new = map(np.asarray, zip(*requests, strict=True))
+    run = jax.jit(partial(ragged_linear_attention, implementation=implementation))
+    return run(*arguments, states, layer=1, slot_R=slot, start_R=start, length_R=length, is_new_R=new)
 
 
 @pytest.mark.parametrize("implementation", RAGGED.names())
@@ -91,16 +93,18 @@ def test_a_request_in_pieces_among_others_has_the_bits_that_it_has_alone(impleme
     arguments = make(ids, 5, np.float32)
     garbage = jnp.full((2, slots, H, N, P), 3.0, jnp.float32)
 
-    def step(parts, states, decode_rows):
-        """Rows of (request, start, end), each in slot 3 - request; idle rows up to `decode_rows`, then the others."""
-        single = [p for p in parts if p[2] - p[1] == 1]
-        rows = [(r, at) for r, at, _ in single] + [None] * (decode_rows - len(single))
-        rows += [(r, at) for r, start, end in parts if end - start > 1 for at in range(start, end)] + [None] * 3
+    def step(parts, states, decodes):
+        """Rows of (request, start, end), each in slot 3 - request: single ones and idle rows first, then the others."""
+        rows, requests = [None] * decodes, []
+        for nth, (request, start, end) in enumerate(parts):
+            at = nth if end - start == 1 else len(rows)
+            rows[at : at + end - start] = [(request, place) for place in range(start, end)]
+            requests.append((3 - request, at, end - start, start == 0))
+        rows += [None] * 3
+        requests += [(slots, 0, 0, True)] * 2
         take = lambda x: jnp.stack([jnp.asarray(x[row]) if row else jnp.full(x.shape[2:], 7.0) for row in rows])  # noqa: E731
-        slot = np.array([3 - row[0] if row else slots for row in rows], np.int32)
-        first = np.array([row is not None and row[1] == 0 for row in rows])
-        y, states = flat(ids, slots, implementation, [take(x) for x in arguments], states, slot, first, decode_rows)
-        assert not np.any(np.asarray(y)[slot == slots])
+        y, states = flat([take(x) for x in arguments], states, requests, implementation)
+        assert not np.any(np.asarray(y)[[row is None for row in rows]])
         return {row: np.asarray(y)[n] for n, row in enumerate(rows) if row}, states
 
     alone, states = {}, garbage
@@ -108,7 +112,7 @@ def test_a_request_in_pieces_among_others_has_the_bits_that_it_has_alone(impleme
         found, states = step([(request, 0, length)], states, 1)
         alone |= found
     together, others = {}, garbage
-    for parts in ([(0, 0, 9), (1, 0, 1)], [(0, 9, 10), (2, 0, 3)], [(2, 3, 9), (0, 10, 23)]):
+    for parts in ([(1, 0, 1), (0, 0, 9)], [(0, 9, 10), (2, 0, 3)], [(2, 3, 9), (0, 10, 23)]):
         found, others = step(parts, others, 5)
         together |= found
     assert alone.keys() == together.keys()
@@ -126,11 +130,11 @@ def test_an_accelerator_takes_decodes_together(monkeypatch):
     from twinax.pallas_kernels.linear_attention import xla
 
     arguments = [jnp.asarray(x[0]) for x in make(np.ones((1, 12), np.int32), 6, np.float32)]
-    slot_T, first_T = np.array([2, 4, 0, 4, *[1] * 5, *[3] * 2, 4], np.int32), np.arange(12) % 2 == 0
     states = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 6, 5, 3)), jnp.float32)
-    want = flat(slot_T, 4, "reference", arguments, states, slot_T, first_T, 4)
+    requests = [(2, 0, 1, True), (4, 0, 0, True), (0, 2, 1, False), (1, 3, 5, False), (3, 9, 2, True)]
+    want = flat(arguments, states, requests, "reference")
     monkeypatch.setattr(xla, "known_platform", lambda: None)
-    got = flat(slot_T, 4, "xla", arguments, states, slot_T, first_T, 4)
+    got = flat(arguments, states, requests, "xla")
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
@@ -154,6 +158,7 @@ def test_what_does_not_fit_is_refused(change, message):
 
 def test_states_of_another_shape_are_refused():
     q, k, v, log_decay = (jnp.asarray(x[0]) for x in make(np.ones((1, 4), np.int32), 0, np.float32))
-    rows = {"layer": 0, "slot_T": jnp.zeros(4, jnp.int32), "is_first_T": jnp.zeros(4, bool), "decode_rows": 1}
+    requests = {name: np.zeros(2, np.int32) for name in ("slot_R", "start_R", "length_R")}
+    requests["is_new_R"] = np.zeros(2, bool)
     with pytest.raises(ValueError, match=r"states is \[L, S, H, N, P\]"):
-        ragged_linear_attention(q, k, v, log_decay, jnp.zeros((1, 2, 6, 3, 5)), **rows)
+        ragged_linear_attention(q, k, v, log_decay, jnp.zeros((1, 2, 6, 3, 5)), layer=0, **requests)
