@@ -6,7 +6,7 @@ import math
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints.helpers import flip_bit, random_params, small_config, write_hugging_face
@@ -56,6 +56,7 @@ def cut_arrays(draw):
     return tuple(shape), tuple(chunk), draw(st.integers(0, len(shape)))
 
 
+@settings(max_examples=50)
 @given(cut_arrays())
 def test_regions_are_where_the_reader_looks(tmp_path_factory, cut):
     """Written part by part to their regions, the numbers come back through the reader of Zarr chunks."""
@@ -74,7 +75,9 @@ def test_regions_are_where_the_reader_looks(tmp_path_factory, cut):
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(one, marks=pytest.mark.slow) for one in ("float32", "float16"))]
+)
 def test_plain_orbax_reads_a_converted_step(tmp_path, dtype):
     params = random_params(CONFIG, dtype)
     write_hugging_face(tmp_path / "hf", CONFIG, params)
@@ -87,7 +90,12 @@ def test_plain_orbax_reads_a_converted_step(tmp_path, dtype):
 
 @pytest.mark.parametrize(
     ("config", "plan"),
-    [(CONFIG, "fsdp=8"), (CONFIG, "data=2,fsdp=2,tensor=2"), (CONFIG, "stage=3"), (MIXTURE, "expert=4,fsdp=2")],
+    [
+        (CONFIG, "fsdp=8"),
+        (MIXTURE, "expert=4,fsdp=2"),
+        pytest.param(CONFIG, "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param(CONFIG, "stage=3", marks=pytest.mark.slow),
+    ],
 )
 def test_each_device_reads_only_its_own_files(tmp_path, config, plan):
     """No file is of two devices' parts, and each part is read with all other files gone."""
@@ -140,11 +148,10 @@ def test_a_plan_needs_no_devices(tmp_path):
     assert set(shapes) == set(param_shapes(config))
 
 
-@pytest.mark.parametrize("count", [2, 16])
-def test_files_are_verified_by_name(tmp_path, count):
-    """Files are verified by their names: 0.1 is not 0.10. (`test_processes.py` has processes that lack the others'.)"""
-    config = small_config()
-    write_hugging_face(tmp_path / "hf", config, random_params(config))
+def test_files_are_verified_by_name(tmp_path):
+    """Files are verified by their names: 0.1 is not 0.10. (`test_layout_processes.py` has processes that need it.)"""
+    count = 16
+    write_hugging_face(tmp_path / "hf", CONFIG, random_params(CONFIG))
     step = convert(tmp_path / "hf", tmp_path / "step", plan=f"fsdp={count}").target
     flip_bit(step / "arrays/params.embed.weight" / f"0.{count - 1}", 3)
     with pytest.raises(DamagedCheckpoint, match=rf"params.embed.weight/0\.{count - 1}"):

@@ -73,9 +73,8 @@ def sources(tmp_path_factory):
     ("direction", "moments"),
     [
         ("to_twinax", ["0"]),
-        ("to_hugging_face", ["17"]),
         pytest.param("to_twinax", ["5", "12", "sync", "verify", "manifest", "name"], marks=pytest.mark.slow),
-        pytest.param("to_hugging_face", ["0", "3", "sync", "verify", "name"], marks=pytest.mark.slow),
+        pytest.param("to_hugging_face", ["0", "17", "sync", "verify", "name"], marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_many_moments(tmp_path, sources, direction, moments):

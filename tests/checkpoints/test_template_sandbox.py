@@ -28,9 +28,14 @@ def ask(renderer, template, **context):
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro again(n) %}{{ again(n + 1) if n < 60 }}{{ again(n + 1) if n < 60 }}{% endmacro %}{{ again(0) }}",
         "{{ 9 ** (9 ** 9) }}",  # one instruction of the interpreter, which no check in it would stop
+        pytest.param(
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "{% macro a(n) %}{{ a(n + 1) if n < 60 }}{{ a(n + 1) if n < 60 }}{% endmacro %}{{ a(0) }}",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_nothing_runs_for_ever(hasty, template):
