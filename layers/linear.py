@@ -63,7 +63,7 @@ class Linear(nnx.Module):
 
     Args:
         in_features, out_features: I and O.
-        axes: the logical names of O and I.
+        axes: the logical names of O and I; None: whole on every device.
         scale: standard deviation of the initial weights times sqrt(I).
         quantization: how the weight is kept, as `values` and `scales`; None: as `weight`.
     """
@@ -73,7 +73,7 @@ class Linear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
-        axes: tuple[str, str],
+        axes: tuple[str | None, str | None],
         bias: bool = False,
         scale: float = 1.0,
         quantization: Quantization | None = None,

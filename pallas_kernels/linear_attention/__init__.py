@@ -44,12 +44,12 @@ def linear_attention(
     Raises:
       ValueError: shapes or dtypes that break the rules above. NotImplementedError: no candidate takes them.
     """
-    arrays = q_BTGN, k_BTGN, v_BTHP, log_decay_BTH = tuple(map(jnp.asarray, (q_BTGN, k_BTGN, v_BTHP, log_decay_BTH)))
-    _check(*arrays, ("B", "T"))
+    q_BTGN, k_BTGN, v_BTHP, log_decay_BTH = map(jnp.asarray, (q_BTGN, k_BTGN, v_BTHP, log_decay_BTH))
+    _check(q_BTGN, k_BTGN, v_BTHP, log_decay_BTH, ("B", "T"))
     ids_BT = jnp.ones(v_BTHP.shape[:2], jnp.int32) if segment_ids_BT is None else jnp.asarray(segment_ids_BT)
     if ids_BT.shape != v_BTHP.shape[:2] or ids_BT.dtype != jnp.int32:
         raise ValueError(f"segment_ids is int32 [B, T] = {v_BTHP.shape[:2]}; got {ids_BT.dtype}{ids_BT.shape}")
-    return OPERATION(*arrays, ids_BT, implementation=implementation)
+    return OPERATION(q_BTGN, k_BTGN, v_BTHP, log_decay_BTH, ids_BT, implementation=implementation)
 
 
 def ragged_linear_attention(
@@ -78,8 +78,8 @@ def ragged_linear_attention(
       is_new_R: bool, whether these are a request's first tokens, before which its state is zero.
       Otherwise as `linear_attention`.
     """
-    arrays = q_TGN, k_TGN, v_THP, log_decay_TH = tuple(map(jnp.asarray, (q_TGN, k_TGN, v_THP, log_decay_TH)))
-    _check(*arrays, ("T",))
+    q_TGN, k_TGN, v_THP, log_decay_TH = arrays = [jnp.asarray(x) for x in (q_TGN, k_TGN, v_THP, log_decay_TH)]
+    _check(q_TGN, k_TGN, v_THP, log_decay_TH, ("T",))
     shape = (v_THP.shape[1], k_TGN.shape[-1], v_THP.shape[-1])
     if states_LSHNP.shape[2:] != shape or states_LSHNP.dtype.itemsize < 4:
         raise ValueError(
