@@ -11,8 +11,8 @@ as shapes that `target.array(shape, dtype)` made, and what it has to compute and
 TPU (needs libtpu): the microseconds are the static profiler's cycles over the clock, but never less than the program's
 bytes over the bandwidth, as contention for memory is not modelled. The profiler follows the scalar program, so that
 loops and conditions on program ids count as they run; values from memory (scalar prefetch) it takes for 0, and a kernel
-that hangs on them wants a variant without. What follows a loop in a body under a condition (`pl.when`) was seen to count
-twice. A `while` of XLA's own (`lax.map`) counts once. On v5p, a device is two cores: a grid dimension marked "parallel"
+that hangs on them wants a variant without. What follows a loop under a condition (`pl.when`) was seen to count twice.
+A `while` of XLA's own (`lax.map`) counts once. On v5p, a device is two cores: a grid dimension marked "parallel"
 is divided over both, any other grid runs on one; limits are of the device.
 
 NVIDIA (needs JAX's CUDA plug-in and ptxas): registers, spills and ptxas's warnings; there is no clock.
