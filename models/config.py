@@ -1,6 +1,7 @@
 """What a decoder is made of. No JAX here, so that a config can be read, checked and printed anywhere."""
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -244,7 +245,7 @@ class DecoderConfig:
         """Plain values for JSON; `from_dict` reads them back."""
         ropes = {name: rope and rope.to_dict() for name, rope in ((name, getattr(self, name)) for name in ROPES)}
         pattern = [dataclasses.asdict(kind) for kind in self.pattern]
-        return {**dataclasses.asdict(self), **ropes, "pattern": pattern}
+        return json.loads(json.dumps({**dataclasses.asdict(self), **ropes, "pattern": pattern}))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DecoderConfig":

@@ -127,12 +127,12 @@ def build(settings: wire.EngineSettings, channel: wire.BlockingChannel) -> tuple
     end = time.perf_counter()
     config, stats = engine.config, engine.stats()
     # What decides the numbers, beside the weights themselves.
-    identity = f"{loaded.config} {loaded.tokenizer.fingerprint} {settings.dtype} {jax.__version__} "
+    identity = f"{loaded.config} {engine.tokenizer.fingerprint} {settings.dtype} {jax.__version__} "
     identity += jax.default_backend() + (f" {settings.plan}" if settings.plan else "")
     ready = wire.Ready(
         model=settings.model,
         family=loaded.family,
-        tokenizer_files=loaded.tokenizer.files(),
+        tokenizer_files=engine.tokenizer.files(),
         vocab_size=loaded.config.vocab_size,
         max_model_len=engine.max_model_len,
         max_running=config.max_running,
