@@ -7,7 +7,7 @@ turns; it may have its last two dimensions the other way round, or one more. All
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,11 +63,6 @@ class Parameter:
         found = [self.part(place)[rest] for place in itertools.product(*ranges)]
         stacked = np.stack(found) if found else np.empty((0, *self.shape[self._depth :]), self.dtype)
         return stacked.reshape(*map(len, ranges), *stacked.shape[1:])
-
-    def parts(self) -> Iterator[tuple[TensorEntry, np.ndarray]]:
-        """Each entry and its numbers."""
-        for place, entry in self._entries.items():
-            yield entry, self.part(place)
 
     def part(self, place: tuple[int, ...]) -> np.ndarray:
         """The numbers of the entry with this index; a view of the tensor where it can be."""
