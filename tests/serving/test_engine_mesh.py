@@ -65,7 +65,7 @@ def test_the_same_tokens_and_nearly_the_same_log_probabilities(
 def test_each_device_holds_its_part(alone: list):
     engine, _ = answers("tensor=2")
     runner = engine.runner
-    pages = runner._pages.v_LPKSD
+    pages = runner._cache.pages.v_LPKSD
     assert pages.sharding.shard_shape(pages.shape)[2] * 2 == pages.shape[2]
     query = runner._layers[0][0]["attention.query.weight"]
     assert query.sharding.shard_shape(query.shape) == (query.shape[0] // 2, query.shape[1])
