@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.serving.engines import TOKENIZER, check_against_training, engine_of, greedy, loaded, logprobs_of, prompts
+from tests.thorough import thorough
 from twinax.layers.mixer_config import LatentAttentionConfig
 from twinax.layers.moe_config import MoEConfig
 from twinax.layers.quantization_config import Quantization
@@ -59,7 +60,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=thorough(MODELS, quick=(0, 4)))
 def served(request):
     return MODELS[request.param], engine_of(MODELS[request.param])
 
