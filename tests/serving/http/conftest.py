@@ -91,9 +91,10 @@ class Server:
         self.wait_for(num_requests_running=0, num_requests_waiting=0, kv_cache_usage_perc=0)
 
     def engine_pid(self) -> int:
-        """The process that the server has started."""
+        """The engine among the processes that the server has started: chat templates have one too."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        [pid] = [int(child) for child in children]
+        ours = b"twinax.serving.engine_process"
+        [pid] = [int(child) for child in children if ours in Path(f"/proc/{child}/cmdline").read_bytes()]
         return pid
 
     def stop(self) -> int:
