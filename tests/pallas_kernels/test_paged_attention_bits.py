@@ -102,6 +102,7 @@ def test_a_request_gives_the_same_bits_in_any_company(shape, implementation):
         np.testing.assert_array_equal(out, wanted, err_msg=way)
 
 
+@pytest.mark.usefixtures("full_compile")
 @pytest.mark.parametrize("implementation", CANDIDATES)
 def test_decodes_from_the_first_token_on(implementation):
     shape = "64, pages of 64"
