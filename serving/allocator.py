@@ -74,6 +74,13 @@ class PageAllocator:
             self._owners[page] = None
             self._free.append(page)
 
+    def give(self, page: int, owner: Hashable, to: Hashable) -> None:
+        """Makes `to` the owner of a page that `owner` holds."""
+        self._check_known(page)
+        if self._owners[page] != owner or owner is None or to is None:
+            raise PageError(f"{owner!r} can't give page {page} away: its owner is {self._owners[page]!r}")
+        self._owners[page] = to
+
     def _check_known(self, page: int) -> None:
         if not 0 <= page < self.num_pages:
             raise PageError(f"page {page} doesn't exist; pages are 0 to {self.num_pages - 1}")

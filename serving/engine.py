@@ -46,6 +46,8 @@ class EngineConfig:
         chunk_tokens: prompt tokens a step, at most.
         max_waiting: requests that may wait.
         dtype: "float32" or "bfloat16"; None: float32 on a CPU, bfloat16 elsewhere.
+        prefix_cache: what goes first from the cache of prompts that were computed before (`kv_policies`); "": no such
+            cache. Models that keep a state, or whose rope hangs on the prompt's length, have none.
         plan: "tensor=4" cuts the model and its cache over four devices; empty: one device.
         compile_cache: folder for compiled programs; None: the user's cache folder; "": none.
     """
@@ -58,6 +60,7 @@ class EngineConfig:
     chunk_tokens: int = 256
     max_waiting: int = 256
     dtype: str | None = None
+    prefix_cache: str = "lru"
     plan: str = ""
     compile_cache: str | None = None
 
@@ -70,6 +73,8 @@ class EngineStats:
     waiting: int
     pages_used: int
     pages_total: int
+    queried_tokens: int
+    cached_tokens: int
     preemptions: int
     steps: int
     prompt_tokens: int
@@ -103,6 +108,7 @@ class _Live:
     prompt_logprobs: list[TokenLogprob | None] | None
     prompt_sent: bool = False
     let_in: int = 0  # tokens that it had when its first chunk was sent, last time
+    cached: int = 0  # of its prompt, found when it was let in for the first time
 
 
 @dataclasses.dataclass(slots=True)
@@ -130,6 +136,12 @@ def _mesh(text: str, model: DecoderConfig) -> Mesh | None:
     if problems := plan.problems({**sizes, "mlp": model.intermediate_size}):
         raise PlanError(f"The plan {plan} does not fit: {'; '.join(problems)}. Choose a tensor that divides them all.")
     return plan.mesh()
+
+
+def _keeps_prefixes(model: DecoderConfig) -> bool:
+    """Whether what is kept of a token hangs on it and those before it alone, and on nothing else."""
+    ropes = [getattr(model, kind.rope) for kind in model.pattern if kind.rope]
+    return not model.dimensions["states"] and not any(rope.by_length for rope in ropes)
 
 
 def _alone(model: DecoderConfig) -> Iterator[str]:
@@ -176,6 +188,7 @@ class Engine:
                 max_model_len=self.max_model_len,
                 chunk_tokens=config.chunk_tokens,
                 max_waiting=config.max_waiting,
+                prefix_cache=config.prefix_cache if config.prefix_cache and _keeps_prefixes(model) else None,
             )
         )
         self.runner = Runner(
@@ -222,6 +235,8 @@ class Engine:
             waiting=now.waiting,
             pages_used=now.pages_used,
             pages_total=now.pages_total,
+            queried_tokens=now.queried_tokens,
+            cached_tokens=now.cached_tokens,
             preemptions=now.preemptions,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
@@ -330,9 +345,10 @@ class Engine:
         if live.prompt_logprobs is not None:
             targets = prompt[start + 1 : end + 1]
             tokens[TOKEN["next"], token_row : token_row + len(targets)] = targets
-        if start == 0:
+        if start == sequence.num_cached:
             live.let_in = len(prompt) + len(output)
-        flags = live.flags | (sampling.RESET if start == 0 else 0)
+            live.cached = live.cached if sequence.preemptions else sequence.num_cached
+        flags = live.flags | (sampling.RESET if start == sequence.num_cached else 0)
         if end - len(prompt) < params.min_tokens:
             flags |= sampling.HOLD_STOPS
         integers = (
@@ -368,7 +384,12 @@ class Engine:
         """What the sampled `token` means for the client; finishes the request if it ends here."""
         live = self._live[sequence.id]
         params = live.request.params
-        output = Output(sequence.id, prompt_tokens=len(sequence.prompt_ids), completion_tokens=len(sequence.output_ids))
+        output = Output(
+            sequence.id,
+            prompt_tokens=len(sequence.prompt_ids),
+            completion_tokens=len(sequence.output_ids),
+            cached_tokens=live.cached,
+        )
         if token < 0:
             output.completion_tokens -= 1
             output.finish_reason = "error"

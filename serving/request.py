@@ -99,18 +99,34 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One prompt to continue. `id` is unique among live requests; `arrival` is in seconds, on any clock."""
+    """One prompt to continue. `id` is unique among live requests; `arrival` is in seconds, on any clock.
+
+    Requests share what is kept of equal prompts only with those of the same `cache_salt`.
+    """
 
     id: str
     prompt_ids: list[int]
     params: SamplingParams = SamplingParams()
     arrival: float = 0.0
+    cache_salt: str = ""
+
+    @property
+    def finds_prefixes(self) -> bool:
+        """Whether it may begin behind tokens that were computed before.
+
+        Log-probabilities of the prompt come from computing it, and penalties count the tokens as they are computed.
+        """
+        params = self.params
+        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        return params.prompt_logprobs is None and penalties == (1.0, 0.0, 0.0)
 
     def validate(self, vocab_size: int, max_model_len: int) -> None:
         """Raises `InvalidRequest` for the first field that breaks its rule; the prompt's name is "prompt"."""
         if not isinstance(self.id, str) or not self.id or not _is_utf8(self.id):
             _refuse("id", "a non-empty text", self.id, "give each request an id of its own")
         validate_prompt(self.prompt_ids, vocab_size, max_model_len)
+        if not isinstance(self.cache_salt, str) or not _is_utf8(self.cache_salt):
+            _refuse("cache_salt", "a text", self.cache_salt, "leave it out to share with all requests that do")
         _number("arrival", self.arrival, -math.inf, math.inf, "give the time of arrival in seconds")
         self.params.validate(vocab_size, max_model_len)
 
@@ -129,7 +145,7 @@ class Output(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     - `token_ids`, `text` and `logprobs` hold only what is new; `text` never holds any part of a stop string.
     - `prompt_logprobs` comes once, with the first output; entry 0 is None (nothing predicts the first token).
     - `stop_reason` is the stop string or stop token id that ended the request, None for end-of-sequence or length.
-    - `prompt_tokens` and `completion_tokens` are totals so far.
+    - `prompt_tokens` and `completion_tokens` are totals so far; `cached_tokens` of the prompt were in the prefix cache.
     """
 
     request_id: str
@@ -142,6 +158,7 @@ class Output(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str | None = None
+    cached_tokens: int = 0
 
 
 def validate_prompt(prompt_ids: Collection[int], vocab_size: int, max_model_len: int) -> None:

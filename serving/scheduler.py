@@ -11,9 +11,12 @@ A step mixes one token for every request that generates ("decodes") with pieces 
    comes back too early, only to be preempted again (a fifth more tokens computed in a crowded cache). Nobody overtakes
    the head. A step that preempted admits nobody.
 
+With a prefix cache, a request begins behind the full pages that it shares with what was computed before; it gives
+back pages to the cache, from which they are taken when none is free. A preempted request finds most of its own again.
+
 Invariants:
 - every running request is older than every waiting one, so the oldest always progresses, and nobody starves;
-- pages belong to running requests only, and cover every position that has been scheduled;
+- pages belong to running requests and to the prefix cache, and cover every position that has been scheduled;
 - a request computes its positions in order, each once between two preemptions;
 - no decision looks at a token's value: step n + 1 may be scheduled before step n is committed.
 """
@@ -25,14 +28,17 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from . import kv_policies
 from .allocator import PageAllocator
+from .prefix_cache import Node, PrefixCache
 from .request import InvalidRequest, QueueFull, Request
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Limits: `max_running` slots, `num_pages` pages of `page_size` tokens, `max_model_len` tokens of prompt and
-    output together, `chunk_tokens` prompt tokens a step, `max_waiting` requests in the queue."""
+    output together, `chunk_tokens` prompt tokens a step, `max_waiting` requests in the queue. `prefix_cache`: the
+    eviction policy of a prefix cache (`kv_policies`), None for none."""
 
     max_running: int
     page_size: int
@@ -40,6 +46,7 @@ class SchedulerConfig:
     max_model_len: int
     chunk_tokens: int
     max_waiting: int
+    prefix_cache: str | None = None
 
     def __post_init__(self) -> None:
         # A chunk of one token travels in a decode row, so the chunk region is only of use from two tokens up.
@@ -57,6 +64,8 @@ class Sequence:
     - `max_output`: `params.max_tokens`, capped by the context; `max_pages`: the most pages it ever holds.
     - `slot`: stable while running, -1 while waiting. `pages[i]` holds positions `i * page_size ...`.
     - `num_computed`: positions in the cache, as committed; `num_scheduled`: the same, with steps still in flight.
+    - `num_cached`: positions that were in the prefix cache when the request was let in.
+    - `nodes`: the cache's, of its first pages.
     - `in_flight`: tokens being sampled by steps that aren't committed.
     """
 
@@ -69,6 +78,8 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_scheduled: int = 0
+    num_cached: int = 0
+    nodes: list[Node] = field(default_factory=list)
     in_flight: int = 0
     preemptions: int = 0
     finished: bool = False
@@ -133,6 +144,8 @@ class SchedulerStats:
     preemptions: int
     pages_used: int
     pages_total: int
+    queried_tokens: int
+    cached_tokens: int
 
 
 class Scheduler:
@@ -141,6 +154,9 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig):
         self.config = config
         self.allocator = PageAllocator(config.num_pages, config.page_size)
+        policy = None if config.prefix_cache is None else kv_policies.load(config.prefix_cache)
+        self.cache = None if policy is None else PrefixCache(self.allocator, policy)
+        self.queried_tokens = self.cached_tokens = 0  # those of requests that were let in, and what they found
         self.waiting: deque[Sequence] = deque()  # oldest first, as is `running`
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -154,10 +170,16 @@ class Scheduler:
         return bool(self._sequences)
 
     def stats(self) -> SchedulerStats:
-        allocator = self.allocator
+        total = self.config.num_pages
+        used = total - self.free_pages
         return SchedulerStats(
-            len(self.waiting), len(self.running), self.preemptions, allocator.used_pages, allocator.num_pages
+            len(self.waiting), len(self.running), self.preemptions, used, total, self.queried_tokens, self.cached_tokens
         )
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that nobody uses: those of the prefix cache are freed when they are needed."""
+        return self.allocator.free_pages + (0 if self.cache is None else self.cache.idle)
 
     def get(self, request_id: str) -> Sequence | None:
         """The live (waiting or running) sequence of that id."""
@@ -243,6 +265,7 @@ class Scheduler:
             sequence = entry.sequence
             if entry.preemptions == sequence.preemptions:
                 sequence.num_computed += entry.length
+                self._keep(sequence)
             if entry.is_last_chunk:
                 sequence.in_flight -= 1
                 sequence.output_ids.append(sampled[sequence.request.id])
@@ -269,13 +292,32 @@ class Scheduler:
 
     def _grow(self, plan: StepPlan, sequence: Sequence) -> bool:
         """Adds a page, preempting the youngest until one is free; False if `sequence` is the youngest."""
-        while not self.allocator.free_pages:
+        while not self.free_pages:
             youngest = self.running[-1]
             if youngest is sequence:
                 return False
             self._preempt(plan, youngest)
-        sequence.pages += self.allocator.allocate(1, sequence.request.id)
+        sequence.pages += self._allocate(1, sequence)
         return True
+
+    def _allocate(self, count: int, sequence: Sequence) -> list[int]:
+        if self.cache is not None and (short := count - self.allocator.free_pages) > 0:
+            self.cache.evict(short)
+        return self.allocator.allocate(count, sequence.request.id)
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Gives the cache the pages that are full by now."""
+        size = self.config.page_size
+        if self.cache is None or (len(sequence.nodes) + 1) * size > sequence.num_computed:
+            return
+        known = sequence.prompt_ids + sequence.output_ids
+        while (end := (len(sequence.nodes) + 1) * size) <= sequence.num_computed:
+            at = len(sequence.nodes)
+            before = sequence.nodes[-1] if sequence.nodes else None
+            request, tokens = sequence.request, tuple(known[end - size : end])
+            node = self.cache.put(before, tokens, sequence.pages[at], request.id, request.cache_salt)
+            sequence.nodes.append(node)
+            sequence.pages[at] = node.page
 
     def _schedule_chunk(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
         """Plans what fits of `sequence`'s remaining tokens; returns the budget used. A single last token is a decode
@@ -296,16 +338,31 @@ class Scheduler:
             # One that was preempted in flight waits for its token, whose value the recomputation needs.
             if sequence.in_flight or (sequence.num_tokens > 1 and budget < 2):
                 return
-            pages = min(self.allocator.pages_for(sequence.num_tokens + 1), sequence.max_pages)
+            nodes = self._found(sequence)
+            pages = min(self.allocator.pages_for(sequence.num_tokens + 1), sequence.max_pages) - len(nodes)
             growing = sum(len(other.pages) < other.max_pages for other in self.running)
-            if pages + growing > self.allocator.free_pages:
+            if pages + growing > self.free_pages - sum(node.users == 0 for node in nodes):
                 return
             self.waiting.popleft()
             self.running.append(sequence)
             sequence.slot = heapq.heappop(self._free_slots)
-            sequence.pages = self.allocator.allocate(pages, sequence.request.id)
+            if self.cache is not None:
+                self.cache.take(nodes)
+            sequence.nodes = nodes
+            sequence.pages = [node.page for node in nodes] + self._allocate(pages, sequence)
+            sequence.num_cached = len(nodes) * self.config.page_size
+            sequence.num_computed = sequence.num_scheduled = sequence.num_cached
+            self.queried_tokens += sequence.num_tokens
+            self.cached_tokens += sequence.num_cached
             plan.admitted.append(sequence)
             budget -= self._schedule_chunk(plan, sequence, budget)
+
+    def _found(self, sequence: Sequence) -> list[Node]:
+        """What the cache has of its tokens but the last, which is computed to sample the next one."""
+        if self.cache is None or not sequence.request.finds_prefixes:
+            return []
+        known = sequence.prompt_ids + sequence.output_ids
+        return self.cache.match(known[:-1], sequence.request.cache_salt)
 
     def _entry(self, sequence: Sequence, length: int, is_last_chunk: bool) -> Entry:
         entry = Entry(sequence, sequence.slot, sequence.num_scheduled, length, is_last_chunk, sequence.preemptions)
@@ -330,8 +387,10 @@ class Scheduler:
 
     def _stop_running(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.allocator.free(sequence.pages, sequence.request.id)
+        if self.cache is not None:
+            self.cache.leave(sequence.nodes)
+        self.allocator.free(sequence.pages[len(sequence.nodes) :], sequence.request.id)
         heapq.heappush(self._free_slots, sequence.slot)
-        sequence.pages = []
+        sequence.pages, sequence.nodes = [], []
         sequence.slot = -1
         sequence.num_computed = sequence.num_scheduled = 0

@@ -33,6 +33,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     num_pages: int | None = None
     cache_bytes: int | None = None
     chunk_tokens: int | None = None
+    prefix_cache: str | None = None
     plan: str | None = None
     compile_cache: str | None = None
 
@@ -115,6 +116,8 @@ class Stats(msgspec.Struct, kw_only=True):
     waiting: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    queried_tokens: int = 0
+    cached_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
     compiles_after_warmup: int = 0

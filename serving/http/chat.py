@@ -38,7 +38,7 @@ class ChatJob(Job):
         self.requests = []
         for i in range(values["n"]):
             params = sampling_params(values, max_tokens=max_tokens, seed_offset=i, logprobs=self._logprobs)
-            request = Request(f"{self.id}-{i}", prompt_ids, params, arrival)
+            request = Request(f"{self.id}-{i}", prompt_ids, params, arrival, values["cache_salt"])
             service.check_request(request, {"prompt": "messages", "max_tokens": asked_name, "logprobs": "top_logprobs"})
             self.requests.append(request)
         self._choices = {
@@ -89,10 +89,12 @@ class ChatJob(Job):
             return None
         return chat_logprobs(self._service.tokenizer, entries, self._logprobs)
 
-    def _usage(self) -> dict[str, int]:
-        return usage([self._prompt_tokens], [choice.completion_tokens for choice in self._choices.values()])
+    def _usage(self) -> dict[str, Any]:
+        choices = list(self._choices.values())
+        completion_tokens = [choice.completion_tokens for choice in choices]
+        return usage([self._prompt_tokens], completion_tokens, choices[0].cached_tokens)
 
-    def _body(self, kind: str, choices: list[dict[str, Any]], tokens: dict[str, int] | None) -> dict[str, Any]:
+    def _body(self, kind: str, choices: list[dict[str, Any]], tokens: dict[str, Any] | None) -> dict[str, Any]:
         body = {
             "id": self.id,
             "object": kind,

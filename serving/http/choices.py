@@ -64,6 +64,7 @@ class Choice:
     entries: list[TokenEntry] = field(default_factory=list)
     finish_reason: str | None = None
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     total_logprob: float = 0.0
 
@@ -79,7 +80,7 @@ class Choice:
         self._tokens.length = self._released = len(prompt_text)
 
     def feed(self, output: Output) -> Delta:
-        self.prompt_tokens = output.prompt_tokens
+        self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
         if self.drop_output:
             self.finish_reason = "length"
             return Delta("", [], "length")

@@ -30,6 +30,7 @@ class CompletionJob(Job):
         self.id = new_id("cmpl")
         self.stream = values["stream"]
         self._include_usage = include_usage(values)
+        self._cache_salt = values["cache_salt"]
         self._service = service
         self._prompts = prompts
         self._n = values["n"]
@@ -66,7 +67,7 @@ class CompletionJob(Job):
             logprobs=0 if logprobs is None and self._best_of > self._n else logprobs,
             prompt_logprobs=logprobs if self._echo else None,
         )
-        request = Request(f"{self.id}-{i * self._best_of + j}", prompt.ids, params, arrival)
+        request = Request(f"{self.id}-{i * self._best_of + j}", prompt.ids, params, arrival, self._cache_salt)
         self._service.check_request(request, {"prompt": field})
         return request
 
@@ -117,11 +118,14 @@ class CompletionJob(Job):
             logprobs = completion_logprobs(self._service.tokenizer, entries, self._logprobs)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         completion_tokens = [choice.completion_tokens for choice in self._choices.values()]
-        return usage([len(prompt.ids) for prompt in self._prompts], completion_tokens)
+        first = list(self._choices.values())[:: self._best_of]  # of each prompt
+        return usage(
+            [len(prompt.ids) for prompt in self._prompts], completion_tokens, sum(one.cached_tokens for one in first)
+        )
 
-    def _body(self, choices: list[dict[str, Any]], tokens: dict[str, int] | None) -> dict[str, Any]:
+    def _body(self, choices: list[dict[str, Any]], tokens: dict[str, Any] | None) -> dict[str, Any]:
         body = {
             "id": self.id,
             "object": "text_completion",

@@ -26,6 +26,8 @@ class ServeConfig:
       dtype: of weights and compute, "float32" or "bfloat16".
       page_size, num_pages, cache_bytes: the paged cache; `num_pages` pages of `page_size` tokens, or a size in bytes.
       chunk_tokens: prompt tokens computed per step.
+      prefix_cache: what goes first from the cache of prompts that were computed before, when room is needed: "lru" or
+        "cost_aware" (what is cheap to compute again and seldom asked for); "" keeps none.
       plan: "tensor=4" cuts the model and its cache over four devices.
       compile_cache: folder that keeps compiled programs between starts.
       max_body_bytes: larger request bodies are answered 413.
@@ -46,6 +48,7 @@ class ServeConfig:
     num_pages: int | None = None
     cache_bytes: int | None = None
     chunk_tokens: int | None = None
+    prefix_cache: str | None = None
     plan: str | None = None
     compile_cache: str | None = None
     max_body_bytes: int = 32 << 20

@@ -175,9 +175,10 @@ COMMON: dict[str, Field] = {
     "stop_token_ids": Field(token_ids, []),
     "ignore_eos": Field(boolean, False),
     "min_tokens": Field(integer(0), 0),
+    "cache_salt": Field(string, ""),
 }
 
-EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens")
+EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens", "cache_salt")
 
 COMPLETIONS: dict[str, Field] = COMMON | {
     "prompt": Field(prompts),

@@ -125,6 +125,8 @@ class _EngineCollector(Collector):
             ),
         }
         counters = {
+            "vllm:prefix_cache_queries": (stats.queried_tokens, "Tokens that the prefix cache was asked for."),
+            "vllm:prefix_cache_hits": (stats.cached_tokens, "Tokens that the prefix cache had."),
             "vllm:num_preemptions": (stats.preemptions, "Requests put back into the queue for want of pages."),
             "twinax_engine_steps": (stats.steps, "Engine steps."),
             "twinax_engine_host_seconds": (

@@ -131,6 +131,12 @@ def include_usage(values: dict[str, Any]) -> bool:
     return bool(options and options["include_usage"])
 
 
-def usage(prompt_tokens: Sequence[int], completion_tokens: Sequence[int]) -> dict[str, int]:
+def usage(prompt_tokens: Sequence[int], completion_tokens: Sequence[int], cached_tokens: int) -> dict[str, Any]:
+    """Of prompts and choices; `cached_tokens` of the prompts were computed for earlier requests."""
     prompt, completion = sum(prompt_tokens), sum(completion_tokens)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }

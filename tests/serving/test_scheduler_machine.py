@@ -19,11 +19,23 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from twinax.serving import kv_policies
+from twinax.serving.prefix_cache import OWNER
 from twinax.serving.request import InvalidRequest, QueueFull, Request, SamplingParams
 from twinax.serving.scheduler import Scheduler, SchedulerConfig
 
 SETTINGS = settings(max_examples=100, stateful_step_count=40, derandomize=True, deadline=None, database=None)
 STOP = 0  # one of the tokens that the simulated device samples ends a request
+
+
+def pages_of(cache):
+    """All pages of the tree."""
+    todo, found = list(cache._roots.values()), []
+    while todo:
+        node = todo.pop()
+        todo += node.children.values()
+        found += [child.page for child in node.children.values()]
+    return found
 
 
 def next_token(context):
@@ -52,7 +64,9 @@ class Live:
 
 class SchedulerMachine(RuleBasedStateMachine):
     scheduler_class = Scheduler
+    prefix_cache = None
     examples_that_preempted = 0
+    tokens_found = 0
 
     @initialize(
         # Mostly crowded: several requests run, of which two fill the pages.
@@ -65,7 +79,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         depth=st.sampled_from([1, 1, 2, 3]),
     )
     def start(self, depth, **config):
-        self.config = SchedulerConfig(**config)
+        self.config = SchedulerConfig(**config, prefix_cache=self.prefix_cache)
         self.scheduler = self.scheduler_class(self.config)
         self.depth = depth  # so many plans may be in flight
         self.in_flight = deque()
@@ -88,9 +102,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def add_one(self, prompt, max_tokens):
         config = self.config
-        request = Request(
-            f"r{self.added}", list(range(self.added, self.added + prompt)), SamplingParams(max_tokens=max_tokens)
-        )
+        # With a prefix cache most begin alike.
+        first = self.added if self.prefix_cache is None or self.added % 4 == 3 else 0
+        salt = "other" if self.prefix_cache and self.added % 5 == 4 else ""
+        params = SamplingParams(max_tokens=max_tokens)
+        request = Request(f"r{self.added}", list(range(first, first + prompt)), params, cache_salt=salt)
         positions = prompt + min(max_tokens, config.max_model_len - prompt) - 1
         if prompt >= config.max_model_len or positions > config.num_pages * config.page_size:
             with pytest.raises(InvalidRequest):
@@ -109,9 +125,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not cancel:
             self.finish(id)
             return
-        held, free = len(self.live.pop(id).sequence.pages), self.scheduler.allocator.free_pages
+        sequence, free = self.live.pop(id).sequence, self.scheduler.free_pages
+        shared = sum(node.users > 1 for node in sequence.nodes)
+        held = len(sequence.pages) - shared
         assert self.scheduler.cancel(id)
-        assert self.scheduler.allocator.free_pages == free + held, "cancelling frees pages at once"
+        assert self.scheduler.free_pages == free + held, "cancelling frees pages at once"
         assert not self.scheduler.cancel(id)
 
     @rule(count=st.integers(3, 12))
@@ -145,6 +163,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         for sequence in plan.preempted:
             self.live[sequence.id].computed = 0
+        for sequence in plan.admitted:
+            self.live[sequence.id].computed = sequence.num_cached
+            assert sequence.num_cached < len(self.live[sequence.id].tokens), "the last one is computed, to sample"
+            assert sequence.num_cached % self.config.page_size == 0
+            type(self).tokens_found += sequence.num_cached
         self.check_plan(plan)
         self.in_flight.append((plan, self.run(plan)))
 
@@ -176,19 +199,26 @@ class SchedulerMachine(RuleBasedStateMachine):
             return entry.sequence.pages[position // page_size], position % page_size
 
         for entry in plan.entries:
-            tokens = self.live[entry.sequence.id].tokens
             for position in range(entry.start, entry.start + entry.length):
-                self.cache[where(entry, position)] = (entry.sequence.id, position, tokens[position])
+                self.cache[where(entry, position)] = self.kept(entry.sequence, position)
         sampled = {}
         for entry in plan.entries:
             live = self.live[entry.sequence.id]
             live.computed = entry.start + entry.length
             cached = [self.cache[where(entry, position)] for position in range(live.computed)]
-            assert cached == [(entry.sequence.id, i, live.tokens[i]) for i in range(live.computed)]
+            assert cached == [self.kept(entry.sequence, i) for i in range(live.computed)]
             if entry.is_last_chunk:
                 sampled[entry.sequence.id] = next_token(token for _, _, token in cached)
                 live.tokens.append(sampled[entry.sequence.id])
         return sampled
+
+    def kept(self, sequence, position):
+        """What is kept of a token: it hangs on all before it, and the salt; without a prefix cache on the request."""
+        tokens = self.live[sequence.id].tokens
+        whose = sequence.id
+        if self.scheduler.cache is not None:
+            whose = (sequence.request.cache_salt, tuple(tokens[: position + 1]))
+        return whose, position, tokens[position]
 
     # Checks
 
@@ -211,7 +241,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert entry.start + entry.length <= len(live.tokens)
             assert entry.is_last_chunk == (entry.start + entry.length == len(live.tokens))
         for sequence in plan.admitted:
-            assert self.live[sequence.id].computed == 0
             assert sequence.slot >= 0
         assert not (plan.admitted and plan.preempted)
         served = {e.sequence.id for e in plan.entries}
@@ -221,7 +250,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 spent = plan.chunk_tokens >= config.chunk_tokens - 1
                 full = len(sequence.pages) * config.page_size == sequence.num_scheduled
                 youngest = sequence is scheduler.running[-1]
-                assert spent or (full and youngest and scheduler.allocator.free_pages == 0), "nothing else holds it up"
+                assert spent or (full and youngest and scheduler.free_pages == 0), "nothing else holds it up"
 
     @invariant()
     def check(self):
@@ -230,15 +259,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler, config = self.scheduler, self.config
         allocator = scheduler.allocator
         running, waiting = scheduler.running, list(scheduler.waiting)
-        owned = [page for sequence in running for page in sequence.pages]
-        assert len(set(owned)) == len(owned) == allocator.used_pages, "no page is owned twice, none leaked"
+        owned = [page for sequence in running for page in sequence.pages[len(sequence.nodes) :]]
+        kept = {} if scheduler.cache is None else {page: OWNER for page in pages_of(scheduler.cache)}
+        assert len(set(owned)) == len(owned) == allocator.used_pages - len(kept), "no page is owned twice, none leaked"
         assert allocator.used_pages + allocator.free_pages == config.num_pages
-        owners = {page: sequence.id for sequence in running for page in sequence.pages}
+        owners = {page: sequence.id for sequence in running for page in sequence.pages[len(sequence.nodes) :]} | kept
+        used = {page for sequence in running for page in sequence.pages}
+        assert config.num_pages - scheduler.free_pages == len(used), "what nobody uses is as good as free"
         assert [allocator.owner(page) for page in range(config.num_pages)] == [
             owners.get(page) for page in range(config.num_pages)
         ]
         for sequence in running:
             live = self.live[sequence.id]
+            assert [node.page for node in sequence.nodes] == sequence.pages[: len(sequence.nodes)]
             assert sequence.num_scheduled == live.computed
             assert sequence.num_tokens == len(live.tokens)
             least, most = allocator.pages_for(live.computed), allocator.pages_for(len(live.tokens) + 1)
@@ -255,7 +288,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert [s.id for s in running + waiting] == list(self.live), "running before waiting, each oldest first"
         stats = scheduler.stats()
         assert (stats.running, stats.waiting) == (len(running), len(waiting))
-        assert (stats.pages_used, stats.pages_total) == (len(owned), config.num_pages)
+        assert (stats.pages_used, stats.pages_total) == (len(used), config.num_pages)
         assert scheduler.has_work == bool(self.live)
 
     def teardown(self):
@@ -271,15 +304,23 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.check()
             self.commit()
             self.check()
-        assert self.scheduler.allocator.free_pages == self.config.num_pages
+        assert self.scheduler.free_pages == self.config.num_pages
         assert not self.scheduler.has_work
         type(self).examples_that_preempted += self.scheduler.preemptions > 0
 
 
 def test_random_use_keeps_every_invariant():
     SchedulerMachine.examples_that_preempted = 0
-    run_state_machine_as_test(SchedulerMachine, settings=SETTINGS)
+    run_state_machine_as_test(SchedulerMachine, settings=settings(SETTINGS, max_examples=200))
     assert SchedulerMachine.examples_that_preempted > 10, "the random use is too tame to mean anything"
+
+
+@pytest.mark.parametrize("policy", kv_policies.names())
+def test_random_use_with_a_prefix_cache(policy):
+    machine = type("CachedMachine", (SchedulerMachine,), {"prefix_cache": policy, "examples_that_preempted": 0})
+    machine.tokens_found = 0
+    run_state_machine_as_test(machine, settings=SETTINGS)
+    assert machine.examples_that_preempted > 10 and machine.tokens_found > 500
 
 
 # The checks must be able to fail: each scheduler below has one bug that they are to find.

@@ -41,6 +41,24 @@ def test_answer_has_the_shape_of_the_api(client):
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
+def test_usage_says_what_was_computed_for_an_earlier_request(server: Server, client):
+    prompt = "Twice asked, and the second time a good part of it need not be computed."
+    before = server.metrics()
+
+    def ask(**body):
+        answer = complete(client, prompt, max_tokens=2, temperature=0, extra_body={"ignore_eos": True, **body})
+        return answer.usage.prompt_tokens_details.cached_tokens, answer.choices[0].text
+
+    (first, text), (again, same) = ask(cache_salt="own"), ask(cache_salt="own")
+    whole_pages = (len(prompt) - 1) // 16 * 16
+    assert (first, again) == (0, whole_pages) and text == same
+    assert ask(cache_salt="another") == (0, text)
+    assert ask(cache_salt="own", repetition_penalty=1.1)[0] == 0, "which counts the prompt's tokens as they go by"
+    difference = {name: server.metrics()[f"vllm:prefix_cache_{name}_total"] for name in ("queries", "hits")}
+    assert difference["hits"] - before["vllm:prefix_cache_hits_total"] == whole_pages
+    assert difference["queries"] - before["vllm:prefix_cache_queries_total"] == 4 * len(prompt)
+
+
 def test_max_tokens_defaults_to_16(client):
     answer = complete(client, extra_body={"ignore_eos": True})
     assert answer.usage.completion_tokens == 16

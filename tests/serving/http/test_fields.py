@@ -15,7 +15,7 @@ from twinax.serving.http.body import parse_json
 from twinax.serving.http.chat import check_messages
 from twinax.serving.http.errors import ApiError
 from twinax.serving.http.service import sampling_params
-from twinax.serving.request import MAX_LOGPROBS, MAX_STOP_STRINGS, InvalidRequest, SamplingParams
+from twinax.serving.request import MAX_LOGPROBS, MAX_STOP_STRINGS, InvalidRequest, Request, SamplingParams
 
 
 def _refused(function, *arguments) -> ApiError:
@@ -39,7 +39,8 @@ def test_every_stream_option_is_known():
 
 
 def test_extensions_and_limits_are_those_of_the_engine():
-    assert set(fields.EXTENSIONS) <= set(SamplingParams.__struct_fields__)
+    engine = {*SamplingParams.__struct_fields__, *Request.__struct_fields__}
+    assert set(fields.EXTENSIONS) <= engine
     assert (fields.MAX_TOP_LOGPROBS, fields.MAX_STOPS) == (MAX_LOGPROBS, MAX_STOP_STRINGS)
 
 

@@ -1,0 +1,128 @@
+"""Pages of tokens that were computed before, to be used again by requests that begin with the same tokens.
+
+A radix tree whose edges are whole pages of tokens (RadixAttention: Zheng et al. 2023, arXiv:2312.07104). There is a
+tree for each salt: requests with another one neither use nor find its pages.
+
+Invariants:
+- a page of the tree is owned by the cache; its numbers hang on its tokens and those of the pages before it alone;
+- a page that a request uses is used with all pages before it, so that what nobody uses can go from the leaves on;
+- `idle` counts the pages that nobody uses: as good as free.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Sequence
+
+from .allocator import PageAllocator
+from .kv_policies import EvictionPolicy
+
+OWNER = "the prefix cache"
+Tokens = tuple[int, ...]
+
+
+class Node:
+    """A page of the tree, whose tokens are its key; or a root, whose key is its salt.
+
+    `users`: requests that hold it. `depth`: pages before it. `note`: the policy's. `ticket`: of its place in the queue
+    of those that may go.
+    """
+
+    __slots__ = ("children", "depth", "key", "note", "page", "parent", "ticket", "users")
+
+    def __init__(self, parent: Node | None, key: Tokens | str, page: int):
+        self.parent, self.key, self.page = parent, key, page
+        self.children: dict[Tokens, Node] = {}
+        self.users, self.note, self.ticket = 0, 0.0, -1
+        self.depth = -1 if parent is None else parent.depth + 1
+
+
+class PrefixCache:
+    """See the module. Calls: `match` and `take` when a request begins; `put` for each page that it fills; `leave`."""
+
+    def __init__(self, allocator: PageAllocator, policy: EvictionPolicy):
+        self.idle = 0
+        self._allocator, self._policy = allocator, policy
+        self._roots: dict[str, Node] = {}
+        # (priority, ticket, node): what a node's ticket no longer says is passed over.
+        self._leaving: list[tuple[float, int, Node]] = []
+        self._tickets = itertools.count()
+
+    def __len__(self) -> int:
+        """Pages in the tree."""
+        todo, count = list(self._roots.values()), 0
+        while todo:
+            node = todo.pop()
+            todo += node.children.values()
+            count += len(node.children)
+        return count
+
+    def match(self, tokens: Sequence[int], salt: str) -> list[Node]:
+        """The longest chain of pages that `tokens` begins with. Nobody holds them yet."""
+        size, found = self._allocator.page_size, []
+        node = self._roots.get(salt)
+        for start in range(0, len(tokens) - size + 1, size):
+            node = None if node is None else node.children.get(tuple(tokens[start : start + size]))
+            if node is None:
+                break
+            found.append(node)
+        return found
+
+    def take(self, nodes: list[Node]) -> None:
+        """A request holds these pages, a chain from the root, from now on."""
+        for node in nodes:
+            self.idle -= node.users == 0
+            node.users += 1
+            node.ticket = -1
+            self._policy.used(node)
+
+    def put(self, before: Node | None, tokens: Tokens, page: int, owner: str, salt: str) -> Node:
+        """The page after `before` (None: the first) is full with `tokens`. Its owner holds the node that comes back.
+
+        If the tree has such a page already, `page` is freed and the node's is to be used from now on.
+        """
+        parent = before or self._roots.setdefault(salt, Node(None, salt, -1))
+        node = parent.children.get(tokens)
+        if node is None:
+            self._allocator.give(page, owner, OWNER)
+            node = parent.children[tokens] = Node(parent, tokens, page)
+            self.idle += 1
+        else:
+            self._allocator.free([page], owner)
+        self.take([node])
+        return node
+
+    def leave(self, nodes: list[Node]) -> None:
+        """A request no longer holds these pages. They stay until room is needed."""
+        for node in reversed(nodes):
+            node.users -= 1
+            self._policy.used(node)
+            if node.users == 0:
+                self.idle += 1
+                self._may_go(node)
+
+    def evict(self, count: int) -> None:
+        """Frees `count` pages that nobody uses; there must be so many."""
+        while count:
+            priority, ticket, node = heapq.heappop(self._leaving)
+            parent = node.parent
+            if ticket != node.ticket or parent is None:
+                continue
+            self._policy.evicted(priority)
+            del parent.children[node.key]  # pyright: ignore[reportArgumentType] (not a root's)
+            self._allocator.free([node.page], OWNER)
+            self.idle -= 1
+            count -= 1
+            if parent.parent is None and not parent.children:
+                del self._roots[parent.key]  # pyright: ignore[reportArgumentType] (a root's)
+            self._may_go(parent)
+
+    def _may_go(self, node: Node) -> None:
+        if node.users or node.children or node.parent is None:
+            return
+        node.ticket = next(self._tickets)
+        heapq.heappush(self._leaving, (self._policy.priority(node), node.ticket, node))
+        if len(self._leaving) > 64 + 4 * self.idle:
+            self._leaving = [entry for entry in self._leaving if entry[1] == entry[2].ticket]
+            heapq.heapify(self._leaving)
