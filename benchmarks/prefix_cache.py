@@ -1,0 +1,97 @@
+"""Tokens of prompts that the prefix cache saves on a trace of real traffic, of those that an endless one would save.
+
+The server's own scheduler runs, without a model: its decisions hang on no number that one would compute. The trace
+gives for each request the blocks of 512 tokens that its prompt is made of (Mooncake: Qin et al. 2024,
+arXiv:2407.00079); lengths are divided by `--scale`, and a block is a page. Requests come as quickly as they are taken.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from . import report
+
+BLOCK = 512
+SIZES = (0.02, 0.05, 0.1, 0.25, 0.5)
+
+
+def requests_of(trace: Path, scale: int, most: int | None) -> list[Any]:
+    """Each prompt in tokens that are its blocks' numbers."""
+    from twinax.serving.request import Request, SamplingParams
+
+    found = []
+    for number, line in enumerate(trace.read_text().splitlines()[:most]):
+        one = json.loads(line)
+        length = max(1, one["input_length"] // scale)
+        tokens = [block for block in one["hash_ids"] for _ in range(BLOCK // scale)][:length]
+        params = SamplingParams(max_tokens=max(1, one["output_length"] // scale))
+        found.append(Request(str(number), tokens, params))
+    return found
+
+
+def saved(requests: list[Any], page_size: int, num_pages: int, policy: str) -> int:
+    """Prompt tokens that requests found, all requests served in turn."""
+    from twinax.serving.scheduler import Scheduler, SchedulerConfig
+
+    longest = max(len(one.prompt_ids) + one.params.max_tokens for one in requests)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_running=16,
+            page_size=page_size,
+            num_pages=num_pages,
+            max_model_len=longest + 1,
+            chunk_tokens=512,
+            max_waiting=16,
+            prefix_cache=policy,
+        )
+    )
+    first = {one.id: len(one.prompt_ids) for one in requests}
+    found, queue = 0, iter(requests)
+    waiting = next(queue, None)
+    while waiting or scheduler.has_work:
+        while waiting and len(scheduler.waiting) < 16:
+            scheduler.add(waiting)
+            waiting = next(queue, None)
+        plan = scheduler.schedule()
+        if plan is None:
+            raise RuntimeError("The scheduler has work and plans none; that is a bug.")
+        for sequence in plan.admitted:
+            if first.pop(sequence.id, None):  # what a preempted request finds again is its own
+                found += sequence.num_cached
+        # Tokens that no other request has: only prompts are shared, as in the trace.
+        sampled = {entry.sequence.id: -1 - int(entry.sequence.id) for entry in plan.entries if entry.is_last_chunk}
+        for sequence in scheduler.commit(plan, sampled):
+            if sequence.length_reached:
+                scheduler.finish(sequence.id)
+    return found
+
+
+def main() -> None:
+    from twinax.serving import kv_policies
+
+    parser = report.arguments(str(__doc__), peer=False)
+    parser.add_argument("trace", type=Path, help="a Mooncake trace, JSON lines")
+    parser.add_argument("--scale", type=int, default=64, help="by which lengths are divided; divides 512")
+    parser.add_argument("--requests", type=int, help="the first so many only")
+    options = parser.parse_args()
+    if options.scale < 1 or BLOCK % options.scale:
+        parser.error(f"--scale divides {BLOCK}; got {options.scale}")
+    requests, page = requests_of(options.trace, options.scale, options.requests), BLOCK // options.scale
+    asked = sum(len(one.prompt_ids) for one in requests)
+    blocks = len({token for one in requests for token in one.prompt_ids})
+    endless = sum(-(-(len(one.prompt_ids) + one.params.max_tokens) // page) for one in requests) + 16
+    most = saved(requests, page, endless, "lru")
+    rows = [report.Row("prefix_cache", "endless, of all prompt tokens", 100 * most / asked, None, "", "%", None)]
+    largest = max(len(one.prompt_ids) + one.params.max_tokens for one in requests) // page + 2
+    cases = [(size, policy) for size in SIZES for policy in kv_policies.names()]
+    for size, policy in track(cases, "replaying the trace", transient=True):
+        found = saved(requests, page, max(int(size * blocks), largest), policy)
+        case = f"room for {size:.0%} of {blocks:,} blocks, {policy}"
+        rows.append(report.Row("prefix_cache", case, found, most, "an endless cache", "tokens", 0.9))
+    report.finish(rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
