@@ -15,8 +15,8 @@ from ..sharding.plan import Plan
 from .programs import Program, names_of
 from .workload import CHUNK, PAGE
 
-# What the programs take, by the beginning of their names: weights, pages, and the rest.
-ARGUMENTS = {"layers": "parameters", "outside": "parameters", "pages": "cache"}
+# What the programs take, by the beginning of their names: weights, the cache, and the rest.
+ARGUMENTS = {"layers": "parameters", "outside": "parameters", "cache": "cache"}
 
 
 def serve_programs(request: dict[str, Any], config: DecoderConfig, plan: Plan, mesh: Mesh) -> Iterator[Program]:

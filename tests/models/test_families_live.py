@@ -128,10 +128,10 @@ def test_transformers_loads_what_we_export(model, tmp_path):
     expected = MAKER.logits_of(theirs, tokens, lengths)
     convert(folder, tmp_path / "step")
     convert(tmp_path / "step", tmp_path / "exported", max_shard_bytes=50_000)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
+    # How many tokens transformers' lightning attention takes at once changes rounding alone, and is not kept.
+    more = {"block_size": theirs.config.block_size} if hasattr(theirs.config, "block_size") else {}
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32, **more)
     for name, parameter in theirs.state_dict().items():
-        if name.endswith(MAKER.COMPUTED):
-            continue  # for another block_size, which changes no logit
         assert again.state_dict()[name].equal(parameter), name
     np.testing.assert_allclose(MAKER.logits_of(again, tokens, lengths), expected, rtol=0, atol=1e-5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
