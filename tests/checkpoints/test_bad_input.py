@@ -72,6 +72,8 @@ for folder in sorted(root.glob("bad-*")):
         except ValueError as error:
             said = str(error)
         print(json.dumps([folder.name, name, said, status("VmHWM") - before]))
+# What Python does at its end is no case's.
+resource.setrlimit(resource.RLIMIT_CPU, [resource.getrlimit(resource.RLIMIT_CPU)[1]] * 2)
 """
 
 
