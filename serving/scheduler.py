@@ -338,9 +338,11 @@ class Scheduler:
             # One that was preempted in flight waits for its token, whose value the recomputation needs.
             if sequence.in_flight or (sequence.num_tokens > 1 and budget < 2):
                 return
+            growing = sum(len(other.pages) < other.max_pages for other in self.running)
+            if growing >= self.free_pages:  # it needs one at least; the cache need not be asked
+                return
             nodes = self._found(sequence)
             pages = min(self.allocator.pages_for(sequence.num_tokens + 1), sequence.max_pages) - len(nodes)
-            growing = sum(len(other.pages) < other.max_pages for other in self.running)
             if pages + growing > self.free_pages - sum(node.users == 0 for node in nodes):
                 return
             self.waiting.popleft()
