@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Collection
 from functools import partial
 from pathlib import Path
@@ -17,17 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ..checkpoints.load import LoadedModel, load_model
 from ..models.cache import page_bytes
-from ..models.config import DecoderConfig
 from ..models.decoder import weight_dtype
-from ..sharding.plan import Plan, PlanError
 from . import sampling
 from .batch import TOKEN, HostBatch
 from .compiles import CompileCounter, use_compile_cache
 from .detokenizer import Detokenizer
+from .fit import keeps_prefixes, mesh_of
 from .request import InvalidRequest, Output, Request, SamplingParams, TokenLogprob
 from .runner import Runner, StepResult
 from .scheduler import Entry, Scheduler, SchedulerConfig, Sequence, StepPlan
@@ -120,40 +118,6 @@ class _Flight:
     rows: list[tuple[Entry, int, int]]
 
 
-def _mesh(text: str, model: DecoderConfig) -> Mesh | None:
-    """The devices of a plan, None for one device. Raises PlanError when it does not fit the model or an engine."""
-    plan = Plan.parse(text)
-    if plan.devices == 1:
-        return None
-    if plan.devices != plan.tensor:
-        raise PlanError(
-            f"An engine is cut over tensor alone, as in plan=tensor={plan.devices}; got {text!r}. For more requests at "
-            "once run several servers."
-        )
-    for what in _alone(model):
-        raise PlanError(f"{what} served by one device so far; leave plan out.")
-    sizes = {"heads": model.num_heads, "kv_heads": model.num_kv_heads, "vocab": model.vocab_size}
-    if problems := plan.problems({**sizes, "mlp": model.intermediate_size}):
-        raise PlanError(f"The plan {plan} does not fit: {'; '.join(problems)}. Choose a tensor that divides them all.")
-    return plan.mesh()
-
-
-def _keeps_prefixes(model: DecoderConfig) -> bool:
-    """Whether what is kept of a token hangs on it and those before it alone, and on nothing else."""
-    ropes = [getattr(model, kind.rope) for kind in model.pattern if kind.rope]
-    return not model.dimensions["states"] and not any(rope.by_length for rope in ropes)
-
-
-def _alone(model: DecoderConfig) -> Iterator[str]:
-    """What is in the model that no mesh serves."""
-    if model.quantization is not None:
-        yield f"{model.quantization.format} weights are"
-    if model.moe is not None:
-        yield "A mixture of experts is"
-    if others := set(model.mixers) - {"attention"}:
-        yield f"Layers of {', '.join(sorted(others))} are"
-
-
 def _dtype(config: EngineConfig) -> jnp.dtype:
     return jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
@@ -188,7 +152,7 @@ class Engine:
                 max_model_len=self.max_model_len,
                 chunk_tokens=config.chunk_tokens,
                 max_waiting=config.max_waiting,
-                prefix_cache=config.prefix_cache if config.prefix_cache and _keeps_prefixes(model) else None,
+                prefix_cache=config.prefix_cache if config.prefix_cache and keeps_prefixes(model) else None,
             )
         )
         self.runner = Runner(
@@ -200,7 +164,7 @@ class Engine:
             pages_per_request=pages_per_request,
             chunk_tokens=config.chunk_tokens,
             dtype=dtype,
-            mesh=_mesh(config.plan, model),
+            mesh=mesh_of(config.plan, model),
         )
         self._live: dict[str, _Live] = {}
         self._flight: _Flight | None = None
@@ -216,7 +180,7 @@ class Engine:
         Parameters go from the files straight to their devices, in the dtype that they are served in.
         """
         config = config or EngineConfig()
-        mesh, dtype = partial(_mesh, config.plan), partial(weight_dtype, dtype=_dtype(config))
+        mesh, dtype = partial(mesh_of, config.plan), partial(weight_dtype, dtype=_dtype(config))
         return cls(load_model(path, dtype=dtype, mesh=mesh), config)
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
