@@ -112,7 +112,6 @@ class PackedContext:
             latent_BTR, k_turned_BT1P: what keys and values come from, and the key of the turned part of all heads.
             up: from a latent to each head's key [H, N, R] and value [H, V, R].
         """
-        up_HNR, up_HVR = up
         precision = matmul_precision(latent_BTR.dtype)
         k_BTHN, v_BTHV = (jnp.einsum("btr,hcr->bthc", latent_BTR, weight, precision=precision) for weight in up)
         k_turned = jnp.broadcast_to(k_turned_BT1P, (*k_BTHN.shape[:3], k_turned_BT1P.shape[-1]))
