@@ -42,6 +42,8 @@ from .tokamax_peer import TOKAMAX, in_environment, tokamax_kernels, versions
 
 KEPT = REPOSITORY / ".cache" / "kernels"
 OURS = "twinax"
+# How the names of files begin that are for one platform only.
+FILES = {"tpu": ("tpu",), "cuda": ("gpu", "hopper", "blackwell", "triton")}
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
 
 
@@ -120,10 +122,12 @@ def _sources(request: Request, operation: str | None) -> Iterable[Path]:
     if module.startswith("benchmarks."):
         yield REPOSITORY / (module.replace(".", "/") + ".py")
     if operation is not None:
-        yield from sorted(kernels.glob("*.py"))
         folders = {operation, "flash_attention"} if operation == "ring_attention" else {operation}
-        for folder in sorted(folders):
-            yield from sorted([*(kernels / folder).glob("*.py"), *(kernels / folder).glob("tuned/*.json")])
+        patterns = ["*.py", *(f"{folder}/{name}" for folder in sorted(folders) for name in ("*.py", "tuned/*.json"))]
+        platform = request.topology.chip.platform
+        others = [start for of, starts in FILES.items() if of != platform for start in starts]
+        found = [file for pattern in patterns for file in sorted(kernels.glob(pattern))]
+        yield from (file for file in found if not file.name.startswith(tuple(others)))
 
 
 def measure(

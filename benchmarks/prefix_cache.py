@@ -1,11 +1,14 @@
-"""Tokens of prompts that the prefix cache saves on a trace of real traffic, of those that an endless one would save.
+"""Tokens of prompts that the prefix cache saves on a trace of real traffic, of those that an endless one would, and of
+those that the best possible one of its size would, which knows what comes.
 
 The server's own scheduler runs, without a model: its decisions hang on no number that one would compute. The trace
 gives for each request the blocks of 512 tokens that its prompt is made of (Mooncake: Qin et al. 2024,
 arXiv:2407.00079); lengths are divided by `--scale`, and a block is a page. Requests come as quickly as they are taken.
 """
 
+import heapq
 import json
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from rich.progress import track
 from . import report
 
 BLOCK = 512
-SIZES = (0.02, 0.05, 0.1, 0.25, 0.5)
+SIZES = (0.05, 0.125, 0.25, 0.5)
 
 
 def requests_of(trace: Path, scale: int, most: int | None) -> list[Any]:
@@ -68,6 +71,37 @@ def saved(requests: list[Any], page_size: int, num_pages: int, policy: str) -> i
     return found
 
 
+def optimum(requests: list[Any], page_size: int, num_pages: int) -> int:
+    """Prompt tokens that no cache of so many pages can find more of, whatever goes first: the page that is asked for
+    latest (Belady 1966), which is never one before another that goes on with it. Requests come one after another, and
+    what they use while they run takes no room of the cache."""
+    asked: list[list[int]] = []  # pages of each request, each the number of all tokens up to its end
+    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+    coming: dict[int, deque[int]] = {}
+    for at, one in enumerate(requests):
+        tokens, before, pages = one.prompt_ids, -1, []
+        for start in range(0, len(tokens) - page_size, page_size):  # but the last token, which is always computed
+            before = numbers.setdefault((before, tuple(tokens[start : start + page_size])), len(numbers))
+            pages.append(before)
+            coming.setdefault(before, deque()).append(at)
+        asked.append(pages)
+    kept: dict[int, int] = {}  # when it is asked for again
+    latest: list[tuple[int, int]] = []
+    found = 0
+    for pages in asked:
+        for page in pages:
+            found += kept.pop(page, None) is not None
+            coming[page].popleft()
+            if coming[page]:
+                kept[page] = coming[page][0]
+                heapq.heappush(latest, (-kept[page], page))
+        while len(kept) > num_pages:
+            again, page = heapq.heappop(latest)
+            if kept.get(page) == -again:
+                del kept[page]
+    return found * page_size
+
+
 def main() -> None:
     from twinax.serving import kv_policies
 
@@ -85,11 +119,17 @@ def main() -> None:
     most = saved(requests, page, endless, "lru")
     rows = [report.Row("prefix_cache", "endless, of all prompt tokens", 100 * most / asked, None, "", "%", None)]
     largest = max(len(one.prompt_ids) + one.params.max_tokens for one in requests) // page + 2
-    cases = [(size, policy) for size in SIZES for policy in kv_policies.names()]
+    cases = [(size, policy) for size in SIZES for policy in ("", *kv_policies.names())]
+    best = 0
     for size, policy in track(cases, "replaying the trace", transient=True):
-        found = saved(requests, page, max(int(size * blocks), largest), policy)
-        case = f"room for {size:.0%} of {blocks:,} blocks, {policy}"
-        rows.append(report.Row("prefix_cache", case, found, most, "an endless cache", "tokens", 0.9))
+        room, case = max(int(size * blocks), largest), f"room for {size:.1%} of {blocks:,} blocks, "
+        if not policy:
+            best = min(optimum(requests, page, room), most)
+            rows.append(report.Row("prefix_cache", f"{case}optimum", best, most, "an endless cache", "tokens", None))
+            continue
+        found = saved(requests, page, room, policy)
+        rows.append(report.Row("prefix_cache", case + policy, found, most, "an endless cache", "tokens", 0.9))
+        rows.append(report.Row("prefix_cache", case + policy, found, best, "the optimum", "tokens", None))
     report.finish(rows, options.json)
 
 

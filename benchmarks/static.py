@@ -103,7 +103,7 @@ class Static:
         bundles: instructions of a TPU's program. spills: its uses of spilled vector registers; on a GPU, bytes.
         registers: of a GPU's thread.
         warnings: ptxas's "Potential Performance Loss" (C7510 to C7512: wgmma serialised).
-        unprofiled: operations whose cycles are not known, and not counted.
+        unprofiled: operations whose cycles are not known, and not counted. If the longest is one, no time is given.
         temp_bytes: HBM that the program needs beside arguments and results.
         asked: (operation, key) of each choice of block sizes that kernels asked `pallas_kernels.tuned` for.
         failed: why there is nothing, or None.
@@ -144,10 +144,15 @@ Progress = Callable[[int, Static], None]
 
 
 def compile_all(
-    requests: Sequence[Request], *, timeout: float = TIMEOUT, progress: Progress | None = None
+    requests: Sequence[Request],
+    *,
+    timeout: float = TIMEOUT,
+    progress: Progress | None = None,
+    profiled: bool = True,
 ) -> list[Static]:
     """Compiles each; what cannot be compiled has `failed` set. `progress(index, result)` hears of each as it is there.
 
+    What is not `profiled` has no cycles or times, and is compiled in half the time.
     Raises CompilerMissing (`planner.errors`), saying what to install.
     """
     results: dict[int, Static] = {}
@@ -162,7 +167,7 @@ def compile_all(
         todo = {i: request for i, request in enumerate(requests) if request.topology == topology}
         aborted: dict[int, dict[str, float]] = {}
         while todo:
-            for index, found in _child(topology, _some(todo), timeout, salvaged=None):
+            for index, found in _child(topology, _some(todo), timeout, salvaged=None if profiled else {}):
                 del todo[index]
                 if isinstance(found, Static):
                     keep(index, found)
@@ -188,7 +193,7 @@ def _child(
 ) -> Iterator[tuple[int, Static | dict[str, float]]]:
     """Results as they come; the last may be the cycles of a kernel on which the profiler died.
 
-    Profiles, unless the cycles are given: those `salvaged` from earlier.
+    Profiles, unless `salvaged` is given: the cycles from earlier, of those kernels that have any.
     """
     profiled = salvaged is None
     with tempfile.TemporaryDirectory() as folder:
@@ -252,8 +257,7 @@ def _environment(topology: Topology, dump: Path, profiled: bool) -> dict[str, st
     flags = [f"--xla_jf_dump_to={dump}/llo", "--xla_jf_dump_llo_text", f"--xla_jf_dump_llo_pass_label_regex={LAST}"]
     if profiled:
         flags.append(f"--xla_jf_dump_static_llo_profile_to={dump}/static")
-    if topology.chip.name == "tpu7x":
-        flags.append("--xla_tpu_check_llo_types=false")  # its own check refuses some of its own programs
+    flags.append("--xla_tpu_check_llo_types=false")  # the profiler's check refuses bits taken as another type
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     return {**settings(topology), "LIBTPU_INIT_ARGS": " ".join([given, *flags]).strip()}
 

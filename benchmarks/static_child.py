@@ -113,7 +113,10 @@ def using(choices: list[Any]) -> Iterator[None]:
 
 def summary(chip: Any, program: Program, found: Dump, seconds: float, temp_bytes: int | None) -> Static:
     least = limit_seconds(chip, program.flops, program.hbm_bytes, program.dtype)
-    cycles = sum(found.cycles.values()) * program.share if found.cycles else None
+    # Where the profiler died on the kernel itself, what the rest takes is no time.
+    longest = max(found.bundles, key=lambda name: found.bundles[name], default=None)
+    known = found.cycles and (longest is None or longest in found.cycles)
+    cycles = sum(found.cycles.values()) * program.share if known else None
     time_taken = None
     if cycles is not None:
         time_taken = max(cycles / chip.clock, program.hbm_bytes / chip.memory_bandwidth)

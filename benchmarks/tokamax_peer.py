@@ -62,11 +62,11 @@ def splash(target: Any, B: int, T: int, H: int, D: int, causal: bool, blocks: tu
     from .kernel_cases import flash_attention as cases
 
     rows, keys, part = (min(size, T) for size in blocks[:3])
-    heads, length = cases._heads(target, B, T, H), cases._part(T)
-    kernel = _kernel((length, T), block_q=rows, block_kv=keys, block_kv_compute=part, scheduler=blocks[3])
-    q, k = target.array((heads, length, D)), target.array((heads, T, D))
-    share = (cases._not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * T / length
-    program = Program(lambda q, k, v: kernel(q, k, v), (q, k, k), *cases._work(B, T, H, D, causal), share=share)
+    heads, (length, times) = cases._heads(target, B, T, H), cases._part(T)
+    kernel = _kernel((length, length), block_q=rows, block_kv=keys, block_kv_compute=part, scheduler=blocks[3])
+    x = target.array((heads, length, D))
+    share = (cases._not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * times
+    program = Program(lambda q, k, v: kernel(q, k, v), (x, x, x), *cases._work(B, T, H, D, causal), share=share)
     return cases._as_kernels_want(target, program)
 
 
@@ -76,14 +76,14 @@ def splash_backward(
     from .kernel_cases import flash_attention as cases
 
     rows, keys, part = (min(size, T) for size in blocks[:3])
-    heads, length = cases._heads(target, B, T, H, True), cases._part(T, True)
+    heads, (length, times) = cases._heads(target, B, T, H, True), cases._part(T)
     sizes = {"block_q_dkv": rows, "block_kv_dkv": keys, "block_kv_dkv_compute": part}
     sizes |= {"block_q": rows, "block_kv": keys, "block_kv_compute": part}
-    kernel = _kernel((T, length), **sizes, scheduler=blocks[3])
-    q, k = target.array((heads, T, D)), target.array((heads, length, D))
-    share = (cases._not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * T / length
+    kernel = _kernel((length, length), **sizes, scheduler=blocks[3])
+    share = (cases._not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * times
+    x = target.array((heads, length, D))
     work = cases._work(B, T, H, D, causal, backward=True)
-    return cases._pullback(target, lambda q, k, v: kernel(q, k, v), [q, k, k], work, share)
+    return cases._pullback(target, lambda q, k, v: kernel(q, k, v), [x, x, x], work, share)
 
 
 def _kernel(shape: tuple[int, int], scheduler: bool, **sizes: int) -> Any:

@@ -61,6 +61,8 @@ class Parameter:
         ranges = [range(*one.indices(size)) for one, size in zip(slices, self.shape, strict=False)]
         rest = index[self._depth :]
         found = [self.part(place)[rest] for place in itertools.product(*ranges)]
+        if len(found) == 1:
+            return found[0][(np.newaxis,) * self._depth]
         stacked = np.stack(found) if found else np.empty((0, *self.shape[self._depth :]), self.dtype)
         return stacked.reshape(*map(len, ranges), *stacked.shape[1:])
 

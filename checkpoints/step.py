@@ -21,7 +21,8 @@ from .stream import blocks
 
 # Arrays are cut into files of at most this many bytes, so that checksums and reads are parallel.
 _CHUNK_BYTES = 256 << 20
-_COPY_BYTES = 32 << 20  # of the largest piece that is in memory twice on its way to a device
+# Less than a layer of most models, whose layers are then copied once, straight from their files.
+_COPY_BYTES = 4 << 20  # of the largest piece that is in memory twice on its way to a device
 _ALIGNMENT = 64  # bytes
 
 

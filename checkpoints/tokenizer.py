@@ -246,6 +246,11 @@ class Tokenizer:
         """A decoder with `.step(id) -> str | None` and, at the end, `.flush() -> str`; joined they equal `decode`."""
         return self._detokenizer.stream(skip_special)
 
+    @property
+    def has_token_bytes(self) -> bool:
+        """Whether each token stands for the same bytes in any text, so that `token_bytes` says it all."""
+        return self._detokenizer.kind != "generic"
+
     def token_bytes(self, token_id: int) -> Bytes:
         """The bytes a token stands for; b"" for an id without a token."""
         return self._detokenizer.token_bytes(token_id)
@@ -255,6 +260,10 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         return self._templates.get("default")
+
+    def template_for(self, tools: bool) -> str | None:
+        """The template of conversations with tools, which some models have apart, or without."""
+        return (self._templates.get("tool_use") if tools else None) or self.chat_template
 
     def apply_chat_template(
         self,
@@ -268,8 +277,7 @@ class Tokenizer:
         Raises:
           ChatTemplateError: no template, or it refuses the conversation.
         """
-        source = self._templates.get("tool_use") if tools else None
-        source = source or self.chat_template
+        source = self.template_for(bool(tools))
         if source is None:
             raise ChatTemplateError(
                 f"{self._where} has no chat template; put one in {TEMPLATE} beside {MAIN}, or send a plain completion"

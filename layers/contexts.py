@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from ..pallas_kernels.chips import known_platform
 from ..pallas_kernels.flash_attention import flash_attention
 from ..pallas_kernels.linear_attention import linear_attention, ragged_linear_attention
-from ..pallas_kernels.paged_attention import Pages, paged_attention
+from ..pallas_kernels.paged_attention import Pages, SharedPrefixes, paged_attention
 from ..pallas_kernels.ring_attention import ring_attention, zigzag
 from ..sharding.all_to_all import over_heads
 from ..sharding.plan import CHOICES
@@ -93,7 +93,6 @@ class PackedContext:
             local = partial(_attend_ring, mixing, axis=ring[0], two_way=self.attention == "ring_two_way")
         local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
         return local(q_BTHD, k_BTKD, v_BTKD, ids_BT, sinks_H), cache
-
 
     def attend_latent(
         self,
@@ -202,6 +201,7 @@ def in_order(x_BT: jax.Array, attention: str) -> jax.Array:
         "query_length_R",
         "prompt_length_R",
         "slot_R",
+        "prefixes",
     ],
     meta_fields=["decode_rows"],
 )
@@ -218,6 +218,7 @@ class PagedContext:
             what it was then keeps the keys that are in the cache right.
         slot_R: int32; where the state of each request is kept; idle rows have the number of slots.
         decode_rows: static; requests with one token sit at token row == request row, below this.
+        prefixes: requests that begin with the same pages; None: nothing is known of that.
     """
 
     positions_T: jax.Array
@@ -228,6 +229,7 @@ class PagedContext:
     prompt_length_R: jax.Array
     slot_R: jax.Array
     decode_rows: int
+    prefixes: SharedPrefixes | None = None
 
     @property
     def positions(self) -> jax.Array:
@@ -289,6 +291,7 @@ class PagedContext:
                 query_length_R=context.query_length_R,
                 decode_rows=context.decode_rows,
                 sinks_H=sinks_H,
+                prefixes=context.prefixes,
                 **dataclasses.asdict(mixing),
             )
 

@@ -7,6 +7,10 @@ checkpoint can be memory-mapped. It has a second reason: on XLA:CPU a row of `x 
 number of rows from two up, which `x @ w` has not, and a server needs that to answer alike at every batch size.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -27,9 +31,42 @@ def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
     return lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else lax.Precision.DEFAULT
 
 
+# A product with fewer is never computed with the weights first: XLA:CPU has other kernels for it, which round a row in
+# another way in batches of other sizes.
+FEWEST_OUTPUTS = 64
+_weights_first: ContextVar[bool] = ContextVar("weights_first", default=False)
+
+
+@contextlib.contextmanager
+def weights_first(on: bool = True) -> Iterator[None]:
+    """Whoever traces within has products with weights computed as `W x^T`, which is then turned.
+
+    XLA:CPU reads the weights as they lie then, where it packs them first otherwise: half the time for eight rows. But
+    it may round a row in another way in a batch of another size: whoever asks for it sees to the sizes.
+    """
+    before = _weights_first.set(on)
+    try:
+        yield
+    finally:
+        _weights_first.reset(before)
+
+
+def product(x: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`x @ weight.T`, [..., I] to [..., O], accumulated and returned in `dtype`, by default that of `x`."""
+    options = {"precision": matmul_precision(x.dtype), "preferred_element_type": dtype}
+    one_row = x.size == x.shape[-1]  # read the same either way, with less ado
+    if not _weights_first.get() or one_row or len(weight_OI) < FEWEST_OUTPUTS:
+        return jnp.einsum("...i,oi->...o", x, weight_OI, **options)
+    # Without the barriers XLA turns the product around again, or has its kernel turn `x`, or who takes the result read
+    # it column by column: all slow.
+    x_IN = lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+    y_ON = lax.optimization_barrier(jnp.einsum("oi,in->on", weight_OI, x_IN, **options))
+    return lax.optimization_barrier(y_ON.T).reshape(*x.shape[:-1], len(weight_OI))
+
+
 @jax.custom_vjp
 def _product(x: jax.Array, weight_OI: jax.Array) -> jax.Array:
-    return jnp.einsum("...i,oi->...o", x, weight_OI, precision=matmul_precision(x.dtype))
+    return product(x, weight_OI)
 
 
 def _product_forward(x: jax.Array, weight_OI: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

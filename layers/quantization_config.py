@@ -20,11 +20,13 @@ class Quantization:
         format: "mxfp4" (OCP Microscaling) or "fp8_e4m3".
         block: outputs and inputs that share a scale.
         parts: of "experts" (those of a mixture) and "linear" (all other products of the blocks but the router's).
+        inputs_first: whole bytes are kept [I, O] (`quantized_matmul.with_inputs_first`): in a server, never in files.
     """
 
     format: str
     block: tuple[int, int]
     parts: tuple[str, ...]
+    inputs_first: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -33,6 +35,8 @@ class Quantization:
             raise ValueError(f"A block of weights is (outputs, inputs), whole numbers from 1 up; got {self.block!r}.")
         if self.format == "mxfp4" and self.block != (1, 32):
             raise ValueError(f"mxfp4 has blocks of (1, 32); got {self.block!r}.")
+        if self.inputs_first and self.format == "mxfp4":
+            raise ValueError("Weights in mxfp4 have one order, which has inputs first; leave out inputs_first.")
         if not self.parts or not set(self.parts) <= set(PARTS):
             raise ValueError(f"The parts that are quantised are some of {', '.join(PARTS)}; got {self.parts!r}.")
 
@@ -43,4 +47,5 @@ class Quantization:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Quantization":
         """Reads back `dataclasses.asdict`, whose tuples JSON makes lists."""
-        return cls(values["format"], tuple(values["block"]), tuple(values["parts"]))
+        first = values.get("inputs_first", False)
+        return cls(values["format"], tuple(values["block"]), tuple(values["parts"]), first)

@@ -6,7 +6,7 @@ Shapes: O outputs, I inputs, as `quantized_matmul.QuantizedWeight` has them.
 import jax
 from flax import nnx
 
-from ..pallas_kernels.quantized_matmul import PACKED, QuantizedWeight, dequantize, quantize
+from ..pallas_kernels.quantized_matmul import PACKED, QuantizedWeight, dequantize, quantize, with_inputs_first
 from ..sharding.rules import current
 from .quantization_config import Quantization
 
@@ -18,8 +18,9 @@ def quantized_params(
 ) -> tuple[nnx.Param, nnx.Param]:
     """Values and scales of the nearest quantised weight [..., O, I], whose logical axes are `axes`."""
     weight = quantize(draw_OI, quantization.format, block=quantization.block)
+    weight = with_inputs_first(weight) if quantization.inputs_first else weight
     *stack, out, into = axes
-    order = (into, out) if quantization.format in PACKED else (out, into)
+    order = (into, out) if quantization.format in PACKED or quantization.inputs_first else (out, into)
     return nnx.Param(weight.values, axes=(*stack, *order)), nnx.Param(weight.scales, axes=(*stack, None, None))
 
 
@@ -35,4 +36,4 @@ def quantized_weight(quantization: Quantization, values: nnx.Param, scales: nnx.
 
 def quantized(quantization: Quantization, values: jax.Array, scales: jax.Array) -> QuantizedWeight:
     """The weight [..., O, I] of these arrays."""
-    return QuantizedWeight(values, scales, None, quantization.format, quantization.block)
+    return QuantizedWeight(values, scales, None, quantization.format, quantization.block, quantization.inputs_first)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..layers.embedding import Embedding, PositionTable
-from ..layers.linear import matmul_precision
+from ..layers.linear import product
 from ..layers.moe import Statistics
 from ..layers.rope import angles
 from ..sharding import pipeline
@@ -98,9 +98,7 @@ class Decoder(nnx.Module):
         """Logits [..., V] of hidden states [..., D], accumulated and returned in float32 or wider."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         weight_VD = self.unembedding_weight().astype(hidden.dtype)
-        logits = jnp.einsum(
-            "...d,vd->...v", hidden, weight_VD, preferred_element_type=wide, precision=matmul_precision(hidden.dtype)
-        )
+        logits = product(hidden, weight_VD, wide)
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
         cap = self.config.logit_softcap
@@ -186,9 +184,7 @@ class FunctionalDecoder:
         )
         return model.final_norm(between(pipeline.join(x_M))), cache, statistics
 
-    def stage(
-        self, layers: Mapping[str, jax.Array], x: jax.Array, piece: Any
-    ) -> tuple[jax.Array, Statistics | None]:
+    def stage(self, layers: Mapping[str, jax.Array], x: jax.Array, piece: Any) -> tuple[jax.Array, Statistics | None]:
         """The consecutive layers of one stage (of one round), over x [..., D]; `piece` is (ropes, context)."""
         ropes, context = piece
         config = self.config
@@ -297,9 +293,7 @@ def init_params(config: DecoderConfig, seed: int, *, dtype: Any = jnp.float32, m
     return jax.jit(make, out_shardings=shardings)()
 
 
-def split_layers(
-    config: DecoderConfig, params: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def split_layers(config: DecoderConfig, params: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The parameters outside of the blocks by their names, and those of each layer, such as "mlp.up.weight" [F, D]."""
     outside, stacks = FunctionalDecoder.split(params)
     layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]

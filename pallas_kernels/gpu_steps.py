@@ -67,11 +67,11 @@ def tiles_of(sizes_G: jax.Array, N: int, tile: int) -> tuple[jax.Array, jax.Arra
     return table_3V.astype(jnp.int32), stop_G[-1:].astype(jnp.int32)
 
 
-def copy_rows(piece: Any, y: Any, low: Any, high: Any, row: Any, columns: Any) -> None:
-    """Starts copies of `piece`'s rows [low, high), fewer than 64, to those of y from row + low on; a copy's shape is
-    static, so in pieces of 32, 16, ... 1."""
+def copy_rows(piece: Any, y: Any, low: Any, high: Any, row: Any, columns: Any, most: int = 32) -> None:
+    """Starts copies of `piece`'s rows [low, high), fewer than 2 * most, to those of y from row + low on; a copy's shape
+    is static, so in pieces of `most` and half as many, ... 1."""
     at, rows = low, high - low
-    for size in (32, 16, 8, 4, 2, 1):
+    for size in (1 << bit for bit in reversed(range(most.bit_length()))):
         has = (rows & i32(size)) != 0
 
         @pl.when(has)

@@ -17,6 +17,7 @@ TPU_SETTINGS = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",  # also of the files that it leaves in the temporary folder, gigabytes in bad cases
 }
 
 

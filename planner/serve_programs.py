@@ -33,7 +33,7 @@ def serve_programs(request: dict[str, Any], config: DecoderConfig, plan: Plan, m
     )
     names = names_of(config, mesh, ARGUMENTS)
     rows = request["rows"]
-    (kinds,) = made.kinds_of_calls  # an accelerator runs all blocks in one program
+    kinds = config.kinds  # an accelerator runs all blocks in one program
     wanted = {
         "decode": ("blocks", (Bucket(rows, 0), kinds)),
         "chunk": ("blocks", (Bucket(rows, CHUNK), kinds)),

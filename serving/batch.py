@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from ..layers.contexts import PagedContext
+from ..pallas_kernels.paged_attention import SharedPrefixes
 from .sampling import SamplingRows
 
 # token: -1 takes the slot's last sampled token. slot: S for rows that are padding. next: the prompt token whose
@@ -19,7 +20,7 @@ from .sampling import SamplingRows
 TOKEN_FIELDS: tuple[str, ...] = ("token", "position", "slot", "next", "generated")
 INT_FIELDS = (
     "slot", "flags", "position", "seed_high", "seed_low", "top_k",
-    "length", "query_start", "query_length", "prompt_length", "sample_row",
+    "length", "query_start", "query_length", "prompt_length", "sample_row", "leader", "shared_pages",
 )  # fmt: skip
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 ROW_FIELDS = INT_FIELDS + FLOAT_FIELDS
@@ -85,6 +86,7 @@ def unpack(array: jax.Array, bucket: Bucket, pages: int) -> DeviceBatch:
         query_length_R=rows_FR[ROW["query_length"]],
         prompt_length_R=rows_FR[ROW["prompt_length"]],
         slot_R=rows_FR[ROW["slot"]],
+        prefixes=SharedPrefixes(rows_FR[ROW["leader"]], rows_FR[ROW["shared_pages"]]),
         decode_rows=bucket.rows,
     )
     return DeviceBatch(tokens, rows_FR, context, rows_FR[ROW["sample_row"]])

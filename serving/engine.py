@@ -1,14 +1,15 @@
 """The decode engine: continuous batching over a paged cache.
 
 A step is a sentence: plan = schedule(); batch = pack(plan); result = dispatch(batch); commit(result). The next step is
-sent while this one runs: what it feeds that the host has not seen yet, it takes from the device.
+sent while this one runs: what it feeds that the host has not seen yet, it takes from the device. Where a grammar's next
+mask hangs on a token that the host has not seen, the next step is sent but for its sampling, which follows the token.
 """
 
 import dataclasses
 import itertools
-import secrets
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Collection
 from functools import partial
 from pathlib import Path
@@ -21,101 +22,34 @@ import numpy as np
 from ..checkpoints.load import LoadedModel, load_model
 from ..models.cache import page_bytes
 from ..models.decoder import weight_dtype
-from . import sampling
-from .batch import TOKEN, HostBatch
+from . import sampling, shared_prefixes
+from .batch import ROW, TOKEN, HostBatch
 from .compiles import CompileCounter, use_compile_cache
 from .detokenizer import Detokenizer
+from .engine_config import Completion, EngineConfig, EngineStats
 from .fit import keeps_prefixes, mesh_of
+from .grammar import GrammarError, Grammars, fill_masks, leave_out
+from .live import Live
 from .request import InvalidRequest, Output, Request, SamplingParams, TokenLogprob
-from .runner import Runner, StepResult
+from .runner import Runner, SentStep, StepResult
 from .scheduler import Entry, Scheduler, SchedulerConfig, Sequence, StepPlan
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """Limits of an engine.
-
-    Attributes:
-        max_running: requests decoded at once.
-        page_size: tokens a page of the cache.
-        max_model_len: tokens of prompt and output together, at most; None: what the model was made for.
-        num_pages: pages of the cache; None: enough for max_running full contexts, within cache_bytes.
-        cache_bytes: size of the cache, at most, when num_pages is None.
-        chunk_tokens: prompt tokens a step, at most.
-        max_waiting: requests that may wait.
-        dtype: "float32" or "bfloat16"; None: float32 on a CPU, bfloat16 elsewhere.
-        prefix_cache: what goes first from the cache of prompts that were computed before (`kv_policies`); "": no such
-            cache. Models that keep a state, or whose rope hangs on the prompt's length, have none.
-        plan: "tensor=4" cuts the model and its cache over four devices; empty: one device.
-        compile_cache: folder for compiled programs; None: the user's cache folder; "": none.
-    """
-
-    max_running: int = 8
-    page_size: int = 64
-    max_model_len: int | None = None
-    num_pages: int | None = None
-    cache_bytes: int = 1 << 30
-    chunk_tokens: int = 256
-    max_waiting: int = 256
-    dtype: str | None = None
-    prefix_cache: str = "lru"
-    plan: str = ""
-    compile_cache: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineStats:
-    """Counts since the start, and what is there now. `host_seconds`: Python's share of the steps, without waiting."""
-
-    running: int
-    waiting: int
-    pages_used: int
-    pages_total: int
-    queried_tokens: int
-    cached_tokens: int
-    preemptions: int
-    steps: int
-    prompt_tokens: int
-    generated_tokens: int
-    compiles_after_warmup: int
-    host_seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """A finished request of `Engine.generate`."""
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    text: str
-    finish_reason: str | None
-    logprobs: list[TokenLogprob] | None = None
-    prompt_logprobs: list[TokenLogprob | None] | None = None
-
-
-@dataclasses.dataclass(slots=True)
-class _Live:
-    """What the engine knows of a request beside the scheduler's state."""
-
-    request: Request
-    detokenizer: Detokenizer
-    stops: frozenset[int]
-    flags: int
-    seed_high: int
-    seed_low: int
-    prompt_logprobs: list[TokenLogprob | None] | None
-    prompt_sent: bool = False
-    let_in: int = 0  # tokens that it had when its first chunk was sent, last time
-    cached: int = 0  # of its prompt, found when it was let in for the first time
+from .weight_order import in_order
 
 
 @dataclasses.dataclass(slots=True)
 class _Flight:
-    """A step on its way: request rows and token rows of the plan's entries, in the plan's order."""
+    """A step on its way: request rows and token rows of the plan's entries, in the plan's order.
+
+    `hidden`: final hidden states of all token rows, where some request pools them. `sent_at`: time.perf_counter().
+    `result`: None until its sampling is sent too.
+    """
 
     plan: StepPlan
-    result: StepResult
+    sent: SentStep
     rows: list[tuple[Entry, int, int]]
+    hidden: jax.Array | None
+    sent_at: float
+    result: StepResult | None
 
 
 def _dtype(config: EngineConfig) -> jnp.dtype:
@@ -141,9 +75,11 @@ class Engine:
                 f"max_model_len is from 2 to the model's context of {model.max_position_embeddings}; "
                 f"got {self.max_model_len}."
             )
-        use_compile_cache(config.compile_cache)
+        kept = use_compile_cache(config.compile_cache)
         pages_per_request = -(-self.max_model_len // config.page_size)
         num_pages = config.num_pages or self._pages_within(config, pages_per_request, dtype)
+        one = page_bytes(model, config.page_size, dtype) if keeps_prefixes(model) else 0
+        swap_pages = config.swap_bytes // one if one else 0
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_running=config.max_running,
@@ -153,6 +89,9 @@ class Engine:
                 chunk_tokens=config.chunk_tokens,
                 max_waiting=config.max_waiting,
                 prefix_cache=config.prefix_cache if config.prefix_cache and keeps_prefixes(model) else None,
+                policy=config.scheduler,
+                max_token_ms=config.max_token_ms,
+                swap_pages=swap_pages,
             )
         )
         self.runner = Runner(
@@ -165,12 +104,16 @@ class Engine:
             chunk_tokens=config.chunk_tokens,
             dtype=dtype,
             mesh=mesh_of(config.plan, model),
+            swaps=swap_pages > 0,
+            kept=kept,
         )
-        self._live: dict[str, _Live] = {}
+        self.grammars = Grammars(self.tokenizer, model.vocab_size, self._eos_ids())
+        self._live: dict[str, Live] = {}
+        self._readers: dict[str, deque[Output]] = {}  # outputs for `stream` that are not read yet, by request
         self._flight: _Flight | None = None
         self._compiles = CompileCounter()
         self._steps = self._prompt_tokens = self._generated_tokens = 0
-        self._host_seconds = 0.0
+        self._host_seconds = self._ended_at = 0.0
         self._ids = itertools.count()
 
     @classmethod
@@ -181,11 +124,13 @@ class Engine:
         """
         config = config or EngineConfig()
         mesh, dtype = partial(mesh_of, config.plan), partial(weight_dtype, dtype=_dtype(config))
-        return cls(load_model(path, dtype=dtype, mesh=mesh), config)
+        return cls(in_order(load_model(path, dtype=dtype, mesh=mesh)), config)
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles all programs; a compile after this is a bug, which `stats` counts."""
         self.runner.warmup(progress)
+        if self.scheduler.host_pages.most:
+            self.scheduler.host_pages.page_seconds = self.runner.page_seconds()
         self._compiles.reset()
 
     @property
@@ -193,7 +138,7 @@ class Engine:
         return self.scheduler.has_work or self._flight is not None
 
     def stats(self) -> EngineStats:
-        now = self.scheduler.stats()
+        now, host = self.scheduler.stats(), self.scheduler.host_pages
         return EngineStats(
             running=now.running,
             waiting=now.waiting,
@@ -202,6 +147,11 @@ class Engine:
             queried_tokens=now.queried_tokens,
             cached_tokens=now.cached_tokens,
             preemptions=now.preemptions,
+            swaps=now.swaps,
+            host_pages_used=host.used,
+            host_pages_total=host.most,
+            pages_copied_out=host.copied_out,
+            pages_copied_back=host.copied_back,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
@@ -218,27 +168,30 @@ class Engine:
                 "logit_bias",
                 f"logit_bias has at most {sampling.MAX_BIAS} entries, got {len(params.logit_bias)}; leave some out",
             )
+        matcher = None
+        if params.grammar is not None:
+            if request.pooling:
+                raise InvalidRequest("grammar", "grammar says what is generated, and with pooling nothing is")
+            try:
+                matcher = self.grammars.matcher(params.grammar, ends=not params.ignore_eos)
+            except GrammarError as error:
+                raise InvalidRequest("grammar", f"grammar can't be used: {error}") from None
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids())
         self.scheduler.add(request)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
-        self._live[request.id] = _Live(
-            request=request,
-            detokenizer=Detokenizer(self.tokenizer, list(params.stop)),
-            stops=stops,
-            flags=(sampling.LOGPROBS if params.logprobs is not None else 0)
-            | (sampling.PENALTIES if penalties else 0)
-            | (sampling.BIAS if params.logit_bias else 0),
-            seed_high=_signed(seed >> 32),
-            seed_low=_signed(seed),
-            prompt_logprobs=None if params.prompt_logprobs is None else [None],
-        )
+        self._live[request.id] = Live.begin(request, stops, matcher)
         self._prompt_tokens += len(request.prompt_ids)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request at once and frees its pages; False if it is not live."""
         self._live.pop(request_id, None)
         return self.scheduler.cancel(request_id)
+
+    def finish(self, request_id: str) -> bool:
+        """As `cancel`, for a request that is complete by what its text says (a stop string)."""
+        if self._live.pop(request_id, None) is None:
+            return False
+        self.scheduler.finish(request_id)
+        return True
 
     def step(self) -> list[Output]:
         """Sends the next step and returns what the one before it produced (so the first call returns nothing)."""
@@ -247,7 +200,8 @@ class Engine:
         flight = self._launch(plan) if plan else None
         previous, self._flight = self._flight, flight
         self._host_seconds += time.perf_counter() - start
-        return self._collect(previous) if previous else []
+        outputs = self._collect(previous) if previous else []
+        return outputs if flight is None or flight.result is not None else outputs + self._finish(flight)
 
     def generate(
         self,
@@ -261,25 +215,54 @@ class Engine:
             ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.adds_bos) if isinstance(prompt, str) else prompt
             requests.append(Request(f"generate-{next(self._ids)}", list(ids), own))
         outputs: dict[str, list[Output]] = {request.id: [] for request in requests}
-        queue = iter(requests)
-        waiting = next(queue, None)
+        for output in self.stream(requests):
+            outputs[output.request_id].append(output)
+        return [_completion(request, outputs[request.id]) for request in requests]
+
+    def stream(self, requests: Collection[Request]) -> Iterator[Output]:
+        """Adds requests as there is room, and yields what comes of them, with its text, until all have ended.
+
+        Several streams of one engine go on side by side. Leaving one early cancels what has not ended.
+        """
+        texts = {request.id: Detokenizer(self.tokenizer, request.params) for request in requests}
+        own: deque[Output] = deque()
+        queue = deque(requests)
         try:
-            while waiting or self.has_work:
-                while waiting and len(self.scheduler.waiting) < self.config.max_waiting:
-                    self.add(waiting)
-                    waiting = next(queue, None)
-                for output in self.step():
-                    outputs.setdefault(output.request_id, []).append(output)
+            while texts:
+                while queue and self.scheduler.num_waiting < self.config.max_waiting:
+                    self.add(queue[0])
+                    self._readers[queue.popleft().id] = own
+                if not own:
+                    for output in self.step():
+                        if output.request_id in self._readers:
+                            self._readers[output.request_id].append(output)
+                    continue
+                output = own.popleft()
+                text = texts.get(output.request_id)
+                if text is None:
+                    continue  # a stop string ended it
+                if text.fill(output):
+                    self.finish(output.request_id)
+                if output.finish_reason:
+                    del texts[output.request_id], self._readers[output.request_id]
+                yield output
         finally:
             for request in requests:
-                self.cancel(request.id)
-        return [_completion(request, outputs[request.id]) for request in requests]
+                if self._readers.pop(request.id, None) is not None:
+                    self.cancel(request.id)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _launch(self, plan: StepPlan) -> _Flight:
+        for sequence, pages in plan.swapped_out:
+            sequence.host = self.runner.read_pages(pages)
+        for sequence, first, count in plan.swapped_in:
+            self.runner.write_pages(sequence.host, sequence.pages, first, count)
         for sequence in plan.admitted:
+            sequence.host = None
             self._prepare_slot(self._live[sequence.id].request, sequence.slot)
+        if plan.copies:
+            self.runner.copy_pages(plan.copies)
         bucket = self.runner.bucket_for(len(plan.decodes) + len(plan.chunks), plan.chunk_tokens)
         batch = self.runner.batch(bucket)
         rows: list[tuple[Entry, int, int]] = []
@@ -289,8 +272,41 @@ class Engine:
             free += entry.length if entry.length > 1 else 0
             self._pack(batch, entry, row, token_row)
             rows.append((entry, row, token_row))
+        shared = shared_prefixes.groups([entry.sequence.nodes for entry in plan.decodes])
+        batch.rows[ROW["leader"] : ROW["shared_pages"] + 1, : len(shared)] = np.reshape(shared, (-1, 2)).T
         self._steps += 1
-        return _Flight(plan, self.runner.dispatch(bucket, batch), rows)
+        sent = self.runner.send(bucket, batch)
+        pools = any(self._live[entry.sequence.id].pooled for entry, _, _ in rows)
+        masked = any(entry.is_last_chunk and self._live[entry.sequence.id].matcher for entry, _, _ in rows)
+        hidden, sent_at = sent.hidden() if pools else None, time.perf_counter()
+        return _Flight(plan, sent, rows, hidden, sent_at, None if masked else self.runner.finish(sent))
+
+    def _finish(self, flight: _Flight) -> list[Output]:
+        """Sends the sampling of a step, now that the tokens before it are known; ends what its grammar ends."""
+        start = time.perf_counter()
+        outputs: list[Output] = []
+        allowed_RW = np.full(
+            (flight.sent.bucket.rows, sampling.mask_words(self.runner.config.vocab_size)), -1, np.int32
+        )
+        rows = [
+            (entry.sequence, row, live, live.matcher)
+            for entry, row, _ in flight.rows
+            if entry.is_last_chunk
+            and not entry.sequence.finished
+            and (live := self._live[entry.sequence.id]).matcher is not None
+        ]
+        errors = fill_masks([(matcher, row) for _, row, _, matcher in rows], allowed_RW)
+        for sequence, row, live, _ in rows:
+            held = live.stops if len(sequence.output_ids) < live.request.params.min_tokens else ()
+            if row in errors or not leave_out(allowed_RW[row], held):
+                output = self._empty_output(sequence, live)
+                live.end(output, errors.get(row))
+                self._end(output)
+                outputs.append(output)
+                allowed_RW[row] = -1
+        flight.result = self.runner.finish(flight.sent, allowed_RW)
+        self._host_seconds += time.perf_counter() - start
+        return outputs
 
     def _pack(self, batch: HostBatch, entry: Entry, row: int, token_row: int) -> None:
         """Writes one entry's request row and token rows."""
@@ -315,12 +331,14 @@ class Engine:
         flags = live.flags | (sampling.RESET if start == sequence.num_cached else 0)
         if end - len(prompt) < params.min_tokens:
             flags |= sampling.HOLD_STOPS
+        if live.matcher is not None and entry.is_last_chunk:
+            flags |= sampling.GRAMMAR
         integers = (
             entry.slot, flags, end, live.seed_high, live.seed_low, params.top_k,
             end, token_row, length, live.let_in, token_row + length - 1,
         )  # fmt: skip
         batch.rows[: len(integers), row] = integers
-        batch.floats[len(integers) :, row] = (
+        batch.floats[ROW["temperature"] :, row] = (
             params.temperature,
             params.top_p,
             params.min_p,
@@ -331,10 +349,17 @@ class Engine:
         batch.page_table[row, : len(sequence.pages)] = sequence.pages
 
     def _collect(self, flight: _Flight) -> list[Output]:
+        assert flight.result is not None
         tokens = np.asarray(flight.result.token_R).tolist()  # waits for the device
         start = time.perf_counter()
+        self.scheduler.observe(flight.plan, start - max(self._ended_at, flight.sent_at))
+        self._ended_at = start
+        for sequence, _ in flight.plan.swapped_out:
+            if sequence.host is not None:
+                sequence.host = self.runner.to_host(sequence.host)
         outputs: list[Output] = []
         self._collect_prompt_logprobs(flight)
+        self._collect_hidden(flight)
         sampled = {entry.sequence.id: tokens[row] for entry, row, _ in flight.rows if entry.is_last_chunk}
         row_of = {entry.sequence.id: row for entry, row, _ in flight.rows}
         wanted = any(entry.is_last_chunk and self._flag(entry, sampling.LOGPROBS) for entry, _, _ in flight.rows)
@@ -348,12 +373,7 @@ class Engine:
         """What the sampled `token` means for the client; finishes the request if it ends here."""
         live = self._live[sequence.id]
         params = live.request.params
-        output = Output(
-            sequence.id,
-            prompt_tokens=len(sequence.prompt_ids),
-            completion_tokens=len(sequence.output_ids),
-            cached_tokens=live.cached,
-        )
+        output = self._empty_output(sequence, live)
         if token < 0:
             output.completion_tokens -= 1
             output.finish_reason = "error"
@@ -361,35 +381,33 @@ class Engine:
                 f"The model's logits are not finite at position {len(sequence.prompt_ids) + output.completion_tokens}: "
                 f"its weights are damaged, or overflow in {self.runner.dtype}."
             )
+            output.error_kind = "not_finite"
+        elif live.pooled is not None:
+            output.completion_tokens, output.finish_reason = 0, "stop"
+            output.embedding = live.pooled.result()
         else:
             self._generated_tokens += 1
             output.token_ids = [token]
             if logprobs is not None and params.logprobs is not None:
                 output.logprobs = [_token_logprob(token, logprobs, row, params.logprobs)]
-            self._advance_text(live, output, token, sequence.length_reached)
+            live.advance(output, token, sequence.length_reached)
         if live.prompt_logprobs is not None and not live.prompt_sent:
             output.prompt_logprobs, live.prompt_sent = live.prompt_logprobs, True
         if output.finish_reason:
-            self.scheduler.finish(sequence.id)
-            del self._live[sequence.id]
+            self._end(output)
         return output
 
-    def _advance_text(self, live: _Live, output: Output, token: int, length_reached: bool) -> None:
-        held_back = output.completion_tokens <= live.request.params.min_tokens
-        stop: str | int | None = None
-        if token in live.stops and not held_back:
-            output.finish_reason = "stop"
-            stop = token if token in live.request.params.stop_token_ids else None
-            output.text, _ = live.detokenizer.finish()
-        else:
-            output.text, stop = live.detokenizer.push(token)
-            if stop is None and length_reached:
-                rest, stop = live.detokenizer.finish()
-                output.text += rest
-                output.finish_reason = "length"
-            if stop is not None:
-                output.finish_reason = "stop"
-        output.stop_reason = stop
+    def _empty_output(self, sequence: Sequence, live: Live) -> Output:
+        return Output(
+            sequence.id,
+            prompt_tokens=len(sequence.prompt_ids),
+            completion_tokens=len(sequence.output_ids),
+            cached_tokens=live.cached,
+        )
+
+    def _end(self, output: Output) -> None:
+        self.scheduler.finish(output.request_id)
+        del self._live[output.request_id]
 
     def _collect_prompt_logprobs(self, flight: _Flight) -> None:
         wanting = [
@@ -402,7 +420,7 @@ class Engine:
         ]
         if not wanting:
             return
-        arrays = [np.asarray(part) for part in flight.result.prompt_logprobs()]
+        arrays = [np.asarray(part) for part in flight.sent.prompt_logprobs()]
         for entry, token_row, collected in wanting:
             prompt, count = entry.sequence.prompt_ids, entry.sequence.request.params.prompt_logprobs or 0
             for offset in range(entry.length):
@@ -410,6 +428,15 @@ class Engine:
                 # A preempted request computes its prompt again; what it has is not collected twice.
                 if position == len(collected) and position < len(prompt):
                     collected.append(_token_logprob(prompt[position], arrays, token_row + offset, count))
+
+    def _collect_hidden(self, flight: _Flight) -> None:
+        if flight.hidden is None:
+            return
+        hidden_TD = np.asarray(flight.hidden)
+        for entry, _, row in flight.rows:
+            live = None if entry.sequence.finished else self._live.get(entry.sequence.id)
+            if live is not None and live.pooled is not None:
+                live.pooled.add(entry.start, hidden_TD[row : row + entry.length])
 
     def _prepare_slot(self, request: Request, slot: int) -> None:
         params = request.params
@@ -438,12 +465,6 @@ class Engine:
         return min(config.max_running * pages_per_request, fitting)
 
 
-def _signed(word: int) -> int:
-    """The low 32 bits as an int32."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >= 1 << 31 else word
-
-
 def _token_logprob(token: int, arrays: list[np.ndarray], row: int, count: int) -> TokenLogprob:
     own, ids, top = arrays
     return TokenLogprob(
@@ -451,10 +472,16 @@ def _token_logprob(token: int, arrays: list[np.ndarray], row: int, count: int) -
     )
 
 
+def failure(output: Output) -> Exception:
+    """What an output's error is, as an exception of its kind."""
+    kinds = {"grammar": GrammarError, "not_finite": FloatingPointError, "engine": RuntimeError}
+    return kinds[output.error_kind](output.error)
+
+
 def _completion(request: Request, outputs: list[Output]) -> Completion:
-    errors = [output.error for output in outputs if output.error]
-    if errors:
-        raise FloatingPointError(errors[0])
+    for output in outputs:
+        if output.error:
+            raise failure(output)
     logprobs = None if request.params.logprobs is None else [one for o in outputs for one in o.logprobs or ()]
     return Completion(
         prompt_ids=request.prompt_ids,

@@ -14,9 +14,10 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from .allocator import PageAllocator
-from .kv_policies import EvictionPolicy
+from .kv_policies import EvictionPolicy, Use
 
 OWNER = "the prefix cache"
 Tokens = tuple[int, ...]
@@ -25,17 +26,19 @@ Tokens = tuple[int, ...]
 class Node:
     """A page of the tree, whose tokens are its key; or a root, whose key is its salt.
 
-    `users`: requests that hold it. `depth`: pages before it. `note`: the policy's. `ticket`: of its place in the queue
-    of those that may go.
+    `users`: requests that hold it. `depth`: pages before it. `path`: hash of all keys down to its own. `left_at`: when
+    its last user left it. `queue`: the one it waits in then, `ticket` of its place there. `note`: the policy's.
     """
 
-    __slots__ = ("children", "depth", "key", "note", "page", "parent", "ticket", "users")
+    __slots__ = ("children", "depth", "key", "left_at", "note", "page", "parent", "path", "queue", "ticket", "users")
 
     def __init__(self, parent: Node | None, key: Tokens | str, page: int):
         self.parent, self.key, self.page = parent, key, page
         self.children: dict[Tokens, Node] = {}
-        self.users, self.note, self.ticket = 0, 0.0, -1
+        self.users, self.left_at, self.queue, self.ticket = 0, 0, 0, -1
+        self.note: Any = None
         self.depth = -1 if parent is None else parent.depth + 1
+        self.path = hash(key if parent is None else (parent.path, key))
 
 
 class PrefixCache:
@@ -45,8 +48,10 @@ class PrefixCache:
         self.idle = 0
         self._allocator, self._policy = allocator, policy
         self._roots: dict[str, Node] = {}
-        # (priority, ticket, node): what a node's ticket no longer says is passed over.
-        self._leaving: list[tuple[float, int, Node]] = []
+        # Of pages that may go, by the policy's numbers: heaps of (when it was left, ticket, node). What a node's ticket
+        # no longer says is passed over.
+        self._queues: dict[int, list[tuple[int, int, Node]]] = {}
+        self._leaves = itertools.count()
         self._tickets = itertools.count()
 
     def __len__(self) -> int:
@@ -72,10 +77,8 @@ class PrefixCache:
     def take(self, nodes: list[Node]) -> None:
         """A request holds these pages, a chain from the root, from now on."""
         for node in nodes:
-            self.idle -= node.users == 0
-            node.users += 1
-            node.ticket = -1
-            self._policy.used(node)
+            self._hold(node)
+            self._policy.taken(node)
 
     def put(self, before: Node | None, tokens: Tokens, page: int, owner: str, salt: str) -> Node:
         """The page after `before` (None: the first) is full with `tokens`. Its owner holds the node that comes back.
@@ -88,28 +91,31 @@ class PrefixCache:
             self._allocator.give(page, owner, OWNER)
             node = parent.children[tokens] = Node(parent, tokens, page)
             self.idle += 1
+            self._hold(node)
+            self._policy.put(node)
         else:
             self._allocator.free([page], owner)
-        self.take([node])
+            self.take([node])
         return node
 
-    def leave(self, nodes: list[Node]) -> None:
+    def leave(self, nodes: list[Node], use: Use) -> None:
         """A request no longer holds these pages. They stay until room is needed."""
         for node in reversed(nodes):
             node.users -= 1
-            self._policy.used(node)
+            node.left_at = next(self._leaves)
             if node.users == 0:
                 self.idle += 1
+                node.queue = self._policy.left(node, use)
                 self._may_go(node)
 
     def evict(self, count: int) -> None:
         """Frees `count` pages that nobody uses; there must be so many."""
         while count:
-            priority, ticket, node = heapq.heappop(self._leaving)
+            node = self._first_to_go()
             parent = node.parent
-            if ticket != node.ticket or parent is None:
-                continue
-            self._policy.evicted(priority)
+            assert parent is not None
+            node.ticket = -1
+            self._policy.evicted(node)
             del parent.children[node.key]  # pyright: ignore[reportArgumentType] (not a root's)
             self._allocator.free([node.page], OWNER)
             self.idle -= 1
@@ -118,11 +124,31 @@ class PrefixCache:
                 del self._roots[parent.key]  # pyright: ignore[reportArgumentType] (a root's)
             self._may_go(parent)
 
+    def _hold(self, node: Node) -> None:
+        self.idle -= node.users == 0
+        node.users += 1
+        node.ticket = -1
+
+    def _first_to_go(self) -> Node:
+        least: tuple[float, int, list[tuple[int, int, Node]]] | None = None
+        for queue in self._queues.values():
+            while queue and queue[0][1] != queue[0][2].ticket:
+                heapq.heappop(queue)
+            if queue:
+                left_at, _, node = queue[0]
+                worth = self._policy.worth(node)
+                if least is None or (worth, left_at) < least[:2]:
+                    least = worth, left_at, queue
+        if least is None:
+            raise RuntimeError("a page is to go and none may: more were to be freed than nobody uses; that is a bug")
+        return heapq.heappop(least[2])[2]
+
     def _may_go(self, node: Node) -> None:
         if node.users or node.children or node.parent is None:
             return
         node.ticket = next(self._tickets)
-        heapq.heappush(self._leaving, (self._policy.priority(node), node.ticket, node))
-        if len(self._leaving) > 64 + 4 * self.idle:
-            self._leaving = [entry for entry in self._leaving if entry[1] == entry[2].ticket]
-            heapq.heapify(self._leaving)
+        queue = self._queues.setdefault(node.queue, [])
+        heapq.heappush(queue, (node.left_at, node.ticket, node))
+        if len(queue) > 64 + 4 * self.idle:
+            queue[:] = [entry for entry in queue if entry[1] == entry[2].ticket]
+            heapq.heapify(queue)

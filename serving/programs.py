@@ -1,6 +1,6 @@
 """The programs that a step of the engine is made of: what they compute, and the shapes they are compiled for.
 
-Shapes: T token rows, R request rows, S slots, V vocabulary, M pages a request, D width, L layers.
+Shapes: T token rows, R request rows, S slots, V vocabulary, W words of its bits, M pages a request, D width, L layers.
 
 A step is a few programs: `begin` (unpack, embed), the blocks, `select` (the rows that sample) and `finish` (unembed,
 sample), the last one for each number of request rows and not of tokens. On accelerators the blocks are one program, a
@@ -15,7 +15,7 @@ al. 2019, arXiv:1909.08053); all else is on every device.
 
 import dataclasses
 import math
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -24,15 +24,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers.cache import Cache
+from ..layers.linear import weights_first
 from ..models.cache import init_cache
 from ..models.config import MIXERS, DecoderConfig, LayerKind
-from ..models.decoder import BLOCKS, functional, param_axes, param_shapes, weight_dtype
+from ..models.decoder import BLOCKS, FunctionalDecoder, functional, param_axes, param_shapes, weight_dtype
 from ..models.stack import module_of
 from ..sharding.rules import PARAMETER_RULES, mesh_axes, parameter_sharding, use
 from . import sampling
 from .batch import Bucket, DeviceBatch, sampling_rows, unpack
 
-# Layers of one program on a CPU, where that divides them: a call costs the host 0.07 ms, a layer 0.5 s to compile.
+# Layers of one program on a CPU in a step without a chunk, where that divides them: a call costs the host 0.07 ms, a
+# layer 0.5 s to compile.
 CPU_LAYERS = 2
 
 
@@ -74,30 +76,29 @@ class Programs:
         self.config, self.slots, self.pages_per_request, self.mesh = config, slots, pages_per_request, mesh
         self._pool = {"num_pages": num_pages, "page_size": page_size, "slots": slots}
         self.dtype = jnp.dtype(dtype)
-        self._model = functional(config, dtype=self.dtype)
+        self.weights_first = False  # how products are computed, in what is lowered from now on
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         # Layers of one call of the blocks; 0: all, stacked.
         self.group = math.gcd(CPU_LAYERS, config.num_layers) if CPU_LAYERS and platform == "cpu" else 0
-        starts = range(0, config.num_layers, self.group or config.num_layers)
-        # The kinds of the layers of each call: calls whose kinds are the same share a program.
-        self.kinds_of_calls = [config.kinds[start : start + (self.group or config.num_layers)] for start in starts]
-        # Which layer of the cache's each layer of a call has.
-        at = {layer: n for mixer in MIXERS for n, layer in enumerate(config.layers_with(mixer))}
-        self.places_of_calls = [
-            np.asarray([at[start + nth] for nth in range(len(kinds))], np.int32)
-            for start, kinds in zip(starts, self.kinds_of_calls, strict=True)
-        ]
-        outside, stacks = self.split(param_shapes(config))
-        self._stacks = stacks
-        with use(mesh):  # the layout of the pages is the platform's
-            cache = jax.eval_shape(self.empty_cache)
-        state = jax.eval_shape(lambda: sampling.SlotState.empty(slots, config.vocab_size))
-        self.like = Like(
+        # Which layer of the cache's each layer has.
+        self._places = {layer: n for mixer in MIXERS for n, layer in enumerate(config.layers_with(mixer))}
+        self._begun_shapes: dict[Bucket, Any] = {}
+
+    # Made when something is lowered: an engine whose programs are on disk traces nothing.
+    @cached_property
+    def _model(self) -> FunctionalDecoder:
+        return functional(self.config, dtype=self.dtype)
+
+    @cached_property
+    def like(self) -> Like:
+        with use(self.mesh):  # the layout of the pages is the platform's
+            cache, state = jax.eval_shape(self._empty)
+        outside, _ = self.split(param_shapes(self.config))
+        return Like(
             {name: self._parameter(name, like, like.shape) for name, like in outside.items()},
             self._placed(state),
             self._placed(cache, self.cache_place()),
         )
-        self._begun_shapes: dict[Bucket, Any] = {}
 
     @staticmethod
     def split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -105,15 +106,24 @@ class Programs:
         outside = {name: array for name, array in params.items() if not name.startswith(BLOCKS)}
         return outside, {name: array for name, array in params.items() if name not in outside}
 
+    def calls_of(self, bucket: Bucket) -> list[range]:
+        """The layers of each call of the blocks in a step. Calls whose layers have the same kinds share a program."""
+        # A chunk takes so long that calls cost nothing, and a program of one layer compiles in half the time.
+        group = (1 if bucket.chunk else self.group) if self.group else self.config.num_layers
+        return [range(start, start + group) for start in range(0, self.config.num_layers, group)]
+
+    def kinds_of(self, layers: range) -> tuple[LayerKind, ...]:
+        return self.config.kinds[layers.start : layers.stop]
+
+    def places_of(self, layers: range) -> np.ndarray:
+        """Which of the cache's layers they have, int32."""
+        return np.asarray([self._places[layer] for layer in layers], np.int32)
+
     def place_of(self, name: str, one_layer: bool = False) -> NamedSharding | None:
         """Where a parameter lives, or `one_layer` of a stack; None without a mesh."""
         if self.mesh is None:
             return None
         return parameter_sharding(param_axes(self.config)[name][one_layer:], self.mesh)
-
-    def empty_cache(self) -> Cache:
-        """What there is before the first step."""
-        return init_cache(self.config, dtype=self.dtype, **self._pool)
 
     def cache_place(self) -> NamedSharding | None:
         """Where the pages live: [L, P, K, ...], their heads cut. On a mesh models keep nothing but pages."""
@@ -129,12 +139,17 @@ class Programs:
         """The program `name`, ready to be compiled.
 
         Its key is a bucket; for "blocks" a bucket and the kinds of the layers, for "finish" a number of rows, for
-        "setup" None.
+        "copy", "read" and "write" a number of pages, for "empty" and "setup" None.
         """
-        with use(self.mesh):
+        with use(self.mesh), weights_first(self.weights_first):
             return getattr(self, f"_lower_{name}")(key)
 
     # -- what they compute -----------------------------------------------------------------------------------------
+
+    def _empty(self) -> tuple[Cache, sampling.SlotState]:
+        """What there is before the first step."""
+        cache = init_cache(self.config, dtype=self.dtype, **self._pool)
+        return cache, sampling.SlotState.empty(self.slots, self.config.vocab_size)
 
     def _unpack(self, bucket: Bucket, array: jax.Array) -> DeviceBatch:
         return unpack(array, bucket, self.pages_per_request)
@@ -170,10 +185,12 @@ class Programs:
     def _select(self, bucket: Bucket, array: jax.Array, x_TD: jax.Array) -> jax.Array:
         return x_TD[self._unpack(bucket, array).sample_row]
 
-    def _finish(self, outside: Any, state: sampling.SlotState, rows_FR: jax.Array, x_RD: jax.Array) -> Any:
+    def _finish(
+        self, outside: Any, state: sampling.SlotState, rows_FR: jax.Array, x_RD: jax.Array, allowed_RW: jax.Array
+    ) -> Any:
         model, rows = self._model.bind(outside), sampling_rows(rows_FR)
         logits_RV = self._whole(model.unembed(model.final_norm(x_RD)))
-        token_R = sampling.sample(logits_RV, rows, state)
+        token_R = sampling.sample(logits_RV, rows, state, allowed_RW)
         last = state.last_token_S.at[rows.slot].set(token_R, mode="drop")
         top = min(sampling.MAX_TOP, self.config.vocab_size)
         count = len(x_RD)
@@ -189,6 +206,30 @@ class Programs:
         model = self._model.bind(outside)
         logits_TV = self._whole(model.unembed(model.final_norm(x_TD)))
         return sampling.top_logprobs(logits_TV, self._unpack(bucket, array).tokens["next"])
+
+    def _hidden(self, outside: Any, x_TD: jax.Array) -> jax.Array:
+        return self._whole(self._model.bind(outside).final_norm(x_TD).astype(jnp.float32))
+
+    @staticmethod
+    def _copy(cache: Cache, from_N: jax.Array, to_N: jax.Array) -> Cache:
+        """Copies pages, of all layers; where `to_N` is the number of pages nothing is written."""
+        assert cache.pages is not None
+        return cache.with_pages(
+            jax.tree.map(lambda x_LP: x_LP.at[:, to_N].set(x_LP[:, from_N], mode="drop"), cache.pages)
+        )
+
+    @staticmethod
+    def _read(cache: Cache, from_N: jax.Array) -> Any:
+        """Pages of all layers, as a pool of N pages."""
+        return jax.tree.map(lambda x_LP: x_LP[:, from_N], cache.pages)
+
+    @staticmethod
+    def _write(cache: Cache, pages: Any, to_N: jax.Array) -> Cache:
+        """Puts back what `_read` gave; where `to_N` is the number of pages nothing is written."""
+        assert cache.pages is not None
+        return cache.with_pages(
+            jax.tree.map(lambda x_LP, y_LN: x_LP.at[:, to_N].set(y_LN, mode="drop"), cache.pages, pages)
+        )
 
     def _whole(self, x: jax.Array) -> jax.Array:
         place = self.everywhere()
@@ -226,6 +267,10 @@ class Programs:
     def _scalars(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.everywhere())
 
+    def _lower_empty(self, _: None) -> Any:
+        places = jax.tree.map(lambda x: x.sharding, (self.like.cache, self.like.state))
+        return self._jit(self._empty, (), places).lower()
+
     def _lower_begin(self, bucket: Bucket) -> Any:
         program = self._jit(partial(self._begin, bucket), (1,))
         return program.lower(self.like.outside, self.like.state, self._array(bucket))
@@ -239,10 +284,12 @@ class Programs:
         return program.lower(layers, place_N, x_TD, self.like.cache, ropes, self._array(bucket))
 
     def _all_layers(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return {name: self._parameter(name, like, like.shape) for name, like in self._stacks.items()}
+        _, stacks = self.split(param_shapes(self.config))
+        return {name: self._parameter(name, like, like.shape) for name, like in stacks.items()}
 
     def _layer(self, kind: LayerKind) -> dict[str, jax.ShapeDtypeStruct]:
-        own = {name.removeprefix(BLOCKS): (name, like, like.shape[1:]) for name, like in self._stacks.items()}
+        _, stacks = self.split(param_shapes(self.config))
+        own = {name.removeprefix(BLOCKS): (name, like, like.shape[1:]) for name, like in stacks.items()}
         return {
             short: self._parameter(*named) for short, named in own.items() if self.config.has(kind, module_of(short))
         }
@@ -253,11 +300,27 @@ class Programs:
     def _lower_finish(self, count: int) -> Any:
         rows_FR = self._begun(Bucket(count, 0))[0]
         x_RD = self._scalars((count, self.config.hidden_size), self.dtype)
-        return self._jit(self._finish, (1,)).lower(self.like.outside, self.like.state, rows_FR, x_RD)
+        allowed_RW = self._scalars((count, sampling.mask_words(self.config.vocab_size)), jnp.int32)
+        return self._jit(self._finish, (1,)).lower(self.like.outside, self.like.state, rows_FR, x_RD, allowed_RW)
 
     def _lower_prompt(self, bucket: Bucket) -> Any:
         program = self._jit(partial(self._prompt, bucket))
         return program.lower(self.like.outside, self._array(bucket), self._begun(bucket)[1])
+
+    def _lower_hidden(self, bucket: Bucket) -> Any:
+        return self._jit(self._hidden).lower(self.like.outside, self._begun(bucket)[1])
+
+    def _lower_copy(self, count: int) -> Any:
+        pages_N = self._scalars((count,), jnp.int32)
+        return self._jit(self._copy, (0,), self.cache_place()).lower(self.like.cache, pages_N, pages_N)
+
+    def _lower_read(self, count: int) -> Any:
+        return self._jit(self._read, (), self.cache_place()).lower(self.like.cache, self._scalars((count,), jnp.int32))
+
+    def _lower_write(self, count: int) -> Any:
+        pages_N = self._scalars((count,), jnp.int32)
+        pages = self._placed(jax.eval_shape(self._read, self.like.cache, pages_N), self.cache_place())
+        return self._jit(self._write, (0,), self.cache_place()).lower(self.like.cache, pages, pages_N)
 
     def _lower_setup(self, _: None) -> Any:
         ids = self._scalars((sampling.MAX_BIAS,), jnp.int32)

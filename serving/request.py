@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence as Collection
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import msgspec
 
@@ -20,8 +20,17 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKENS = 64
 MAX_TOKENS = 2**31 - 1
+MAX_GRAMMAR_BYTES = 512 << 10
+
+# Fields of Request that only some schedulers honour, and what they are where nothing is asked.
+SCHEDULING: dict[str, Any] = {"priority": 0, "deadline_seconds": None, "stages_left": 1}
+MAX_PRIORITY = 100
+MAX_DEADLINE_SECONDS = 86400.0
+MAX_STAGES = 1000
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+GrammarKind = Literal["json_schema", "regex", "lark", "choice"]
+Pooling = Literal["", "last", "mean"]
 
 
 class InvalidRequest(ValueError):
@@ -36,6 +45,27 @@ class QueueFull(RuntimeError):
     """The waiting queue is at its limit: the same request may be accepted later."""
 
 
+class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the output must be a text of.
+
+    `text` is a JSON schema, a regular expression (Rust's syntax, for the whole output), a Lark grammar (llguidance's
+    variant), or a choice: a JSON list of texts, one of which is the output.
+    """
+
+    kind: GrammarKind
+    text: str
+
+    def validate(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            _refuse("grammar", f"of a kind in {', '.join(get_args(GrammarKind))}", self.kind, "choose one")
+        if not isinstance(self.text, str) or not self.text or not _is_utf8(self.text):
+            _refuse("grammar", "a non-empty text that UTF-8 can hold", self.text, "leave it out for none")
+        if (size := len(self.text.encode())) > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(
+                "grammar", f"grammar must have at most {MAX_GRAMMAR_BYTES:,} bytes, got {size:,}; shorten it"
+            )
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How to continue one prompt.
 
@@ -45,7 +75,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     - `seed` makes the tokens a function of (prompt, params, seed); None lets the engine choose one.
     - `max_tokens` counts new tokens; prompt and output together are capped by the model's context (finish "length").
     - `min_tokens`: end-of-sequence and `stop_token_ids` can't be sampled before so many new tokens.
-    - `logprobs`, `prompt_logprobs`: None for none, k for the chosen token's and the k likeliest's.
+    - `logprobs`, `prompt_logprobs`: None for none, k for the chosen token's and the k likeliest's. They are the model's
+      own, before penalties, bias, grammar and temperature.
+    - `grammar`: the output is a text of it, and ends ("stop") where it is complete and can't go on; end-of-sequence can
+      be sampled only where it is complete. Cut by a limit or a stop of the request's own, it is the beginning of one.
+    - `skip_special_tokens`: whether tokens that are no text, such as "<|im_start|>", are left out of the text.
     """
 
     temperature: float = 1.0
@@ -64,6 +98,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    skip_special_tokens: bool = True
 
     def validate(self, vocab_size: int, max_model_len: int | None = None) -> None:
         """Raises `InvalidRequest` for the first field that breaks its rule; `max_model_len` bounds `max_tokens`."""
@@ -93,6 +129,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _token("stop_token_ids", token, vocab_size)
         if not isinstance(self.ignore_eos, bool):
             _refuse("ignore_eos", "true or false", self.ignore_eos, "leave it out to stop at end-of-sequence")
+        if not isinstance(self.skip_special_tokens, bool):
+            _refuse("skip_special_tokens", "true or false", self.skip_special_tokens, "leave it out to skip them")
+        if self.grammar is not None:
+            if not isinstance(self.grammar, Grammar):
+                _refuse("grammar", "a Grammar", self.grammar, "leave it out for none")
+            self.grammar.validate()
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
                 _integer(name, count, 0, MAX_LOGPROBS, "leave it out for none")
@@ -101,7 +143,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One prompt to continue. `id` is unique among live requests; `arrival` is in seconds, on any clock.
 
-    Requests share what is kept of equal prompts only with those of the same `cache_salt`.
+    Requests share what is kept of equal prompts only with those of the same `tenant` (whose API key it is) and the
+    same `cache_salt` (which the client chooses). With `pooling` nothing is generated: what comes back is one vector for
+    the prompt, the final hidden state of its last token or the mean of all of them; `params.max_tokens` is then 1.
+
+    For schedulers that honour it: of `priority` the lowest goes first; the job that it is a part of has
+    `deadline_seconds` left from its arrival on, and `stages_left` requests to go, this one included.
     """
 
     id: str
@@ -109,16 +156,27 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     params: SamplingParams = SamplingParams()
     arrival: float = 0.0
     cache_salt: str = ""
+    tenant: str = ""
+    pooling: Pooling = ""
+    priority: int = 0
+    deadline_seconds: float | None = None
+    stages_left: int = 1
+
+    @property
+    def cache_scope(self) -> str:
+        """Equal for requests that share what is kept. A tenant's name has no line break: no salt fakes another's."""
+        return f"{self.tenant}\n{self.cache_salt}"
 
     @property
     def finds_prefixes(self) -> bool:
         """Whether it may begin behind tokens that were computed before.
 
-        Log-probabilities of the prompt come from computing it, and penalties count the tokens as they are computed.
+        Log-probabilities of the prompt and the mean over it come from computing it, and penalties count the tokens as
+        they are computed.
         """
         params = self.params
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        return params.prompt_logprobs is None and penalties == (1.0, 0.0, 0.0)
+        return params.prompt_logprobs is None and self.pooling != "mean" and penalties == (1.0, 0.0, 0.0)
 
     def validate(self, vocab_size: int, max_model_len: int) -> None:
         """Raises `InvalidRequest` for the first field that breaks its rule; the prompt's name is "prompt"."""
@@ -127,8 +185,19 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         validate_prompt(self.prompt_ids, vocab_size, max_model_len)
         if not isinstance(self.cache_salt, str) or not _is_utf8(self.cache_salt):
             _refuse("cache_salt", "a text", self.cache_salt, "leave it out to share with all requests that do")
+        if not isinstance(self.tenant, str) or "\n" in self.tenant or not _is_utf8(self.tenant):
+            _refuse("tenant", "a text of one line", self.tenant, "leave it out where there is one tenant")
+        _integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY, "the lowest goes first, and 0 is usual")
+        if self.deadline_seconds is not None:
+            fix = "leave it out for none"
+            _number("deadline_seconds", self.deadline_seconds, 0, MAX_DEADLINE_SECONDS, fix, low_open=True)
+        _integer("stages_left", self.stages_left, 1, MAX_STAGES, "count this request too")
         _number("arrival", self.arrival, -math.inf, math.inf, "give the time of arrival in seconds")
         self.params.validate(vocab_size, max_model_len)
+        if self.pooling not in ("", "last", "mean"):
+            _refuse("pooling", '"last" or "mean"', self.pooling, 'or "" to generate')
+        if self.pooling and self.params.max_tokens != 1:
+            _refuse("max_tokens", "1 with pooling", self.params.max_tokens, "nothing is generated then")
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,10 +211,14 @@ class TokenLogprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Output(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """What one step adds to one request.
 
-    - `token_ids`, `text` and `logprobs` hold only what is new; `text` never holds any part of a stop string.
+    - `token_ids`, `text` and `logprobs` hold only what is new. The engine leaves `text` empty: `Detokenizer.fill`
+      fills it, never with any part of a stop string.
+    - `stop_token`: the last token ended the request and is no text (end of sequence, or one of `stop_token_ids`).
     - `prompt_logprobs` comes once, with the first output; entry 0 is None (nothing predicts the first token).
     - `stop_reason` is the stop string or stop token id that ended the request, None for end-of-sequence or length.
     - `prompt_tokens` and `completion_tokens` are totals so far; `cached_tokens` of the prompt were in the prefix cache.
+    - `error` says why the request ended in one: its grammar could not be followed ("grammar"), or the model failed.
+    - `embedding` is what a request with `pooling` asked for, as little-endian float32, not normalised.
     """
 
     request_id: str
@@ -158,7 +231,10 @@ class Output(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str | None = None
+    error_kind: Literal["engine", "grammar", "not_finite"] = "engine"
     cached_tokens: int = 0
+    embedding: bytes = b""
+    stop_token: bool = False
 
 
 def validate_prompt(prompt_ids: Collection[int], vocab_size: int, max_model_len: int) -> None:

@@ -1,6 +1,7 @@
 """Runs steps on the device: compiles its programs ahead of time, and keeps cache and slot state there.
 
-Shapes: T token rows, R request rows, S slots, M pages a request, D width, L layers. The programs are in `programs.py`.
+Shapes: T token rows, R request rows, S slots, M pages a request, D width, L layers, W words of 32 tokens' bits. The
+programs are in `programs.py`.
 
 Invariants: after `warmup`, no step compiles; cache and state are donated, so they are updated in place; results stay on
 the device until someone asks, so that the next step can be sent while this one runs.
@@ -8,8 +9,10 @@ the device until someone asks, so that the next step can be sent while this one 
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,19 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ..models.config import DecoderConfig
+from ..models.config import RECURRENT, DecoderConfig
 from ..models.decoder import BLOCKS, split_layers, weight_dtype
-from ..sharding.rules import use
 from . import sampling
 from .batch import Bucket, HostBatch
+from .compiles import fresh_compiles
+from .program_store import ProgramStore
 from .programs import Programs
+from .rounding import products_of, rounds_alike
+from .step_sizes import step_sizes
 
-# A chunk region of this and its multiples by four: short prompts need not pay for long ones.
-SMALLEST_CHUNK = 64
-# XLA:CPU rounds a row differently in batches of a few rows, and takes about as long for two rows as for eight. With no
-# smaller batch, a request's numbers do not depend on how many run beside it. One row alone takes half as long, with a
-# rounding of its own: it is used where there is never a neighbour.
-FEWEST_ROWS = 8
+COPIES = 8  # pages of one call of a program that copies them
+
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
@@ -39,21 +41,29 @@ class StepResult:
         token_R: int32, the sampled tokens.
         logprobs: of the rows that ask for them, as `sampling.top_logprobs` returns them.
         prompt_logprobs: computes those of the prompt's next tokens, for all T rows.
+        hidden: computes the final hidden states of all T rows, [T, D] in float32.
     """
 
     token_R: jax.Array
     logprobs: tuple[jax.Array, jax.Array, jax.Array]
     prompt_logprobs: Callable[[], tuple[jax.Array, jax.Array, jax.Array]]
+    hidden: Callable[[], jax.Array]
 
 
-def ladder(smallest: int, largest: int, factor: int) -> list[int]:
-    """smallest, smallest * factor, ... and then `largest`."""
-    sizes = []
-    size = smallest
-    while size < largest:
-        sizes.append(size)
-        size *= factor
-    return [*sizes, largest]
+@dataclasses.dataclass(frozen=True)
+class SentStep:
+    """A step of which all but the last program is on its way. Steps are finished in the order they were sent.
+
+    Attributes:
+        rows_FR, x_RD: the fields and the hidden states of the rows that sample.
+        prompt_logprobs, hidden: as StepResult has them.
+    """
+
+    bucket: Bucket
+    rows_FR: jax.Array
+    x_RD: jax.Array
+    prompt_logprobs: Callable[[], tuple[jax.Array, jax.Array, jax.Array]]
+    hidden: Callable[[], jax.Array]
 
 
 class Runner:
@@ -64,6 +74,8 @@ class Runner:
         slots: requests that may run at once. pages_per_request: M. chunk_tokens: prompt tokens a step, at most.
         dtype: of weights, compute and cache.
         mesh: with an axis "tensor", over which heads, feed-forward, vocabulary and cache are cut; None: one device.
+        swaps: whether pages are ever copied to the host's memory and back.
+        kept: folder in which compiled programs are looked for and kept; None: nowhere.
     """
 
     def __init__(
@@ -78,74 +90,106 @@ class Runner:
         chunk_tokens: int,
         dtype: Any,
         mesh: Mesh | None = None,
+        swaps: bool = False,
+        kept: Path | None = None,
     ):
         self.config, self.slots, self.pages_per_request = config, slots, pages_per_request
+        self._num_pages, self._swaps = num_pages, swaps
         self.dtype = jnp.dtype(dtype)
         sizes = {"slots": slots, "num_pages": num_pages, "page_size": page_size, "pages_per_request": pages_per_request}
         self._made = Programs(config, dtype=dtype, mesh=mesh, **sizes)
-        group = self._made.group
-        if group:
-            # Slices of a host array cost nothing; a compiled slice for each shape would.
-            outside, layers = split_layers(config, {name: np.asarray(array) for name, array in params.items()})
-            starts = range(0, config.num_layers, group)
-            self._layers = [[self._place(layer, BLOCKS) for layer in layers[start : start + group]] for start in starts]
-        else:
-            outside, stacks = self._made.split(params)
-            self._layers = [self._place(stacks)]
-        self._cache_layers = [self._put(places) for places in self._made.places_of_calls]
-        self._outside = self._place(outside)
-        like = self._made.like
-        places = jax.tree.map(lambda x: x.sharding, (like.cache, like.state))
-        with use(mesh):  # the layout of the pages is the platform's
-            self._cache, self._state = jax.jit(
-                lambda: (self._made.empty_cache(), sampling.SlotState.empty(slots, config.vocab_size)),
-                out_shardings=None if mesh is None else places,
-            )()
+        self._cache: Any = None
+        self._state: Any = None
         self._programs: dict[tuple[str, Any], Any] = {}
-        rows = [1] if slots == 1 else ladder(FEWEST_ROWS, max(slots, FEWEST_ROWS), 4)
-        chunks = ladder(SMALLEST_CHUNK, max(chunk_tokens, SMALLEST_CHUNK), 4)
-        # A chunk dwarfs decode rows, so with one there is no gain from fewer of these.
-        self.buckets = [Bucket(size, 0) for size in rows] + [Bucket(rows[-1], size) for size in chunks]
+        self.buckets = [Bucket(*size) for size in step_sizes(slots, chunk_tokens)]
+        self.use_params(params)
+        words, rows = sampling.mask_words(config.vocab_size), {bucket.rows for bucket in self.buckets}
+        self._nothing = {size: self._put(np.zeros((size, words), np.int32)) for size in rows}
+        self._store: ProgramStore | None = None
+        # JAX's own cache is off where machine code that was kept may compute something else (`sharding/platform.py`).
+        if kept is not None and jax.config.values["jax_enable_compilation_cache"]:
+            devices = self._nothing[self.buckets[0].rows].sharding.device_set if mesh is None else mesh.devices.flat
+            self._store = ProgramStore(kept, devices, (config, self.dtype, mesh, *sizes.items(), self._wanted()))
+
+    def use_params(self, params: dict[str, Any]) -> None:
+        """Serves these from the next step on. With the same names and shapes as before, nothing compiles."""
+        made = self._made
+        if made.group:
+            # Slices of a host array cost nothing; a compiled slice for each shape would.
+            outside, layers = split_layers(self.config, {name: np.asarray(array) for name, array in params.items()})
+            placed = [self._place(layer, BLOCKS) for layer in layers]
+        else:
+            outside, stacks = made.split(params)
+            placed = self._place(stacks)
+        self._outside = self._place(outside)
+
+        def call(bucket: Bucket, layers: range) -> tuple[Any, Any, jax.Array]:
+            own = placed[layers.start : layers.stop] if isinstance(placed, list) else placed
+            return ("blocks", (bucket, made.kinds_of(layers))), own, self._put(made.places_of(layers))
+
+        # The calls of the blocks in a step: program, its layers' parameters, and which of the cache's they have.
+        self._calls = {bucket: [call(bucket, layers) for layers in made.calls_of(bucket)] for bucket in self.buckets}
 
     def bucket_for(self, rows: int, chunk: int) -> Bucket:
         """The cheapest bucket that holds so many request rows and chunk tokens."""
         return next(b for b in self.buckets if b.rows >= rows and b.chunk >= chunk)
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles every program and runs each bucket once. `progress(done, total)` is called after each program."""
-        wanted: list[tuple[str, Any]] = [("finish", rows) for rows in sorted({bucket.rows for bucket in self.buckets})]
-        # The slowest to compile go first, so that the two threads end together.
-        kinds = dict.fromkeys(self._made.kinds_of_calls)
-        wanted += itertools.product(("blocks",), itertools.product(reversed(self.buckets), kinds))
-        wanted += itertools.product(("begin", "prompt", "select"), reversed(self.buckets))
-        wanted.append(("setup", None))
-        # Tracing holds the interpreter, compiling does not: two threads keep two cores busy.
-        with ThreadPoolExecutor(2) as pool:
-            pending = {pool.submit(self._compile, name, bucket): (name, bucket) for name, bucket in wanted}
-            for done, future in enumerate(as_completed(pending), 1):
-                self._programs[pending[future]] = future.result()
-                if progress:
-                    progress(done, len(wanted))
-        for bucket in self.buckets:
+        """Makes every program, and runs them. `progress(done, total)` is called after each that is compiled.
+
+        On a CPU the cheapest bucket alone is run: the others would take a second, and the first run prepares nothing.
+        """
+        wanted = self._wanted()
+        # An empty cache is made while the other programs are loaded: writing it takes as long.
+        programs = None if self._store is None else self._store.load(self._start_empty)
+        if programs is None:
+            if self._store is None:
+                programs = self._compile(wanted, progress)
+            else:
+                with fresh_compiles():
+                    programs = self._compile(wanted, progress)
+                self._store.keep(programs)
+            self._start_empty(programs[0])
+        elif progress:
+            progress(len(wanted), len(wanted))
+        self._programs = dict(zip(wanted, programs, strict=True))
+        for bucket in self.buckets[:1] if self._made.group else self.buckets:
             result = self.dispatch(bucket, self.batch(bucket))
-            jax.block_until_ready((result.token_R, result.prompt_logprobs()))
+            jax.block_until_ready((result.token_R, result.prompt_logprobs(), result.hidden()))
 
     def batch(self, bucket: Bucket) -> HostBatch:
         """A fresh batch to fill. Never reused: the device may still be reading the last one."""
         return HostBatch(bucket, self.pages_per_request, self.slots)
 
     def dispatch(self, bucket: Bucket, batch: HostBatch) -> StepResult:
-        """Sends a step and returns at once."""
+        """Sends a whole step and returns at once."""
+        return self.finish(self.send(bucket, batch))
+
+    def send(self, bucket: Bucket, batch: HostBatch) -> SentStep:
+        """Sends a step but for its sampling, and returns at once: what may be sampled need not be known yet."""
         program = self._programs
         array = self._put(batch.array)
         self._state, rows_FR, x, ropes = program["begin", bucket](self._outside, self._state, array)
         cache = self._cache
-        for layers, places, kinds in zip(self._layers, self._cache_layers, self._made.kinds_of_calls, strict=True):
-            x, cache = program["blocks", (bucket, kinds)](layers, places, x, cache, ropes, array)
+        for blocks, layers, places in self._calls[bucket]:
+            x, cache = program[blocks](layers, places, x, cache, ropes, array)
         self._cache = cache
         x_RD = program["select", bucket](array, x)
-        self._state, token_R, logprobs = program["finish", bucket.rows](self._outside, self._state, rows_FR, x_RD)
-        return StepResult(token_R, logprobs, lambda: program["prompt", bucket](self._outside, array, x))
+        return SentStep(
+            bucket,
+            rows_FR,
+            x_RD,
+            prompt_logprobs=lambda: program["prompt", bucket](self._outside, array, x),
+            hidden=lambda: program["hidden", bucket](self._outside, x),
+        )
+
+    def finish(self, sent: SentStep, allowed_RW: np.ndarray | None = None) -> StepResult:
+        """Sends the sampling of the step that was sent last. `allowed_RW`: for its rows with GRAMMAR."""
+        rows = sent.bucket.rows
+        allowed = self._nothing[rows] if allowed_RW is None else self._put(allowed_RW)
+        finish = self._programs["finish", rows]
+        self._state, token_R, logprobs = finish(self._outside, self._state, sent.rows_FR, sent.x_RD, allowed)
+        return StepResult(token_R, logprobs, sent.prompt_logprobs, sent.hidden)
 
     def setup_slot(self, slot: int, bias: dict[int, float], stops: list[int]) -> None:
         """Prepares what is kept for a slot, ahead of the step that admits its request."""
@@ -158,8 +202,85 @@ class Runner:
         held[: len(stops)] = stops
         self._state = self._programs["setup", None](self._state, np.int32(slot), ids, values, held)
 
-    def _compile(self, name: str, key: Any) -> Any:
-        return self._made.lower(name, key).compile()
+    def copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        """Copies whole pages, (from, to), after all steps that were sent."""
+        for start in range(0, len(copies), COPIES):
+            pages = np.zeros((2, COPIES), np.int32)
+            pages[1] = self._num_pages  # past the end: not written
+            part = copies[start : start + COPIES]
+            pages[:, : len(part)] = np.transpose(part)
+            self._cache = self._programs["copy", COPIES](self._cache, *map(self._put, pages))
+
+    def read_pages(self, pages: list[int]) -> list[Any]:
+        """Copies of pages as they are after all steps that were sent, still on the device: `to_host` has them."""
+        found = []
+        for start in range(0, len(pages), COPIES):
+            part = pages[start : start + COPIES]
+            pages_N = np.asarray(part + [0] * (COPIES - len(part)), np.int32)
+            found.append(self._programs["read", COPIES](self._cache, self._put(pages_N)))
+            jax.tree.map(lambda x: x.copy_to_host_async(), found[-1])
+        return found
+
+    @staticmethod
+    def to_host(copies: list[Any]) -> list[Any]:
+        """Waits for `read_pages`' copies; what they take on the device is free then."""
+        return jax.device_get(copies)
+
+    def write_pages(self, copies: list[Any], pages: list[int], first: int, count: int) -> None:
+        """Of `copies`, the pages from the `first` to before the `count`-th are written to those of `pages`."""
+        for start in range(first - first % COPIES, count, COPIES):
+            wanted = range(start, start + COPIES)
+            to_N = np.asarray([pages[at] if first <= at < count else self._num_pages for at in wanted], np.int32)
+            block = jax.device_put(copies[start // COPIES], self._made.cache_place())
+            self._cache = self._programs["write", COPIES](self._cache, block, self._put(to_N))
+
+    def page_seconds(self) -> float:
+        """That a page takes to be copied to the host or back, on an idle device."""
+        for _ in range(2):  # the first touches new memory
+            start = time.perf_counter()
+            copies = self.to_host(self.read_pages([0] * COPIES))
+            self.write_pages(copies, [self._num_pages] * COPIES, 0, COPIES)
+            jax.block_until_ready(self._cache)
+            seconds = time.perf_counter() - start
+        return seconds / (2 * COPIES)
+
+    def _reads_weights_first(self) -> bool:
+        """On a CPU, if rows are rounded alike then in all steps."""
+        if self._made.group == 0 or self._made.mesh is not None or self.dtype != jnp.float32:
+            return False
+        counts = {count for bucket in self.buckets for count in (bucket.rows, bucket.tokens)}
+        return rounds_alike(counts, products_of(self.config))
+
+    def _start_empty(self, program: Any) -> None:
+        self._cache = self._state = None  # never two
+        self._cache, self._state = program()
+
+    def _wanted(self) -> list[tuple[str, Any]]:
+        """Names and keys of all programs, that of `_start_empty` first.
+
+        Then come the slowest to compile, so that the two threads end together.
+        """
+        wanted: list[tuple[str, Any]] = [("empty", None)]
+        wanted += [("finish", rows) for rows in sorted({bucket.rows for bucket in self.buckets})]
+        wanted += dict.fromkeys(blocks for bucket in reversed(self.buckets) for blocks, *_ in self._calls[bucket])
+        wanted += itertools.product(("begin", "prompt", "select", "hidden"), reversed(self.buckets))
+        wanted.append(("setup", None))
+        if not all(mixer in RECURRENT for mixer in self.config.mixers):
+            wanted.append(("copy", COPIES))
+        if self._swaps:
+            wanted += [("read", COPIES), ("write", COPIES)]
+        return wanted
+
+    def _compile(self, wanted: list[tuple[str, Any]], progress: Callable[[int, int], None] | None) -> list[Any]:
+        self._made.weights_first = self._reads_weights_first()
+        # Tracing holds the interpreter, compiling does not: two threads keep two cores busy.
+        with ThreadPoolExecutor(2) as pool:
+            pending = [pool.submit(lambda name, key: self._made.lower(name, key).compile(), *one) for one in wanted]
+            for done, future in enumerate(as_completed(pending), 1):
+                future.result()
+                if progress:
+                    progress(done, len(wanted))
+        return [future.result() for future in pending]
 
     def _put(self, array: Any) -> jax.Array:
         return jax.device_put(array, self._made.everywhere())

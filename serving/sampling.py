@@ -1,6 +1,6 @@
 """Sampling on the device.
 
-Shapes: R rows of the batch, S slots, V vocabulary, N stop tokens kept a slot.
+Shapes: R rows of the batch, S slots, V vocabulary, N stop tokens kept a slot, W words of 32 tokens' bits, ceil(V / 32).
 
 Invariants:
 - a row's token depends on that row alone: a branch that another row switches on leaves it as it was, bit by bit;
@@ -20,7 +20,7 @@ MAX_TOP = 20  # likeliest tokens reported at most, as in OpenAI's API
 MAX_BIAS = 1024  # entries of logit_bias a request may have
 MAX_STOPS = 80  # end-of-sequence and stop tokens that min_tokens can hold back
 # What a row switches on.
-LOGPROBS, PENALTIES, BIAS, HOLD_STOPS, RESET = 1, 2, 4, 8, 16
+LOGPROBS, PENALTIES, BIAS, HOLD_STOPS, RESET, GRAMMAR = 1, 2, 4, 8, 16, 32
 
 
 @partial(
@@ -165,6 +165,17 @@ def _biased(logits_RV: jax.Array, rows: SamplingRows, state: SlotState) -> jax.A
     return jnp.where(rows.has(HOLD_STOPS)[:, None], held, out)
 
 
+def mask_words(vocab_size: int) -> int:
+    """W."""
+    return -(-vocab_size // 32)
+
+
+def _allowed(logits_RV: jax.Array, rows: SamplingRows, allowed_RW: jax.Array) -> jax.Array:
+    bits = (allowed_RW[:, :, None] >> jnp.arange(32)) & 1
+    allowed_RV = bits.reshape(len(allowed_RW), -1)[:, : logits_RV.shape[1]] == 1
+    return jnp.where(allowed_RV | ~rows.has(GRAMMAR)[:, None], logits_RV, -jnp.inf)
+
+
 def _noise(rows: SamplingRows, vocab_size: int) -> jax.Array:
     def one(high: jax.Array, low: jax.Array, position: jax.Array) -> jax.Array:
         words = lax.bitcast_convert_type(jnp.stack([high, low]), jnp.uint32)
@@ -174,13 +185,19 @@ def _noise(rows: SamplingRows, vocab_size: int) -> jax.Array:
     return jax.vmap(one)(rows.seed_high, rows.seed_low, rows.position)
 
 
-def sample(logits_RV: jax.Array, rows: SamplingRows, state: SlotState) -> jax.Array:
-    """Draws a token for every row: int32 [R]; -1 where the model's logits are not finite."""
+def sample(logits_RV: jax.Array, rows: SamplingRows, state: SlotState, allowed_RW: jax.Array) -> jax.Array:
+    """Draws a token for every row: int32 [R]; -1 where the model's logits are not finite.
+
+    `allowed_RW` (int32) has a bit for each token, the lowest first; rows with GRAMMAR draw from those that are set, of
+    which there must be one.
+    """
     finite = jnp.all(jnp.isfinite(logits_RV), axis=-1)
     logits = lax.cond(
         jnp.any(rows.has(PENALTIES)), lambda x: _penalised(x, rows, state), lambda x: x, logits_RV.astype(jnp.float32)
     )
     logits = lax.cond(jnp.any(rows.has(BIAS | HOLD_STOPS)), lambda x: _biased(x, rows, state), lambda x: x, logits)
+    # Last, so that no bias brings back what a grammar leaves out.
+    logits = lax.cond(jnp.any(rows.has(GRAMMAR)), lambda x: _allowed(x, rows, allowed_RW), lambda x: x, logits)
     random = rows.temperature > 0
 
     def draw(logits: jax.Array) -> jax.Array:
@@ -201,7 +218,7 @@ def sample(logits_RV: jax.Array, rows: SamplingRows, state: SlotState) -> jax.Ar
 
 
 def top_logprobs(logits_RV: jax.Array, token_R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The model's own log-probabilities, before any penalty or temperature: the trainer's numbers.
+    """The model's own log-probabilities, before any penalty, grammar or temperature: the trainer's numbers.
 
     Returns float32 [R] of `token_R`, int32 [R, n] of the likeliest tokens and float32 [R, n] of theirs; n is MAX_TOP
     or V.

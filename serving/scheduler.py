@@ -1,167 +1,81 @@
-"""Decides what each engine step computes: continuous batching with chunked prompts, first come first served.
+"""Decides what each engine step computes: continuous batching with chunked prompts, under a policy (`schedulers`).
 
-A step mixes one token for every request that generates ("decodes") with pieces of prompts ("chunks"). The policy:
-1. Oldest first, each running request with one token left to compute gets a decode row. If that needs a page and none
-   is free, the youngest running request is preempted: it gives back pages and slot, returns to the front of the queue,
-   and is later recomputed from its prompt and the tokens it has already produced, which are kept. The youngest itself
-   waits in its slot for a page: its pages go to the older ones only when they need them.
-2. Oldest first, the running requests with more left share the step's `chunk_tokens`.
-3. While budget remains, the head of the queue is admitted if a slot is free and so are pages for all its tokens plus
-   one, and beside them a page for each running request that may still grow: without that watermark a preempted request
-   comes back too early, only to be preempted again (a fifth more tokens computed in a crowded cache). Nobody overtakes
-   the head. A step that preempted admits nobody.
+A step mixes one token for every request that generates ("decodes") with pieces of prompts ("chunks"). The policy ranks
+the requests and says how many prompt tokens a step computes; all else is the same for all policies:
+1. If the policy would rather run the first that waits, which has no room, than the last of those that run, that one is
+   preempted: it gives back pages and slot, waits again, and is later recomputed from its prompt and the tokens it has
+   already produced, which are kept. Or its pages are kept in the host's memory, where that is cheaper.
+2. In the order of their ranks, each running request with one token left to compute gets a decode row. If that needs a
+   page and none is free, the last one that runs is preempted. The last one itself waits in its slot for a page: its
+   pages go to those before it only when they need them.
+3. In the same order, the running requests with more left share the step's prompt tokens.
+4. While some remain, the first that waits is let in if a slot is free and so are pages for all its tokens plus one, and
+   beside them a page for each running request that may still grow: without that watermark a preempted request comes
+   back too early, only to be preempted again (a fifth more tokens computed in a crowded cache). Where it has no room
+   nobody else is let in, and nobody where pages ran out in this step.
 
 With a prefix cache, a request begins behind the full pages that it shares with what was computed before; it gives
 back pages to the cache, from which they are taken when none is free. A preempted request finds most of its own again.
+Requests added one after another with the same prompt are forks of the first (the choices of `n`): they are held back
+until that has computed the prompt, and then share its full pages; the last one, which is not full, is copied, and only
+the prompt's last token is computed again, to sample by each one's own seed.
 
 Invariants:
-- every running request is older than every waiting one, so the oldest always progresses, and nobody starves;
+- the running request that ranks first always progresses, so there is room for the first that waits before long; by the
+  policies' promise each request is the first one day, so nobody starves;
 - pages belong to running requests and to the prefix cache, and cover every position that has been scheduled;
 - a request computes its positions in order, each once between two preemptions;
-- no decision looks at a token's value: step n + 1 may be scheduled before step n is committed.
+- no decision looks at a token's value: step n + 1 may be scheduled before step n is committed;
+- a step's decision costs as much as the requests that run and that it lets in or preempts, times the logarithm of those
+  that wait.
 """
 
 from __future__ import annotations
 
+import bisect
 import heapq
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
-from . import kv_policies
+from . import kv_policies, schedulers
 from .allocator import PageAllocator
+from .host_pages import HostPages
+from .kv_policies import Use
 from .prefix_cache import Node, PrefixCache
-from .request import InvalidRequest, QueueFull, Request
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Limits: `max_running` slots, `num_pages` pages of `page_size` tokens, `max_model_len` tokens of prompt and
-    output together, `chunk_tokens` prompt tokens a step, `max_waiting` requests in the queue. `prefix_cache`: the
-    eviction policy of a prefix cache (`kv_policies`), None for none."""
-
-    max_running: int
-    page_size: int
-    num_pages: int
-    max_model_len: int
-    chunk_tokens: int
-    max_waiting: int
-    prefix_cache: str | None = None
-
-    def __post_init__(self) -> None:
-        # A chunk of one token travels in a decode row, so the chunk region is only of use from two tokens up.
-        for name in ("max_running", "page_size", "num_pages", "max_model_len", "chunk_tokens", "max_waiting"):
-            low = 2 if name in ("max_model_len", "chunk_tokens") else 1
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}; raise it")
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One request's state. The scheduler writes it; the engine reads it to pack a step.
-
-    - `output_ids`: sampled tokens, as committed. Kept over preemptions.
-    - `max_output`: `params.max_tokens`, capped by the context; `max_pages`: the most pages it ever holds.
-    - `slot`: stable while running, -1 while waiting. `pages[i]` holds positions `i * page_size ...`.
-    - `num_computed`: positions in the cache, as committed; `num_scheduled`: the same, with steps still in flight.
-    - `num_cached`: positions that were in the prefix cache when the request was let in.
-    - `nodes`: the cache's, of its first pages.
-    - `in_flight`: tokens being sampled by steps that aren't committed.
-    """
-
-    request: Request
-    prompt_ids: list[int]
-    max_output: int
-    max_pages: int
-    output_ids: list[int] = field(default_factory=list)
-    slot: int = -1
-    pages: list[int] = field(default_factory=list)
-    num_computed: int = 0
-    num_scheduled: int = 0
-    num_cached: int = 0
-    nodes: list[Node] = field(default_factory=list)
-    in_flight: int = 0
-    preemptions: int = 0
-    finished: bool = False
-
-    @property
-    def id(self) -> str:
-        return self.request.id
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and output tokens, those in flight included."""
-        return len(self.prompt_ids) + len(self.output_ids) + self.in_flight
-
-    @property
-    def length_reached(self) -> bool:
-        """No more tokens may be generated: the engine finishes such a request with "length"."""
-        return len(self.output_ids) >= self.max_output
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """Compute positions `start .. start + length - 1` of `sequence` in `slot`.
-
-    `is_last_chunk`: no known token is left after these, so the last one's logits sample the token at `start + length`.
-    `preemptions` is the sequence's count at the time, to tell whether the work still stands when it is committed.
-    """
-
-    sequence: Sequence
-    slot: int
-    start: int
-    length: int
-    is_last_chunk: bool
-    preemptions: int
-
-
-@dataclass(slots=True, eq=False)
-class StepPlan:
-    """One step, in the shape that paged attention wants; a sequence has at most one entry.
-
-    - `decodes`: entries of length 1, all sampling (also a prompt's last single token); token row == slot.
-    - `chunks`: entries of length 2 and more; `chunk_tokens` of them in total, at most the configured number.
-    - `admitted`: sequences that got their slot in this step (new ones, and preempted ones that come back): whatever is
-      kept per slot on the device is to be set up for them. `preempted`: those that lost theirs.
-    """
-
-    number: int
-    decodes: list[Entry] = field(default_factory=list)
-    chunks: list[Entry] = field(default_factory=list)
-    chunk_tokens: int = 0
-    admitted: list[Sequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-
-    @property
-    def entries(self) -> list[Entry]:
-        return self.decodes + self.chunks
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    waiting: int
-    running: int
-    preemptions: int
-    pages_used: int
-    pages_total: int
-    queried_tokens: int
-    cached_tokens: int
+from .request import SCHEDULING, InvalidRequest, QueueFull, Request
+from .scheduler_config import SchedulerConfig, SchedulerStats
+from .step_plan import Entry, Sequence, StepPlan
+from .step_sizes import step_sizes
+from .step_times import StepTimes
 
 
 class Scheduler:
-    """See the module's docstring. Calls: `add`, `cancel`; then `schedule`, `commit`, `finish` in each step."""
+    """See the module's docstring. Calls: `add`, `cancel`; then `schedule`, `commit`, `finish` in each step.
+
+    `running` and `waiting` are in the order in which they go first.
+    """
 
     def __init__(self, config: SchedulerConfig):
         self.config = config
         self.allocator = PageAllocator(config.num_pages, config.page_size)
-        policy = None if config.prefix_cache is None else kv_policies.load(config.prefix_cache)
-        self.cache = None if policy is None else PrefixCache(self.allocator, policy)
+        name = config.prefix_cache
+        self.cache = None
+        if name is not None:
+            self.cache = PrefixCache(self.allocator, kv_policies.load(name, config.num_pages))
         self.queried_tokens = self.cached_tokens = 0  # those of requests that were let in, and what they found
-        self.waiting: deque[Sequence] = deque()  # oldest first, as is `running`
+        self.times = StepTimes(step_sizes(config.max_running, config.chunk_tokens))
+        self.waiting = schedulers.load(config.policy, self.times, config.max_token_ms)
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.host_pages = HostPages(config.swap_pages, config.page_size, self.times)
+        self.swaps = 0
+        # Since the last plan:
+        self._preempted: list[Sequence] = []
+        self._swapped_out: list[tuple[Sequence, list[int]]] = []
+        self._held = 0  # forks, which are neither running nor waiting
+        self._original: Sequence | None = None  # the last request that is no fork
         self._sequences: dict[str, Sequence] = {}
         self._free_slots = list(range(config.max_running))
+        self._added = 0
         self._next_plan = 0
         self._next_commit = 0
 
@@ -173,8 +87,20 @@ class Scheduler:
         total = self.config.num_pages
         used = total - self.free_pages
         return SchedulerStats(
-            len(self.waiting), len(self.running), self.preemptions, used, total, self.queried_tokens, self.cached_tokens
+            self.num_waiting,
+            len(self.running),
+            self.preemptions,
+            self.swaps,
+            used,
+            total,
+            self.queried_tokens,
+            self.cached_tokens,
         )
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self.waiting) + self._held
 
     @property
     def free_pages(self) -> int:
@@ -190,6 +116,14 @@ class Scheduler:
         config = self.config
         if request.id in self._sequences:
             raise InvalidRequest("id", f"id must be unique, {request.id!r} is already being served; choose another")
+        for name, default in SCHEDULING.items():
+            if getattr(request, name) != default and name not in self.waiting.honours:
+                others = " or ".join(schedulers.honouring(name))
+                raise InvalidRequest(
+                    name,
+                    f"{name} means nothing to the scheduler {config.policy!r}, got {getattr(request, name)!r}; leave "
+                    f"it out or serve with scheduler={others}",
+                )
         prompt = len(request.prompt_ids)
         if not 0 < prompt < config.max_model_len:
             raise InvalidRequest(
@@ -208,11 +142,19 @@ class Scheduler:
                 f"prompt and output must fit the cache of {config.num_pages * config.page_size} tokens, got {prompt} + "
                 f"{max_output}; lower max_tokens, shorten the prompt or serve with more pages",
             )
-        if len(self.waiting) >= config.max_waiting:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting, the most allowed; try again later")
-        sequence = Sequence(request, request.prompt_ids, max_output, max_pages)
+        if self.num_waiting >= config.max_waiting:
+            raise QueueFull(f"{self.num_waiting} requests are waiting, the most allowed; try again later")
+        sequence = Sequence(request, request.prompt_ids, max_output, max_pages, self._added)
+        self._added += 1
         self._sequences[request.id] = sequence
-        self.waiting.append(sequence)
+        original = self._original
+        if original is not None and self._is_fork(sequence, original):
+            sequence.original = original
+            original.forks.append(sequence)
+            self._held += 1
+        else:
+            self._original = sequence
+            self.waiting.add(sequence)
         return sequence
 
     def cancel(self, request_id: str) -> bool:
@@ -224,26 +166,42 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return False
-        self._remove(sequence)
+        self._remove(sequence, complete=False)
         return True
 
     def finish(self, request_id: str) -> None:
         """As `cancel`, for a request that is complete, which must be live."""
-        if not self.cancel(request_id):
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
             raise KeyError(f"{request_id!r} can't finish, it isn't live; finish each request once")
+        self._remove(sequence, complete=True)
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """The step of `plan` took the device so long."""
+        self.times.observe(plan, seconds)
 
     def schedule(self) -> StepPlan | None:
         """The next step's work, or None when there is none to do now. Every plan is to be committed, in order."""
-        plan = StepPlan(self._next_plan)
+        preempted = [sequence for sequence in self._preempted if not sequence.finished]
+        swapped_out = [(sequence, pages) for sequence, pages in self._swapped_out if not sequence.finished]
+        plan, policy = StepPlan(self._next_plan, preempted=preempted, swapped_out=swapped_out), self.waiting
+        if policy.moves:
+            self.running.sort(key=policy.rank)
+        self._give_way(plan)
+        gave_way = len(plan.preempted)
         prefilling = self._schedule_decodes(plan)
-        budget = self.config.chunk_tokens
+        before = prefilling[0].num_scheduled if prefilling else 0
+        budget = policy.budget(plan, before, self.config.chunk_tokens)
         for sequence in prefilling:
             budget -= self._schedule_chunk(plan, sequence, budget)
-        if not plan.preempted:
+        if len(plan.preempted) == gave_way:
             self._admit(plan, budget)
         plan.chunk_tokens = sum(entry.length for entry in plan.chunks)
+        policy.planned(plan)
         if not plan.decodes and not plan.chunks:
+            self._preempted, self._swapped_out = plan.preempted, plan.swapped_out
             return None
+        self._preempted, self._swapped_out = [], []
         self._next_plan += 1
         return plan
 
@@ -266,14 +224,58 @@ class Scheduler:
             if entry.preemptions == sequence.preemptions:
                 sequence.num_computed += entry.length
                 self._keep(sequence)
+                if sequence.forks and sequence.num_computed >= len(sequence.prompt_ids):
+                    self._release_forks(sequence)
             if entry.is_last_chunk:
                 sequence.in_flight -= 1
                 sequence.output_ids.append(sampled[sequence.request.id])
                 grown.append(sequence)
         return grown
 
+    def _is_fork(self, sequence: Sequence, original: Sequence) -> bool:
+        """Whether it had better wait for what `original` is going to compute."""
+        one, other = sequence.request, original.request
+        return (
+            self.cache is not None
+            and one.finds_prefixes
+            and not original.finished
+            and original.num_computed < len(original.prompt_ids)
+            and sequence.prompt_ids == original.prompt_ids
+            and one.cache_scope == other.cache_scope
+            and all(getattr(one, name) == getattr(other, name) for name in SCHEDULING)
+        )
+
+    def _release_forks(self, original: Sequence) -> None:
+        for sequence in original.forks:
+            self.waiting.add(sequence)
+        self._held -= len(original.forks)
+        original.forks = []
+
+    def _copy_last_page(self, plan: StepPlan, sequence: Sequence, nodes: list[Node]) -> int:
+        """A fork's positions that need not be computed: those in the full pages `nodes`, and those in its original's
+        next page, of which it gets a copy."""
+        shared, last = len(nodes) * self.config.page_size, len(sequence.prompt_ids) - 1
+        original, sequence.original = sequence.original, None
+        if original is None or original.slot < 0 or original.num_computed <= last or sequence.num_tokens > last + 1:
+            return shared
+        if not shared < last < shared + self.config.page_size:
+            return shared
+        plan.copies.append((original.pages[len(nodes)], sequence.pages[len(nodes)]))
+        return last
+
+    def _give_way(self, plan: StepPlan) -> None:
+        """Preempts for the first that waits, if the policy says so and it has no room."""
+        policy = self.waiting
+        first = policy.first(self.config.chunk_tokens)
+        if first is None or first.in_flight:
+            return
+        while self.running and policy.gives_way(self.running[-1], first):
+            if self._free_slots and self._room_for(first, self._growing()) is not None:
+                return
+            self._preempt(plan, self.running[-1])
+
     def _schedule_decodes(self, plan: StepPlan) -> list[Sequence]:
-        """Gives decode rows; returns the running sequences with more than one token left, oldest first."""
+        """Gives decode rows; returns the running sequences with more than one token left, in their order."""
         page_size = self.config.page_size
         prefilling = []
         position = 0
@@ -291,12 +293,12 @@ class Scheduler:
         return [sequence for sequence in prefilling if sequence.slot >= 0] if plan.preempted else prefilling
 
     def _grow(self, plan: StepPlan, sequence: Sequence) -> bool:
-        """Adds a page, preempting the youngest until one is free; False if `sequence` is the youngest."""
+        """Adds a page, preempting the last one until one is free; False if `sequence` is the last."""
         while not self.free_pages:
-            youngest = self.running[-1]
-            if youngest is sequence:
+            last = self.running[-1]
+            if last is sequence:
                 return False
-            self._preempt(plan, youngest)
+            self._preempt(plan, last)
         sequence.pages += self._allocate(1, sequence)
         return True
 
@@ -315,7 +317,7 @@ class Scheduler:
             at = len(sequence.nodes)
             before = sequence.nodes[-1] if sequence.nodes else None
             request, tokens = sequence.request, tuple(known[end - size : end])
-            node = self.cache.put(before, tokens, sequence.pages[at], request.id, request.cache_salt)
+            node = self.cache.put(before, tokens, sequence.pages[at], request.id, request.cache_scope)
             sequence.nodes.append(node)
             sequence.pages[at] = node.page
 
@@ -333,38 +335,54 @@ class Scheduler:
         return length
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        while self.waiting and self._free_slots:
-            sequence = self.waiting[0]
+        policy, growing = self.waiting, -1
+        while self._free_slots and (sequence := policy.first(budget)) is not None:
             # One that was preempted in flight waits for its token, whose value the recomputation needs.
-            if sequence.in_flight or (sequence.num_tokens > 1 and budget < 2):
+            if sequence.in_flight or sequence in plan.preempted or (sequence.num_tokens > 1 and budget < 2):
                 return
-            growing = sum(len(other.pages) < other.max_pages for other in self.running)
-            if growing >= self.free_pages:  # it needs one at least; the cache need not be asked
+            growing = self._growing() if growing < 0 else growing
+            nodes = self._room_for(sequence, growing)
+            if nodes is None:
                 return
-            nodes = self._found(sequence)
-            pages = min(self.allocator.pages_for(sequence.num_tokens + 1), sequence.max_pages) - len(nodes)
-            if pages + growing > self.free_pages - sum(node.users == 0 for node in nodes):
-                return
-            self.waiting.popleft()
-            self.running.append(sequence)
+            policy.let_in(sequence)
+            pages = self._pages_at_first(sequence) - len(nodes)
             sequence.slot = heapq.heappop(self._free_slots)
             if self.cache is not None:
                 self.cache.take(nodes)
             sequence.nodes = nodes
             sequence.pages = [node.page for node in nodes] + self._allocate(pages, sequence)
-            sequence.num_cached = len(nodes) * self.config.page_size
-            sequence.num_computed = sequence.num_scheduled = sequence.num_cached
-            self.queried_tokens += sequence.num_tokens
+            sequence.num_cached = self._copy_last_page(plan, sequence, nodes)
             self.cached_tokens += sequence.num_cached
+            if sequence.host_tokens:
+                self._swap_in(plan, sequence)
+            sequence.num_computed = sequence.num_scheduled = sequence.num_cached
+            bisect.insort(self.running, sequence, key=policy.rank)
+            growing += len(sequence.pages) < sequence.max_pages
+            self.queried_tokens += sequence.num_tokens
             plan.admitted.append(sequence)
             budget -= self._schedule_chunk(plan, sequence, budget)
+
+    def _growing(self) -> int:
+        """Running requests that may still need a page."""
+        return sum(len(sequence.pages) < sequence.max_pages for sequence in self.running)
+
+    def _pages_at_first(self, sequence: Sequence) -> int:
+        return min(self.allocator.pages_for(sequence.num_tokens + 1), sequence.max_pages)
+
+    def _room_for(self, sequence: Sequence, growing: int) -> list[Node] | None:
+        """What the prefix cache has of it if there are pages for the rest, and `growing` more; None if not."""
+        if growing >= self.free_pages:  # it needs one at least; the cache need not be asked
+            return None
+        nodes = self._found(sequence)
+        pages = self._pages_at_first(sequence) - len(nodes)
+        return None if pages + growing > self.free_pages - sum(node.users == 0 for node in nodes) else nodes
 
     def _found(self, sequence: Sequence) -> list[Node]:
         """What the cache has of its tokens but the last, which is computed to sample the next one."""
         if self.cache is None or not sequence.request.finds_prefixes:
             return []
         known = sequence.prompt_ids + sequence.output_ids
-        return self.cache.match(known[:-1], sequence.request.cache_salt)
+        return self.cache.match(known[:-1], sequence.request.cache_scope)
 
     def _entry(self, sequence: Sequence, length: int, is_last_chunk: bool) -> Entry:
         entry = Entry(sequence, sequence.slot, sequence.num_scheduled, length, is_last_chunk, sequence.preemptions)
@@ -372,25 +390,44 @@ class Scheduler:
         sequence.in_flight += is_last_chunk
         return entry
 
+    def _swap_in(self, plan: StepPlan, sequence: Sequence) -> None:
+        """Takes from the host's memory what the prefix cache has not."""
+        if sequence.host_tokens > sequence.num_cached:
+            plan.swapped_in.append((sequence, len(sequence.nodes), sequence.host_pages))
+            self.host_pages.copied_back += sequence.host_pages - len(sequence.nodes)
+            sequence.num_cached = sequence.host_tokens
+        self.host_pages.give_back(sequence)
+
     def _preempt(self, plan: StepPlan, sequence: Sequence) -> None:
-        self._stop_running(sequence)
+        if self.host_pages.take(sequence):
+            plan.swapped_out.append((sequence, sequence.pages[: sequence.host_pages]))
+            self.swaps += 1
+        self._stop_running(sequence, preempted=True)
+        self._release_forks(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.add(sequence)
         plan.preempted.append(sequence)
 
-    def _remove(self, sequence: Sequence) -> None:
+    def _remove(self, sequence: Sequence, complete: bool) -> None:
+        sequence.finished = True
+        self.host_pages.give_back(sequence)
+        original = sequence.original
+        if original is not None and sequence in original.forks:
+            original.forks.remove(sequence)
+            self._held -= 1
+        else:
+            self._release_forks(sequence)
+            self.waiting.ended(sequence, complete)
         if sequence.slot >= 0:
             self._stop_running(sequence)
-        else:
-            self.waiting.remove(sequence)
-        sequence.finished = True
         del self._sequences[sequence.request.id]
 
-    def _stop_running(self, sequence: Sequence) -> None:
+    def _stop_running(self, sequence: Sequence, preempted: bool = False) -> None:
         self.running.remove(sequence)
         if self.cache is not None:
-            self.cache.leave(sequence.nodes)
+            prompt_pages = len(sequence.prompt_ids) // self.config.page_size
+            self.cache.leave(sequence.nodes, Use(prompt_pages, len(sequence.output_ids), preempted))
         self.allocator.free(sequence.pages[len(sequence.nodes) :], sequence.request.id)
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.pages, sequence.nodes = [], []

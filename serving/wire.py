@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from typing import Any
 
 import msgspec
@@ -34,6 +35,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     cache_bytes: int | None = None
     chunk_tokens: int | None = None
     prefix_cache: str | None = None
+    scheduler: str | None = None
+    max_token_ms: float | None = None
+    swap_bytes: int | None = None
     plan: str | None = None
     compile_cache: str | None = None
 
@@ -55,21 +59,51 @@ class Add(msgspec.Struct, tag="add"):
 
 
 class Cancel(msgspec.Struct, tag="cancel"):
-    """Stop these requests and free their pages; unknown ids (already finished) are ignored."""
+    """Stop these requests and free their pages; unknown ids (already finished) are ignored.
+
+    `complete`: a stop string has ended them, which only the text shows.
+    """
 
     ids: list[str]
+    complete: bool = False
 
 
 class Shutdown(msgspec.Struct, tag="shutdown"):
     """Leave after the current step."""
 
 
-ToEngine = Start | Add | Cancel | Shutdown
+class Hold(msgspec.Struct, tag="hold"):
+    """Take no steps from now on, whatever there is to do; or go on."""
+
+    held: bool
+
+
+class Reload(msgspec.Struct, tag="reload"):
+    """Serve the weights at `path`, of the same model; answered by Done.
+
+    Requests that were added before these are loaded finish on the old ones.
+    """
+
+    call: int
+    path: str
+
+
+class Profile(msgspec.Struct, tag="profile"):
+    """Write a profile of the next seconds into `folder`; answered by Done when it is there."""
+
+    call: int
+    folder: str
+    seconds: float
+
+
+ToEngine = Start | Add | Cancel | Shutdown | Hold | Reload | Profile
 
 # -- engine process -> HTTP process -----------------------------------------------------------------------------------
 
 
 class Progress(msgspec.Struct, tag="progress"):
+    """Where a start is. Said again every second, to show that the process lives."""
+
     stage: str
     done: int = 0
     total: int = 0
@@ -82,6 +116,7 @@ class Ready(msgspec.Struct, tag="ready"):
     family: str
     tokenizer_files: dict[str, bytes]
     vocab_size: int
+    hidden_size: int
     max_model_len: int
     max_running: int
     max_waiting: int
@@ -89,6 +124,7 @@ class Ready(msgspec.Struct, tag="ready"):
     fingerprint: str
     load_seconds: float
     warmup_seconds: float
+    honours: tuple[str, ...] = ()  # of the fields that not every scheduler knows
 
 
 class Failed(msgspec.Struct, tag="failed"):
@@ -120,6 +156,11 @@ class Stats(msgspec.Struct, kw_only=True):
     cached_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
+    swaps: int = 0
+    host_pages_used: int = 0
+    host_pages_total: int = 0
+    pages_copied_out: int = 0
+    pages_copied_back: int = 0
     compiles_after_warmup: int = 0
     host_seconds: float = 0.0
 
@@ -131,7 +172,15 @@ class Step(msgspec.Struct, tag="step"):
     stats: Stats
 
 
-FromEngine = Progress | Ready | Failed | Admitted | Rejected | Step
+class Done(msgspec.Struct, tag="done"):
+    """What came of a call; with an `error` nothing has changed."""
+
+    call: int
+    text: str = ""
+    error: str | None = None
+
+
+FromEngine = Progress | Ready | Failed | Admitted | Rejected | Step | Done
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
@@ -158,10 +207,11 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
 
 
 class BlockingChannel:
-    """The engine process's end. `receive` and `send` may be called from one thread each."""
+    """The engine process's end. One thread calls `receive`, any may call `send`."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._sending = threading.Lock()
         self._reader = sock.makefile("rb")
 
     @classmethod
@@ -181,7 +231,9 @@ class BlockingChannel:
         return _decode(to_engine_decoder, body)
 
     def send(self, message: FromEngine) -> None:
-        self._sock.sendall(frame(message))
+        data = frame(message)
+        with self._sending:
+            self._sock.sendall(data)
 
     def close(self) -> None:
         self._reader.close()

@@ -1,5 +1,6 @@
 """What every test shares: JAX on the CPU with eight simulated devices, quick compiles, repeatable Hypothesis."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -27,6 +28,13 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 # The same examples on every run, and no time limits: the suite must say the same on a slow machine.
 hypothesis.settings.register_profile("twinax", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("twinax")
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector need not look through it again and again. Tracing makes much at once."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 from twinax import commands
 from twinax.cli import make_parser
 
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/several-machines.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/several-machines.md", "docs/serving.md")
 
 
 def _targets(repository: Path) -> set[str]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from twinax.serving.request import Grammar
+
 
 def cells(path: Path) -> list[tuple[str, int, str]]:
     """The cells of a percent-format notebook: kind ("code", "markdown"), first line, source."""
@@ -101,6 +103,10 @@ def test_greedy_text_is_what_the_logits_say(notebook: Notebook):
         (lambda model: model.generate("x", temperature=float("nan")), "temperature must be a finite number"),
         (lambda model: model.generate("x", temprature=1), "no option temprature"),
         (lambda model: model.generate("x" * 128), "shorter than the model's context"),
+        (
+            lambda model: model.generate("x", grammar=Grammar("regex", "ab"), stop_token_ids=[98], min_tokens=5),
+            "The grammar can't be followed after 1 tokens",
+        ),
         (lambda model: model.train("nowhere"), "no such file or folder"),
         (lambda model: model.train(Path(__file__), steps=0), "steps is a whole number from 1"),
     ],

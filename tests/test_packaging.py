@@ -132,8 +132,11 @@ def test_the_wheel_works_outside_the_repository(source: Path, tmp_path: Path):
     _run(*build, "-w", tmp_path, source, cwd=tmp_path)
     probe.unlink()
     (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".json")}
-    assert packed == tuned, "block sizes that the kernels read"
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in packed if name.endswith(".json")} == tuned, "block sizes that the kernels read"
+    page = {f"twinax/{file.relative_to(source)}" for file in (source / "serving" / "http" / "page").glob("*.*")}
+    assert {name for name in packed if name.startswith("twinax/serving/http/page/")} == page, "what the server shows"
+    assert len(page) >= 4
     python = _environment(tmp_path / "env")
     _install(python, wheel)
     version = _project(source)["project"]["version"]

@@ -54,16 +54,19 @@ def gradients(
         return jnp.sum(rows["weights_BT"]) * balance.penalty(moe, statistics, load, token_count(batch))
 
     find = _one_by_one if one_by_one else _whole
-    value_and_grad = partial(find, model, plan, None if moe is None else penalty, params)
+
+    @partial(jax.jit, inline=True)  # traced once, for its shapes and in the loop
+    def value_and_grad(params: Params, micro: Rows) -> tuple[Any, Params]:
+        return find(model, plan, None if moe is None else penalty, params, micro)
 
     def add(total: Any, micro: Rows) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(micro)), None
+        return jax.tree.map(jnp.add, total, value_and_grad(params, micro)), None
 
     first = {name: array[0] for name, array in rows.items()}
     if K == 1:
-        sums = value_and_grad(first)
+        sums = value_and_grad(params, first)
     else:
-        like = jax.eval_shape(value_and_grad, first)
+        like = jax.eval_shape(value_and_grad, params, first)
         sums, _ = jax.lax.scan(add, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like), rows)
     ((loss_sum, weight), statistics), grads = sums
     scale = 1 / jnp.where(weight == 0, 1, weight)

@@ -30,7 +30,10 @@ examples:
 """
 
 # What only an extra installs.
-_EXTRAS: dict[str, str] = dict.fromkeys(("starlette", "uvicorn", "uvloop", "httptools", "prometheus_client"), "serve")
+_EXTRAS: dict[str, str] = dict.fromkeys(
+    ("starlette", "uvicorn", "uvloop", "httptools", "prometheus_client", "llguidance", "multipart", "python_multipart"),
+    "serve",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

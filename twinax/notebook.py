@@ -23,7 +23,7 @@ from .checkpoints.tokenizer import Tokenizer
 from .layers.contexts import PackedContext
 from .models.config import DecoderConfig
 from .models.decoder import functional
-from .serving.engine import Engine, EngineConfig
+from .serving.engine import Engine, EngineConfig, failure
 from .serving.request import Request, SamplingParams
 from .train.data.config import DataConfig
 from .train.loop import train
@@ -116,21 +116,11 @@ class Model:
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[str]:
-        engine = self._warm_engine()
-        engine.add(request)
-        try:
-            while True:
-                for output in engine.step():
-                    if output.request_id != request.id:
-                        continue
-                    if output.error:
-                        raise FloatingPointError(output.error)
-                    if output.text:
-                        yield output.text
-                    if output.finish_reason:
-                        return
-        finally:
-            engine.cancel(request.id)
+        for output in self._warm_engine().stream([request]):
+            if output.error:
+                raise failure(output)
+            if output.text:
+                yield output.text
 
     def _warm_engine(self) -> Engine:
         if self._engine is None:

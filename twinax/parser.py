@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
+import json
 import re
 from typing import Any, NoReturn
 
 import jsonargparse
 
-from .overrides import Leaf, UsageError, describe, did_you_mean, leaves, metavar, parsed_as, spell
+from .overrides import Leaf, UsageError, describe, did_you_mean, existing, leaves, metavar, parsed_as, spell
 
 
 class _Formatter(jsonargparse.DefaultHelpFormatter):
@@ -28,6 +29,29 @@ class _Formatter(jsonargparse.DefaultHelpFormatter):
             shown = shown.lower() if isinstance(default, bool) else shown
             text += f" (default: {shown})".replace("%", "%%")
         return text
+
+
+def read_settings(path: str, cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Settings of a dataclass from a JSON file, checked as on the command line. Raises UsageError."""
+    try:
+        found = json.loads(existing(path, "The file of settings").read_text())
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} is not JSON that can be read: {error}.") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} holds a JSON object with a value for each setting, not {type(found).__name__}.")
+    parser = Parser("settings", "")
+    parser.add_dataclass(cls, skip=skip)
+    known = [leaf.path for leaf in parser.leaves.values()]
+    for name in found:
+        if name not in known:
+            raise UsageError(f"{path} has the unknown setting {name!r}.{did_you_mean(name, known)}")
+    try:
+        options, given = parser.parse(
+            [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in found.items()]
+        )
+    except UsageError as error:
+        raise UsageError(f"{path}: {str(error).removeprefix('--')}") from None
+    return {name: getattr(options, name) for name in given}
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -123,8 +147,8 @@ class Parser(jsonargparse.ArgumentParser):
         return message[:1].upper() + message[1:] + ("" if message.endswith(".") else ".")
 
     def _wrong_value(self, key: str, reason: str) -> str:
-        _, _, value = reason.partition("Got value: ")
-        value = value.strip().splitlines()[0] if value.strip() else "nothing"
+        shown = re.search(r"(?:Got|Given) value: *(\S.*)", reason)
+        value = shown[1].strip() if shown else "nothing"
         action = next((action for action in self._actions if action.dest == key), None)
         flag = action.option_strings[0] if action and action.option_strings else key.upper()
         leaf = self.leaves.get(flag)

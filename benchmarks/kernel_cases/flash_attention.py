@@ -9,10 +9,11 @@ are the surroundings' (between projections, rotary positions and the output's pr
 for our kernels: the products write that order).
 
 The profiler runs every step of the grid, so its time and memory grow with the heads, which are all alike, and with
-the square of the length. It is given few heads (`_heads`), and of rows of 16,384 a part of the queries (of the keys,
-for splash attention's backward pass) against all the others: with all tiles computed these are all alike too, and under
-our causal kernels' diagonal the two blocks in the middle are the mean of all, as their grid pairs a long row with a
-short one. Cycles are multiplied accordingly, and so what begins and ends a kernel is counted more than once.
+the square of the length. It is given few heads (`_heads`), and of rows of 16,384 a part: for splash attention 4,096
+queries and keys, as with all tiles computed these are all alike; for our forward kernel 4,096 queries against all keys,
+under the diagonal the two blocks in the middle, which are the mean of all, as its grid pairs a long row with a short
+one; for our backward kernel, without a mask, 4,096 keys. Cycles are multiplied accordingly, and so what begins and ends
+a kernel is counted more than once.
 
 Of a backward pass the pullback is compiled, with all that it does around its kernels.
 """
@@ -27,11 +28,12 @@ from . import Case, Kernel
 
 SHAPES = ((4, 4096, 16, 128), (1, 16384, 16, 128), (4, 1024, 16, 128), (4, 4096, 16, 64), (4, 4096, 16, 256))
 # Rows and keys of a tile, keys of a product: the best of a wider search on v6e and TPU7x.
-SPLASH = ((512, 512, 512), (1024, 1024, 512), (1024, 1024, 1024))
+SPLASH = ((1024, 1024, 512), (1024, 1024, 1024))
 # The last is whether one kernel makes all gradients; two were 1.2 to 1.5 times as slow on v6e.
 SPLASH_BACKWARD = ((512, 512, 512, True), (1024, 1024, 512, True))
-FLASH = ((512, 512, 512),)
+FLASH = ((512, 512, 512),)  # at 1,024 only: at 4,096 it is 1.4 times as slow as splash attention or slower
 LONG = 16384  # tokens
+PART = 4096  # tokens of a long row that a peer is given
 
 
 def cases(chip: str) -> Iterator[Case]:
@@ -49,8 +51,7 @@ def cases(chip: str) -> Iterator[Case]:
                 Kernel("forward", shape),
                 {
                     "splash": tuple(Kernel("splash", {**shape, "blocks": x}) for x in SPLASH),
-                    # Of a part of the queries it knows no mask; shorter rows show that splash attention is faster.
-                    **({} if T == LONG else {"flash": tuple(Kernel("flash", {**shape, "blocks": x}) for x in FLASH)}),
+                    **({"flash": tuple(Kernel("flash", {**shape, "blocks": x}) for x in FLASH)} if T == 1024 else {}),
                 },
                 1.15 if ahead else 1.0,
             )
@@ -89,9 +90,9 @@ def _heads(target: Any, B: int, T: int, H: int, backward: bool = False) -> int:
     return min(B * H, few)
 
 
-def _part(T: int) -> int:
-    """How many queries (keys, backward) of the peers meet all the others."""
-    return 2048 if T == LONG else T
+def _part(T: int) -> tuple[int, float]:
+    """How many queries and keys of the peers are profiled, and how often their tiles are there."""
+    return (PART, (T / PART) ** 2) if T == LONG else (T, 1.0)
 
 
 def forward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implementation: str = "tpu") -> Program:
@@ -123,9 +124,9 @@ def backward(target: Any, B: int, T: int, H: int, D: int, causal: bool, implemen
     work = _work(B, T, H, D, causal, backward=True)
     if target.chip.platform != "tpu":
         return _pullback(target, attend, [target.array((B, T, H, D))] * 3, work)
-    heads = _heads(target, B, T, H, True)
-    q = target.array((1, T, heads, D))
-    return _pullback(target, attend, [q, q, q], work, B * H / heads, heads_first=True)
+    heads, keys = _heads(target, B, T, H, True), T if causal else min(T, PART)
+    q, k = target.array((1, T, heads, D)), target.array((1, keys, heads, D))
+    return _pullback(target, attend, [q, k, k], work, B * H / heads * T / keys, heads_first=True)
 
 
 def _heads_first(function: Any) -> Any:
@@ -142,14 +143,14 @@ def _heads_first(function: Any) -> Any:
 def splash(target: Any, B: int, T: int, H: int, D: int, causal: bool, blocks: tuple[int, int, int]) -> Program:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 
-    heads, length = _heads(target, B, T, H), _part(T)
+    heads, (length, times) = _heads(target, B, T, H), _part(T)
     rows, keys, part = (min(size, T) for size in blocks)
     sizes = library.BlockSizes(block_q=rows, block_kv=keys, block_kv_compute=part)
-    kernel = _splash(sizes, heads, (length, T), causal)
-    q, k = target.array((heads, length, D)), target.array((heads, T, D))
-    share = (_not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * T / length
+    kernel = _splash(sizes, heads, (length, length), causal)
+    x = target.array((heads, length, D))
+    share = (_not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * times
     work = _work(B, T, H, D, causal)
-    return _as_kernels_want(target, Program(lambda q, k, v: kernel(q, k, v), (q, k, k), *work, share=share))
+    return _as_kernels_want(target, Program(lambda q, k, v: kernel(q, k, v), (x, x, x), *work, share=share))
 
 
 def splash_backward(
@@ -157,7 +158,7 @@ def splash_backward(
 ) -> Program:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 
-    heads, length = _heads(target, B, T, H, True), _part(T)
+    heads, (length, times) = _heads(target, B, T, H, True), _part(T)
     rows, keys, part = (min(size, T) for size in blocks[:3])
     fused = blocks[3]
     other = {} if fused else {"block_q_dq": rows, "block_kv_dq": keys}
@@ -171,11 +172,11 @@ def splash_backward(
         use_fused_bwd_kernel=fused,
         **other,
     )
-    kernel = _splash(sizes, heads, (T, length), causal)
-    share = (_not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * T / length
+    kernel = _splash(sizes, heads, (length, length), causal)
+    share = (_not_empty(T, rows, keys) if causal else 1.0) * B * H / heads * times
+    x = target.array((heads, length, D))
     work = _work(B, T, H, D, causal, backward=True)
-    q, k = target.array((heads, T, D)), target.array((heads, length, D))
-    return _pullback(target, lambda q, k, v: kernel(q, k, v), [q, k, k], work, share)
+    return _pullback(target, lambda q, k, v: kernel(q, k, v), [x, x, x], work, share)
 
 
 def flash(target: Any, B: int, T: int, H: int, D: int, causal: bool, blocks: tuple[int, int, int]) -> Program:

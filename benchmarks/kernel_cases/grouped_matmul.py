@@ -3,7 +3,8 @@ shares of the rows.
 
 Both read from prefetched tables which rows are whose, which the static profiler cannot follow. Ours takes static sizes;
 megablox's own kernel is compiled with its tables as functions of the program ids (`_Known`). Where groups repeat, one
-of their periods is profiled, with the block sizes of the whole, and counted as often.
+of their periods is profiled, with the block sizes of the whole, and counted as often; and of the columns, over which
+the grids go outermost, a part (`_part`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -123,16 +124,24 @@ def ours(target: Any, I: int, O: int, sizes: list[int], times: int, kind: str) -
     from twinax.pallas_kernels.grouped_matmul import tpu
 
     known, N, G = tuple(sizes), sum(sizes) * times, len(sizes) * times
+    contract, A, C = (1, O, I) if kind == "dx" else (2, I, O)
+    with target.context():
+        if kind == "dweight":
+            blocks = tpu.gradient_blocks(N, I, O, G, jnp.bfloat16)
+            part = _part(target, O, blocks.o)
+        else:
+            blocks = tpu.product_blocks(N, A, C, G, jnp.bfloat16, contract)
+            part = _part(target, C, blocks.c)
 
     def product(a: Any, b: Any) -> Any:
         if kind == "dweight":
             return tpu.gradient(a, b, known, blocks=tpu.gradient_blocks(N, I, O, G, jnp.bfloat16))
-        contract, A, C = (2, I, O) if kind == "forward" else (1, O, I)
         return tpu.product(
             a, b, known, contract=contract, blocks=tpu.product_blocks(N, A, C, G, jnp.bfloat16, contract)
         )
 
-    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes, times), share=times)
+    arrays = _arrays(target, part if kind == "dx" else I, O if kind == "dx" else part, sizes, kind)
+    return Program(product, arrays, *_work(I, O, sizes, times), share=times * C / part)
 
 
 def megablox(
@@ -161,7 +170,16 @@ def megablox(
         )
 
     assert N % rows == 0
-    return Program(product, _arrays(target, I, O, sizes, kind), *_work(I, O, sizes, times), share=times)
+    C = I if kind == "dx" else O
+    part = _part(target, C, columns)
+    arrays = _arrays(target, part if kind == "dx" else I, O if kind == "dx" else part, sizes, kind)
+    return Program(product, arrays, *_work(I, O, sizes, times), share=times * C / part)
+
+
+def _part(target: Any, columns: int, block: int) -> int:
+    """How many columns are profiled: whole blocks for each core, 2,048 at least."""
+    blocks = block * (2 if target.chip.name == "v5p" else 1)
+    return next((n for n in range(2048, columns, 1024) if columns % n == 0 and n % blocks == 0), columns)
 
 
 def _tables(sizes: Sequence[int], rows: int, empty: bool) -> tuple[list[int], list[int], list[int]]:

@@ -12,7 +12,14 @@ from . import Case, Kernel
 INPUTS, OUTPUTS = 4096, 14336
 ROWS = (1, 16, 64, 256)
 # Format of the weights, inputs of a scale (None: all), format of the activations.
-KINDS = (("int8", None, None), ("int4", 128, None), ("int8", None, "int8"), ("fp8_e4m3", None, None))
+KINDS = (
+    ("int8", None, None),
+    ("int4", 128, None),
+    ("int8", None, "int8"),
+    ("fp8_e4m3", None, None),
+    ("fp8_e4m3", 128, None),  # as DeepSeek's models come: a scale is of 128 outputs too
+    ("mxfp4", 32, None),
+)
 
 # On GPUs, int8 rows with one scale each are XLA's.
 KINDS_ON_GPUS = (
@@ -44,7 +51,7 @@ def _on_gpus() -> Iterator[Case]:
     for form, block, activations in KINDS_ON_GPUS:
         for M in (*ROWS, 2048):
             given: dict[str, Any] = {"M": M, "format": form, "block": block, "activations": activations}
-            peers = {
+            peers: dict[str, tuple[Kernel, ...]] = {
                 "XLA": (Kernel("ours", {**given, "implementation": "xla"}),),
                 "cuBLAS, bfloat16": (Kernel("cublas", {"M": M}),),
             }
@@ -64,12 +71,15 @@ def ours(
     import jax
     import jax.numpy as jnp
 
-    from twinax.pallas_kernels.quantized_matmul import quantize, quantized_matmul, with_inputs_first
+    from twinax.pallas_kernels.chips import target_chip
+    from twinax.pallas_kernels.quantized_matmul import INPUTS_FIRST, quantize, quantized_matmul, with_inputs_first
 
     plain = jax.ShapeDtypeStruct((OUTPUTS, INPUTS), jnp.float32)
     # As a server keeps them for the chip.
-    order = with_inputs_first if target.chip.name in ("v6e", "tpu7x") else lambda w: w
-    made = jax.eval_shape(lambda w: order(quantize(w, format, block=(1, block))), plain)
+    with target.context():
+        order = with_inputs_first if target_chip() in INPUTS_FIRST else lambda w: w
+    outputs = 128 if format == "fp8_e4m3" and block else 1
+    made = jax.eval_shape(lambda w: order(quantize(w, format, block=(outputs, block))), plain)
     weight = jax.tree.map(lambda x: target.array(x.shape, x.dtype), made)
     hbm_bytes = sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(made))
     return Program(

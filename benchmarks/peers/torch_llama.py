@@ -1,4 +1,7 @@
-"""transformers' Llama on torch: `python torch_llama.py decode|train QUESTION.json ANSWER.json`. Needs no Twinax."""
+"""transformers' Llama on torch: `python torch_llama.py decode|serve|train QUESTION.json ANSWER.json`.
+
+Needs no Twinax.
+"""
 
 import json
 import resource
@@ -36,6 +39,47 @@ def decode(question: dict) -> dict:
     return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
 
+def serve(question: dict) -> dict:
+    """transformers' continuous batching: all requests at once, `batch` of them running, `chunk` tokens a step."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        question["model"], dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    requests, page = question["requests"], 64
+    longest = max(len(one["prompt"]) + one["tokens"] for one in requests)
+    settings = transformers.ContinuousBatchingConfig(
+        page_size=page,
+        num_blocks=question["batch"] * (-(-longest // page) + 1),
+        max_batch_tokens=question["chunk"],
+        max_requests_per_batch=question["batch"],
+    )
+    generation = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def run(batch: list[dict]) -> tuple[list[list[int]], float]:
+        found = {}
+        with (
+            torch.no_grad(),
+            model.continuous_batching_context_manager(
+                generation, continuous_batching_config=settings, persistent_manager=True
+            ) as manager,
+        ):
+            start = time.perf_counter()
+            ids = [manager.add_request(one["prompt"], max_new_tokens=one["tokens"], eos_token_id=-1) for one in batch]
+            while len(found) < len(ids):
+                result = manager.get_result(timeout=1)
+                if result is not None and result.error is not None:
+                    raise RuntimeError(result.error)
+                if result is not None and result.is_finished():
+                    found[result.request_id] = list(result.generated_tokens)
+                elif result is None and not manager.is_running():
+                    raise RuntimeError("transformers' generation thread has ended")
+            seconds = time.perf_counter() - start
+        return [found[name] for name in ids], seconds
+
+    run(requests[: question["batch"]])  # warm-up
+    tokens, seconds = run(requests)
+    return {"seconds": seconds, "tokens": tokens}
+
+
 def train(question: dict) -> dict:
     """AdamW steps on given rows of tokens; the median of the steps after the first two."""
     config = transformers.AutoConfig.from_pretrained(question["model"])
@@ -60,7 +104,7 @@ def train(question: dict) -> dict:
 
 if __name__ == "__main__":
     job, question_file, answer_file = sys.argv[1:]
-    answer = {"decode": decode, "train": train}[job](json.loads(Path(question_file).read_text()))
+    answer = {"decode": decode, "serve": serve, "train": train}[job](json.loads(Path(question_file).read_text()))
     answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     answer["version"] = f"transformers {transformers.__version__}, torch {torch.__version__}"
     Path(answer_file).write_text(json.dumps(answer))

@@ -28,21 +28,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .blackwell_warp import any_of_warp, wait_load_of_warp
+from .blackwell_warp import any_of_warp, in_fours, wait_load_of_warp
 from .gpu_blocks import (
     LOG2E,
     NEVER,
     UNSEEN,
+    Arrays,
     Options,
     edges,
     i32,
     keys_of,
-    pad_ids,
     pad_rows,
     round_up,
     segment_bounds,
 )
-from .hopper import mask, read, swizzled, tanh
+from .hopper import mask, read, swizzled, tanh, tile_of_bias
 
 ROWS = 128  # queries of a tile: the lanes of tensor memory, and the threads of a warpgroup
 SHARED_MEMORY = 227 * 1024 - 512  # bytes a block may have, less barriers
@@ -51,7 +51,9 @@ NATIVE = plgpu.Layout.TCGEN05_TMEM_NATIVE  # a row a thread
 OF_ROW, OF_COLUMN = NATIVE.reduce(1), NATIVE.reduce(0)
 SPREAD = plgpu.Layout.TCGEN05  # a row over four threads, which write to shared memory without conflicts
 PART = 32  # scores that a thread takes from tensor memory at a time
-GROWTH = 8.0  # of a maximum, in powers of two, that is left in the probabilities
+# Of a maximum, the powers of two that are left in the probabilities. Those of float8, up to 448, begin as large as they
+# may, so that small ones keep more of their bits.
+GROWTH, GROWTH8, RANGE8 = 8.0, 3.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,11 @@ class Plan:
 
 
 def plan(D: int, E: int, itemsize: int = 2) -> Plan:
-    tiles, block = (2, 128) if 2 * (128 + E) <= TENSOR_MEMORY and D <= 192 else (1, 64)
+    tiles, block = (2, 128) if 2 * (128 + E) <= TENSOR_MEMORY and D <= 192 else (1, 64 if itemsize > 1 else 128)
     of_q, of_out = (plgpu.find_swizzle(x * itemsize * 8) // itemsize for x in (D, E))
-    shares = D == E or (E < D and of_q == of_out)
+    shares = itemsize > 1 and (D == E or (E < D and of_q == of_out))  # the output of float8 is wider
     width = D if D == E or not shares else of_q
-    room = SHARED_MEMORY - tiles * ROWS * (D * itemsize + 8 + (0 if shares else E * itemsize))
+    room = SHARED_MEMORY - tiles * ROWS * (D * itemsize + 8 + (0 if shares else 2 * E))
     k, v = block * D * itemsize, block * E * itemsize
     stages = min(4, room // (k + v))
     return Plan(tiles, block, min(4, stages + (room - stages * (k + v) >= k)), stages, width, not shares)
@@ -85,36 +87,30 @@ def plan(D: int, E: int, itemsize: int = 2) -> Plan:
 def check(q: jax.Array, v: jax.Array) -> None:
     """Raises NotImplementedError for dtypes and head sizes that this kernel has no place for."""
     D, E = q.shape[3], v.shape[3]
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the Blackwell kernel takes bfloat16 and float16, got {q.dtype}")
+    if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn):
+        raise NotImplementedError(f"the Blackwell kernel takes bfloat16, float16 and float8, got {q.dtype}")
     if D % 16 or E % 16 or not (16 <= D <= 256 and 16 <= E <= 256):
         raise NotImplementedError(f"the Blackwell kernel takes head sizes of 16, 32, ... 256, got {D} and {E}")
-    if plan(D, E).v < 1:
+    if plan(D, E, q.dtype.itemsize).v < 1:
         raise NotImplementedError(f"blocks of head sizes {D} and {E} do not fit the shared memory")
 
 
 def forward(
-    o: Options,
-    q_BTHD: jax.Array,
-    k_BSKD: jax.Array,
-    v_BSKE: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-    offset_B: jax.Array | None,
-    sinks_H: jax.Array | None,
+    o: Options, arrays: Arrays, q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKE: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(out_BTHE, lse_BTH)."""
     check(q_BTHD, v_BSKE)
+    true_E = v_BSKE.shape[3]
+    if o.scaled:
+        q_BTHD, k_BSKD, v_BSKE = (pad_rows(x, round_up(x.shape[3], 32), 3) for x in (q_BTHD, k_BSKD, v_BSKE))
     (B, T, H, D), E, dtype = q_BTHD.shape, v_BSKE.shape[3], q_BTHD.dtype
-    p = plan(D, E)
+    out_dtype = jnp.dtype(jnp.bfloat16) if o.scaled else dtype
+    p = plan(D, E, dtype.itemsize)
     T_pad, S_pad = round_up(T, p.rows), round_up(o.S, p.block)
     inputs = {"q": pad_rows(q_BTHD, T_pad), "k": pad_rows(k_BSKD, S_pad), "v": pad_rows(v_BSKE, S_pad)}
-    if segments is not None:
-        inputs["q_ids"], inputs["kv_ids"] = pad_ids(*segments, T_pad, S_pad)
+    inputs |= arrays.padded(T_pad, S_pad)
+    if o.segments:
         inputs["bounds"] = segment_bounds(inputs["q_ids"], inputs["kv_ids"], ROWS, p.block)
-    if offset_B is not None:
-        inputs["offset"] = offset_B.astype(jnp.int32)
-    if sinks_H is not None:
-        inputs["sinks"] = sinks_H.astype(jnp.float32)
     names = tuple(inputs)
     slots = 2  # of scores: one of each tile, or two of the only one
 
@@ -126,11 +122,11 @@ def forward(
             "v": plgpu.SMEM((p.v, p.block, E), dtype, transforms=swizzled(E, dtype)),
             "lse": plgpu.SMEM((p.tiles, ROWS), jnp.float32),
             "norm": plgpu.SMEM((p.tiles, ROWS), jnp.float32),
-            # Probabilities of two bytes lie in the first half of the columns of the scores that they come from. The
-            # sums are in the same piece, as the addresses of two took one register too many.
+            # Probabilities lie in the first half of the columns of the scores that they come from, or, float8, in a
+            # quarter. The sums are in the same piece, as the addresses of two took one register too many.
             "tensor_memory": plgpu.RefUnion(
                 (plgpu.TMEM((ROWS, slots * p.block), jnp.float32), plgpu.TMEM((ROWS, p.tiles * E), jnp.float32)),
-                plgpu.TMEM((ROWS, 2 * slots * p.block), dtype, packed=True),
+                plgpu.TMEM((ROWS, 4 // dtype.itemsize * slots * p.block), dtype, packed=True),
             ),
             "q_ready": plgpu.Barrier(num_barriers=p.tiles, num_arrivals=D // p.width),
             "k_ready": plgpu.Barrier(num_barriers=p.k),
@@ -142,7 +138,7 @@ def forward(
             "added": plgpu.Barrier(num_barriers=p.tiles, **ordered),
         }
         if p.own_out:
-            scratch["out"] = plgpu.SMEM((p.tiles, ROWS, E), dtype, transforms=swizzled(E, dtype))
+            scratch["out"] = plgpu.SMEM((p.tiles, ROWS, E), out_dtype, transforms=swizzled(E, out_dtype))
         given = dict(zip((*names, "out", "lse"), refs, strict=True))
 
         def scope(*allocated: Any) -> None:
@@ -156,7 +152,7 @@ def forward(
     out_BTHE, lse_BHT = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((B, T_pad, H, E), dtype),
+            jax.ShapeDtypeStruct((B, T_pad, H, E), out_dtype),
             jax.ShapeDtypeStruct((B, H, T_pad), jnp.float32),
         ),
         grid=(B, H, T_pad // p.rows),
@@ -165,7 +161,7 @@ def forward(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(*inputs.values())
-    return out_BTHE[:, :T], jnp.swapaxes(lse_BHT[:, :, :T], 1, 2)
+    return out_BTHE[:, :T, :, :true_E], jnp.swapaxes(lse_BHT[:, :, :T], 1, 2)
 
 
 def _kernel(o: Options, p: Plan, given: dict[str, Any], scratch: dict[str, Any]) -> None:
@@ -270,7 +266,8 @@ def _multiply(p: Plan, scratch: Any, spans: list[tuple[Any, Any]], span: tuple[A
         def _() -> None:
             plgpu.barrier_wait(scratch["weights"].at[slot])
             acc_qE = scratch["acc"].at[:, pl.ds(t * E, E)]
-            weights_qs = scratch["weights_of"].at[:, pl.ds(slot * i32(2 * p.block), p.block)]
+            first = slot * i32(4 // scratch["v"].dtype.itemsize * p.block)
+            weights_qs = scratch["weights_of"].at[:, pl.ds(first, p.block)]
             plgpu.tcgen05_mma(acc_qE, weights_qs, scratch["v"].at[stage], accumulate=j > spans[t][0])
             plgpu.tcgen05_commit_arrive(scratch["added"].at[t])
 
@@ -302,7 +299,10 @@ def _compute_tile(
     tile = pair * i32(p.tiles) + group
     first = tile * i32(ROWS)
     rows, added = pl.ds(first, ROWS), scratch["added"].at[group]
-    part = PART if o.bend is None and o.window is None and not o.segments else PART // 2
+    crowded = o.bend is not None or o.window is not None or o.segments or o.bias or o.scaled
+    crowded |= o.offset is None or o.S % p.block != 0
+    growth, below = (GROWTH8, RANGE8) if o.scaled else (GROWTH, 0.0)
+    part = PART // 4 if o.bias else PART // 2 if crowded else PART
     parts = range(0, p.block, part)
     # The widest part of an output that is a power of two of its columns.
     wide = next(x for x in (64, 32, 16) if E % x == 0)
@@ -325,7 +325,7 @@ def _compute_tile(
         slot = group if p.tiles > 1 else lax.rem(j - low, i32(2))
         # 128 scores at a time would want more registers than 168: they are loaded twice, and what was masked or bent is
         # put back in between.
-        back = masked or o.bend is not None
+        back = masked or o.bend is not None or o.bias or o.scaled
 
         def scores_part(start: int) -> Any:
             return scratch["scores_of"].at[:, pl.ds(slot * i32(p.block) + i32(start), part)]
@@ -337,23 +337,28 @@ def _compute_tile(
         highest_q = max_q
         for start in parts:
             x_qc = load(start)
+            key = j * i32(p.block) + i32(start)
+            if o.scaled:
+                x_qc = x_qc * given["qk_scale"][head]
             if o.bend is not None:
                 x_qc = tanh(x_qc * o.bend)
+            if o.bias:
+                x_qc = o.biased(x_qc, tile_of_bias(given["bias"], batch, head, rows, pl.ds(key, part), NATIVE))
             if masked:
-                key = j * i32(p.block) + i32(start)
                 ids = None
                 if o.segments:
                     ids = q_ids_q, read(given["kv_ids"].at[batch, pl.ds(key, part)], OF_COLUMN)
                 left = i32(o.S) - key if o.S % p.block else None
                 sees = mask(o, first + offset - key, left, x_qc.shape, ids, None, layout=NATIVE)
                 x_qc = jnp.where(sees, x_qc, UNSEEN)
-            highest_q = jnp.maximum(highest_q, x_qc.max(axis=1) * o.base2)
+            top_q = x_qc.max(axis=1) * o.base2
+            highest_q = jnp.maximum(highest_q, top_q - below if below else top_q)
             if back:
                 wait_load_of_warp()
                 plgpu.async_store_tmem(scores_part(start), x_qc)
         if back:
             plgpu.commit_tmem()
-        grew_q = highest_q - max_q > GROWTH
+        grew_q = highest_q - max_q > growth
         new_max_q = jnp.where(grew_q, highest_q, max_q)
         decay_q = jnp.exp2(max_q - new_max_q)
         sum_q = sum_q * decay_q
@@ -364,8 +369,9 @@ def _compute_tile(
             next_qc = load(start + part) if start + part < p.block else x_qc
             p_qc = jnp.exp2(x_qc * o.base2 - of_rows(new_max_q, part))
             sum_q = sum_q + p_qc.sum(axis=1)
-            weights_qc = scratch["weights_of"].at[:, pl.ds(slot * i32(2 * p.block) + i32(start), part)]
-            plgpu.async_store_tmem(weights_qc, p_qc.astype(dtype))
+            first_s = slot * i32(4 // dtype.itemsize * p.block) + i32(start)
+            weights_qc = scratch["weights_of"].at[:, pl.ds(first_s, part)]
+            plgpu.async_store_tmem(weights_qc, in_fours(p_qc) if o.scaled else p_qc.astype(dtype))
             x_qc = next_qc
 
         @pl.when(j > low)
@@ -400,6 +406,8 @@ def _compute_tile(
     norm_q = jnp.where(seen_q, 1.0 / jnp.where(seen_q, sum_q, 1.0), 0.0)
     if decay_q is not None:
         norm_q = norm_q * decay_q
+    if o.scaled:
+        norm_q = norm_q * given["v_scale"][head]
     lse_q = max_q * (1 / LOG2E) + jnp.log(jnp.where(seen_q, sum_q, 1.0))
     scratch["lse"].at[group][...] = jnp.where(seen_q, lse_q, -jnp.inf)
     scratch["norm"].at[group][...] = norm_q
@@ -412,10 +420,10 @@ def _compute_tile(
     for start in range(0, E, wide):
         acc_qc, norm_qc = plgpu.async_load_tmem(out_part(start), layout=SPREAD), of_rows(norm_q, wide)
         # A tile without keys has no product: nobody has written there.
-        acc_qc = jnp.where(norm_qc > 0, acc_qc * norm_qc, 0.0)
+        acc_qc = jnp.where(norm_qc != 0, acc_qc * norm_qc, 0.0)
         target = scratch["q"].at[group, start // p.width] if whole is None else whole
         column = start % p.width if whole is None else start
-        target.at[:, pl.ds(column, wide)][...] = acc_qc.astype(dtype)
+        target.at[:, pl.ds(column, wide)][...] = acc_qc.astype(given["out"].dtype)
     plgpu.commit_smem()
     out = given["out"].at[batch, rows, head]
     if whole is not None:

@@ -25,19 +25,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .blackwell import NATIVE, OF_COLUMN, OF_ROW, PART, ROWS, SHARED_MEMORY, SPREAD, TENSOR_MEMORY
 from .gpu_blocks import (
-    CLOSED,
-    LOG2E,
+    Arrays,
     Options,
     edges,
     i32,
     keys_of,
-    pad_ids,
+    of_rows,
     pad_rows,
     queries_of,
     round_up,
     segment_bounds,
 )
-from .hopper import mask, read, swizzled, tanh
+from .hopper import mask, read, swizzled, tanh, tile_of_bias
 
 BLOCK = 64  # what streams by: queries for dk and dv, keys for dq
 WIDE = 2 * ROWS  # what lengths are padded to
@@ -72,34 +71,28 @@ def check(q: jax.Array, v: jax.Array) -> None:
 
 def backward(
     o: Options,
+    arrays: Arrays,
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,
     v_BSKE: jax.Array,
     d_out_BTHE: jax.Array,
     lse_BTH: jax.Array,
     delta_BTH: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-    offset_B: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq_BTHD, dk_BSKD, dv_BSKE) in float32."""
     check(q_BTHD, v_BSKE)
     T_pad, S_pad = round_up(q_BTHD.shape[1], WIDE), round_up(o.S, ROWS)
-    seen = lse_BTH > -jnp.inf
-    rows = {"lse": jnp.where(seen, lse_BTH * LOG2E, CLOSED), "delta": jnp.where(seen, delta_BTH, 0.0)}
     given = {
         "q": pad_rows(q_BTHD, T_pad),
         "k": pad_rows(k_BSKD, S_pad),
         "v": pad_rows(v_BSKE, S_pad),
         "d_out": pad_rows(d_out_BTHE, T_pad),
-        "lse": pad_rows(jnp.swapaxes(rows["lse"], 1, 2), T_pad, 2, CLOSED),
-        "delta": pad_rows(jnp.swapaxes(rows["delta"], 1, 2), T_pad, 2),
+        **of_rows(lse_BTH, delta_BTH, T_pad),
+        **arrays.padded(T_pad, S_pad),
     }
-    if segments is not None:
-        given["q_ids"], given["kv_ids"] = pad_ids(*segments, T_pad, S_pad)
-    if offset_B is not None:
-        given["offset"] = offset_B.astype(jnp.int32)
-    dk_BSKD, dv_BSKE = _keys_gradient(o, dict(given))
-    return _queries_gradient(o, dict(given))[:, : o.T], dk_BSKD[:, : o.S], dv_BSKE[:, : o.S]
+    of_keys = {**given, "bias": jnp.swapaxes(given["bias"], 2, 3)} if o.bias else dict(given)
+    dk_BSKD, dv_BSKE = _keys_gradient(o, of_keys)
+    return _queries_gradient(o, given)[:, : o.T], dk_BSKD[:, : o.S], dv_BSKE[:, : o.S]
 
 
 def _launch(
@@ -158,13 +151,14 @@ def _drive(load: Any, multiply: Any) -> None:
         pl.when(warp == 1)(multiply)
 
 
-def _weights(o: Options, x: Any, lse: Any, axis: int, sees: Any, on_edge: Any) -> tuple[Any, Any]:
-    """(p, what d score is multiplied by), from the products x and one log-sum-exp a query."""
+def _weights(o: Options, x: Any, lse: Any, axis: int, sees: Any, on_edge: Any, bias: Any) -> tuple[Any, Any]:
+    """(p, what d score is multiplied by), from the products x, one log-sum-exp a query, and a bias or None."""
     slope = None
     if o.bend is not None:
         x = tanh(x * o.bend)
         slope = 1.0 - x * x
-    p = jnp.exp2(x * o.base2 - lax.broadcast_in_dim(lse, x.shape, [axis]))
+    exponent = x * o.to_base2 if bias is None else o.biased(x, bias)
+    p = jnp.exp2(exponent - lax.broadcast_in_dim(lse, x.shape, [axis]))
     if on_edge is True:
         p = jnp.where(sees(), p, 0.0)
     elif on_edge is not None:
@@ -273,7 +267,8 @@ def _keys_gradient(o: Options, given: dict[str, jax.Array]) -> tuple[jax.Array, 
         @pl.when(group < slots)
         def _() -> None:
             low, full_low, full_high, n = span()
-            _compute_keys(o, given, scratch, (batch, key, low, full_low, full_high, offset, n), slots, stages)
+            place = batch, kv_head, key, low, full_low, full_high, offset, n
+            _compute_keys(o, given, scratch, place, slots, stages)
             plgpu.barrier_wait(scratch["done"])
             for index, (name, scale) in enumerate((("dk", o.scale), ("dv", 1.0))):
 
@@ -289,7 +284,7 @@ def _keys_gradient(o: Options, given: dict[str, jax.Array]) -> tuple[jax.Array, 
 
 
 def _compute_keys(o: Options, given: Any, scratch: Any, place: tuple[Any, ...], slots: int, stages: int) -> None:
-    batch, key, low, full_low, full_high, offset, n = place
+    batch, kv_head, key, low, full_low, full_high, offset, n = place
     dtype, group = given["k"].dtype, lax.axis_index("warpgroup")
     kv_ids_s = read(given["kv_ids"].at[batch, pl.ds(key, ROWS)], OF_ROW) if o.segments else None
 
@@ -319,7 +314,12 @@ def _compute_keys(o: Options, given: Any, scratch: Any, place: tuple[Any, ...], 
 
             x_sc = plgpu.async_load_tmem(scratch["scores_of"].at[_wide(group, start, PART)], layout=NATIVE)
             dp_sc = plgpu.async_load_tmem(scratch["slopes_of"].at[_wide(group, start, PART)], layout=NATIVE)
-            p_sc, w_sc = _weights(o, x_sc, of_queries("lse"), 1, sees, on_edge)
+            bias_sc = None
+            if o.bias:
+                head = kv_head * i32(o.G) + lax.rem(count, i32(o.G))
+                columns = pl.ds(i * i32(BLOCK) + i32(start), PART)
+                bias_sc = tile_of_bias(given["bias"], batch, head, pl.ds(key, ROWS), columns, NATIVE)
+            p_sc, w_sc = _weights(o, x_sc, of_queries("lse"), 1, sees, on_edge, bias_sc)
             ds_sc = _gradient_of(w_sc, dp_sc, of_queries("delta"), 1)
             plgpu.wait_load_tmem()
             plgpu.async_store_tmem(scratch["scores_16"].at[_packed(group, start, PART)], p_sc.astype(dtype))
@@ -463,7 +463,10 @@ def _compute_queries(o: Options, given: Any, scratch: Any, place: tuple[Any, ...
 
             x_qc = plgpu.async_load_tmem(scratch["scores_of"].at[_wide(group, start, PART)], layout=NATIVE)
             dp_qc = plgpu.async_load_tmem(scratch["slopes_of"].at[_wide(group, start, PART)], layout=NATIVE)
-            _, w_qc = _weights(o, x_qc, lse_q, 0, sees, on_edge)
+            bias_qc = None
+            if o.bias:
+                bias_qc = tile_of_bias(given["bias"], batch, head, rows, pl.ds(key, PART), NATIVE)
+            _, w_qc = _weights(o, x_qc, lse_q, 0, sees, on_edge, bias_qc)
             ds_qc = _gradient_of(w_qc, dp_qc, delta_q, 0)
             plgpu.wait_load_tmem()
             plgpu.async_store_tmem(scratch["slopes_16"].at[_packed(group, start, PART)], ds_qc.astype(dtype))

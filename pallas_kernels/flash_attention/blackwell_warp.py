@@ -1,9 +1,11 @@
-"""What the Blackwell kernel does with a warp on its own, and Pallas, which thinks in warpgroups, has no words for."""
+"""What the Blackwell kernel does with a warp on its own, and what else Pallas, which thinks in warpgroups, has no words
+for."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 OF_ROW = plgpu.Layout.TCGEN05_TMEM_NATIVE.reduce(1)
@@ -48,3 +50,28 @@ def wait_load_of_warp() -> None:
         nvvm.tcgen05_wait(nvvm.Tcgen05WaitKind.LOAD)
 
     wait_load_of_warp()
+
+
+def in_fours(x_qc: jax.Array) -> jax.Array:
+    """In float8, four of a row in a register, as tensor memory keeps them."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+
+    fours: Any = plgpu.Layout.TCGEN05_TMEM_NATIVE(4)
+    of_kernel: Any = plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.TCGEN05_TMEM_NATIVE,),
+        return_type=plgpu.ShapeDtypeStruct(x_qc.shape, jnp.float8_e4m3fn, layout=fours),
+    )
+
+    @of_kernel
+    def in_fours(_: Any, x: Any) -> Any:
+        layout = fours.to_mgpu()
+        pairs = x.astype(ir.Float8E4M3FNType.get()).registers.reshape(-1, 2)
+        registers = np.empty(len(pairs), dtype=object)
+        for i, pair in enumerate(pairs):
+            registers[i] = utils.vector_concat(list(pair))
+        shape = layout.registers_shape(x.shape)
+        return mgpu.FragmentedArray(_registers=registers.reshape(shape), _layout=layout, _is_signed=None)
+
+    return in_fours(x_qc)

@@ -2,12 +2,14 @@
 
 | chip | kernel | dtypes | head sizes |
 |---|---|---|---|
-| H100, H200 | `hopper.py`, `hopper_backward.py` (Mosaic GPU) | bfloat16, float16 | multiples of 16, up to 256 |
-| B200, GB200 | `blackwell.py`, `blackwell_backward.py` (Mosaic GPU) | bfloat16, float16 | multiples of 16, up to 256 |
+| H100, H200 | `hopper.py`, `hopper_backward.py` (Mosaic GPU) | bfloat16, float16, float8 | multiples of 16, up to 256 |
+| B200, GB200 | `blackwell.py`, `blackwell_backward.py` (Mosaic GPU) | the same | multiples of 16, up to 256 |
 | any | `triton.py` (Pallas's Triton backend, as long as JAX has it) | and float32 | any up to 256 |
 
-On Blackwell the gradients of head sizes that add up to more than 384 are Triton's. No kernel takes a bias, float8 or
-float64.
+All take all options. On Blackwell the gradients of head sizes that add up to more than 384 are Triton's, on Hopper
+those of a bias with segments and heads over 192, and on every chip that of a bias, by a kernel of its own. Hopper and
+Blackwell multiply float8 by float8, probabilities too; Triton widens it to bfloat16. No kernel takes float64, or a
+scale that is not positive. Scores below -2**100 count as hidden.
 
 There was no GPU when this was written: the numbers are those of an emulated one (in `tests/pallas_kernels/`) and of
 Pallas's interpreter, registers and spills are ptxas's, and nothing has been timed.
@@ -34,7 +36,7 @@ def _kernels() -> list[tuple[str, Kernel, Kernel]]:
     if chip in HOPPER:
         from . import hopper, hopper_backward
 
-        found.append(("hopper", hopper.forward, hopper_backward.backward))
+        found.append(("hopper", hopper.forward, or_triton(hopper_backward.backward)))
     if chip in BLACKWELL:
         from . import blackwell, blackwell_backward
 
@@ -66,32 +68,23 @@ def or_triton(backward: Kernel) -> Kernel:
     return either
 
 
-def _split(options: dict[str, Any]) -> tuple[Any, Any]:
-    segments = options["q_segment_ids_BT"], options["kv_segment_ids_BS"]
-    offset = options["q_offset"]
-    return None if segments[0] is None else segments, None if isinstance(offset, int) else offset
-
-
 def forward_by(kernel: Any) -> Any:
     def forward(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKE: jax.Array, **options: Any) -> Any:
-        o, (segments, offset_B) = options_of(q_BTHD, k_BSKD, **options), _split(options)
-        return kernel(o, q_BTHD, k_BSKD, v_BSKE, segments, offset_B, options.get("sinks_H"))
+        return kernel(*options_of(q_BTHD, k_BSKD, **options), q_BTHD, k_BSKD, v_BSKE)
 
     return forward
 
 
 def backward_by(kernel: Any) -> Any:
-    def backward(
-        q_BTHD: jax.Array,
-        k_BSKD: jax.Array,
-        v_BSKE: jax.Array,
-        d_out_BTHE: jax.Array,
-        lse_BTH: jax.Array,
-        delta_BTH: jax.Array,
-        **options: Any,
-    ) -> Any:
-        o, (segments, offset_B) = options_of(q_BTHD, k_BSKD, **options), _split(options)
-        return kernel(o, q_BTHD, k_BSKD, v_BSKE, d_out_BTHE, lse_BTH, delta_BTH, segments, offset_B)
+    def backward(q_BTHD: jax.Array, k_BSKD: jax.Array, *others: jax.Array, **options: Any) -> Any:
+        o, arrays = options_of(q_BTHD, k_BSKD, **options)
+        grads = kernel(o, arrays, q_BTHD, k_BSKD, *others)
+        if not o.bias:
+            return grads
+        triton = _triton()
+        if triton is None:
+            raise NotImplementedError("the gradient of a bias is Triton's, which this JAX has no more")
+        return *grads, triton.bias_gradient(o, arrays, q_BTHD, k_BSKD, *others)
 
     return backward
 

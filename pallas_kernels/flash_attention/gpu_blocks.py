@@ -34,6 +34,8 @@ class Options:
     offset: int | None
     segments: bool
     sinks: bool
+    bias: bool
+    scaled: bool
     T: int
     S: int
     G: int
@@ -44,35 +46,82 @@ class Options:
         return None if self.softcap is None else self.scale / self.softcap
 
     @property
-    def base2(self) -> float:
+    def to_base2(self) -> float:
         """What turns a score (bent, with a softcap) into the exponent of 2."""
         return LOG2E * (self.scale if self.softcap is None else self.softcap)
 
+    @property
+    def base2(self) -> float:
+        """`to_base2`, or 1 where a bias is added: scores are exponents before then."""
+        return 1.0 if self.bias else self.to_base2
 
-def options_of(q: jax.Array, k: jax.Array, **given: Any) -> Options:
+    def biased(self, x: Any, bias: Any) -> Any:
+        """Exponents of 2 from scores and a bias in natural units."""
+        return x * self.to_base2 + bias.astype(jnp.float32) * LOG2E
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """The arrays of a call beside queries, keys and values; None where there is none.
+
+    Attributes:
+      segments: ids of queries and of keys. qk_scale_H, v_scale_H: factors of float8's scores and outputs.
+    """
+
+    segments: tuple[jax.Array, jax.Array] | None = None
+    offset_B: jax.Array | None = None
+    sinks_H: jax.Array | None = None
+    bias_BHTS: jax.Array | None = None
+    qk_scale_H: jax.Array | None = None
+    v_scale_H: jax.Array | None = None
+
+    def padded(self, T: int, S: int) -> dict[str, jax.Array]:
+        """As kernels read them, by name."""
+        found = {}
+        if self.segments is not None:
+            found["q_ids"], found["kv_ids"] = pad_ids(*self.segments, T, S)
+        if self.offset_B is not None:
+            found["offset"] = self.offset_B.astype(jnp.int32)
+        if self.bias_BHTS is not None:
+            bias = self.bias_BHTS if self.bias_BHTS.dtype.itemsize == 2 else self.bias_BHTS.astype(jnp.float32)
+            found["bias"] = pad_rows(pad_rows(bias, T, 2), S, 3)
+        given = {"sinks": self.sinks_H, "qk_scale": self.qk_scale_H, "v_scale": self.v_scale_H}
+        return found | {name: x.astype(jnp.float32) for name, x in given.items() if x is not None}
+
+
+def options_of(q: jax.Array, k: jax.Array, **given: Any) -> tuple[Options, Arrays]:
     """Raises NotImplementedError for what none of these kernels does."""
-    unsupported = [name for name in ("bias_BHTS", "qk_scale_H", "v_scale_H") if given.get(name) is not None]
-    if unsupported:
-        raise NotImplementedError(f"no GPU kernel takes {', '.join(unsupported)}")
     if not given["scale"] > 0:
         raise NotImplementedError(f"the GPU kernels want a positive scale, got {given['scale']}")
     offset = given["q_offset"]
-    return Options(
+    segments = given["q_segment_ids_BT"], given["kv_segment_ids_BS"]
+    more = {name: given.get(name) for name in ("sinks_H", "bias_BHTS", "qk_scale_H", "v_scale_H")}
+    arrays = Arrays(None if segments[0] is None else segments, None if isinstance(offset, int) else offset, **more)
+    options = Options(
         causal=given["causal"],
         window=given["window"],
         softcap=given["softcap"],
         scale=float(given["scale"]),
         offset=offset if isinstance(offset, int) else None,
-        segments=given["q_segment_ids_BT"] is not None,
-        sinks=given.get("sinks_H") is not None,
+        segments=arrays.segments is not None,
+        sinks=arrays.sinks_H is not None,
+        bias=arrays.bias_BHTS is not None,
+        scaled=arrays.qk_scale_H is not None,
         T=q.shape[1],
         S=k.shape[1],
         G=q.shape[2] // k.shape[2],
     )
+    return options, arrays
 
 
 def i32(x: int) -> jax.Array:
     return jnp.array(x, jnp.int32)
+
+
+def unknown_zero() -> jax.Array:
+    """0, which the compiler does not know. A place that it is added to is computed in each step of a loop: known ones
+    are computed before, the 16 descriptors of a tile's parts for example, and take registers all along."""
+    return jax.lax.optimization_barrier(i32(0))
 
 
 def floor_div(x: Any, block: int) -> Any:
@@ -163,6 +212,15 @@ def pad_rows(x: jax.Array, length: int, axis: int = 1, value: float = 0.0) -> ja
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, length - x.shape[axis])
     return jnp.pad(x, widths, constant_values=value)
+
+
+def of_rows(lse_BTH: jax.Array, delta_BTH: jax.Array, T: int) -> dict[str, jax.Array]:
+    """[B, H, T], as the kernels of a backward pass read them: of base 2, and so that a row passes nothing that saw
+    nothing or is none."""
+    seen = lse_BTH > -jnp.inf
+    lse_BHT = jnp.swapaxes(jnp.where(seen, lse_BTH * LOG2E, CLOSED), 1, 2)
+    delta_BHT = jnp.swapaxes(jnp.where(seen, delta_BTH, 0.0), 1, 2)
+    return {"lse": pad_rows(lse_BHT, T, 2, CLOSED), "delta": pad_rows(delta_BHT, T, 2)}
 
 
 def round_up(x: int, multiple: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -21,16 +22,16 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 from .gpu_blocks import (
     FEW_LOADS,
     LOG2E,
-    NEVER,
     UNSEEN,
+    Arrays,
     Options,
     edges,
     i32,
     keys_of,
-    pad_ids,
     pad_rows,
     round_up,
     segment_bounds,
+    unknown_zero,
 )
 
 ROWS = 64  # queries of a warpgroup: what one wgmma takes
@@ -39,13 +40,15 @@ TILE = ROWS * GROUPS
 WGMMA = plgpu.Layout.WGMMA
 OF_ROW, OF_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
 SHARED_MEMORY = 227 * 1024 - 2048  # bytes a block may have, less barriers
+FLOAT8_RANGE = 8.0  # probabilities up to 2**8, of float8's 448, so that small ones keep more of their bits
+FLOAT8_KEYS = 16  # of which `float8_left` changes the order
 
 
-def blocks(D: int, E: int, itemsize: int = 2) -> tuple[int, int]:
-    """(keys of a block, blocks in flight) for head sizes D and E: the most keys whose scores fit the registers beside
-    the accumulator, then as many blocks as fit the shared memory."""
-    keys = 128 if E <= 128 and D <= 128 else 64
-    fixed = TILE * (D + E) * itemsize if D != E else TILE * D * itemsize
+def blocks(D: int, E: int, itemsize: int = 2, bias: bool = False) -> tuple[int, int]:
+    """(keys of a block, blocks in flight) for head sizes D and E: the most keys whose scores, and bias, fit the
+    registers beside the accumulator, then as many blocks as fit the shared memory."""
+    keys = 128 if E <= 128 and D <= 128 and not bias else 64
+    fixed = TILE * D * itemsize + (TILE * E * 2 if D != E or itemsize == 1 else 0)
     stage = keys * (D + E) * itemsize + keys * 4
     return keys, min(4, (SHARED_MEMORY - fixed - TILE * 4) // stage)
 
@@ -60,43 +63,41 @@ def swizzled(width: int, dtype: Any) -> tuple[Any, Any]:
 def check(q: jax.Array, v: jax.Array) -> None:
     """Raises NotImplementedError for dtypes and head sizes that wgmma does not take here."""
     D, E = q.shape[3], v.shape[3]
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the Hopper kernel takes bfloat16 and float16, got {q.dtype}")
+    if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn):
+        raise NotImplementedError(f"the Hopper kernel takes bfloat16, float16 and float8, got {q.dtype}")
     if D % 16 or E % 16 or not (16 <= D <= 256 and 16 <= E <= 256):
         raise NotImplementedError(f"the Hopper kernel takes head sizes of 16, 32, ... 256, got {D} and {E}")
 
 
 def forward(
-    o: Options,
-    q_BTHD: jax.Array,
-    k_BSKD: jax.Array,
-    v_BSKE: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-    offset_B: jax.Array | None,
-    sinks_H: jax.Array | None,
+    o: Options, arrays: Arrays, q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKE: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(out_BTHE, lse_BTH)."""
     check(q_BTHD, v_BSKE)
+    true_E = v_BSKE.shape[3]
+    if o.scaled:
+        q_BTHD, k_BSKD, v_BSKE = (pad_rows(x, round_up(x.shape[3], 32), 3) for x in (q_BTHD, k_BSKD, v_BSKE))
     (B, T, H, D), E, dtype = q_BTHD.shape, v_BSKE.shape[3], q_BTHD.dtype
-    block, stages = blocks(D, E)
+    out_dtype = jnp.dtype(jnp.bfloat16) if o.scaled else dtype
+    block, stages = blocks(D, E, dtype.itemsize, o.bias)
     T_pad, S_pad = round_up(T, TILE), round_up(o.S, block)
-    q_BTHD = pad_rows(q_BTHD, T_pad)
-    k_BSKD, v_BSKE = pad_rows(k_BSKD, S_pad), pad_rows(v_BSKE, S_pad)
-    inputs: dict[str, jax.Array] = {"q": q_BTHD, "k": k_BSKD, "v": v_BSKE}
-    if segments is not None:
-        inputs["q_ids"], inputs["kv_ids"] = pad_ids(*segments, T_pad, S_pad)
+    inputs = {"q": pad_rows(q_BTHD, T_pad), "k": pad_rows(k_BSKD, S_pad), "v": pad_rows(v_BSKE, S_pad)}
+    if o.scaled:
+        inputs["v"] = turned(inputs["v"])
+    inputs |= arrays.padded(T_pad, S_pad)
+    if o.segments:
         inputs["bounds"] = segment_bounds(inputs["q_ids"], inputs["kv_ids"], TILE, block)
-    if offset_B is not None:
-        inputs["offset"] = offset_B.astype(jnp.int32)
-    if sinks_H is not None:
-        inputs["sinks"] = sinks_H.astype(jnp.float32)
     names = tuple(inputs)
 
     def body(*refs: Any) -> None:
         scratch = {
             "q": plgpu.SMEM((GROUPS, ROWS, D), dtype, transforms=swizzled(D, dtype)),
             "k": plgpu.SMEM((stages, block, D), dtype, transforms=swizzled(D, dtype)),
-            "v": plgpu.SMEM((stages, block, E), dtype, transforms=swizzled(E, dtype)),
+            "v": plgpu.SMEM(
+                (stages, E, block) if o.scaled else (stages, block, E),
+                dtype,
+                transforms=swizzled(block if o.scaled else E, dtype),
+            ),
             "lse": plgpu.SMEM((GROUPS, ROWS), jnp.float32),
             "q_ready": plgpu.Barrier(num_barriers=GROUPS),
             "k_ready": plgpu.Barrier(num_barriers=stages, num_arrivals=2 if o.segments else 1),
@@ -105,9 +106,9 @@ def forward(
             "v_free": plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
             "turn": plgpu.Barrier(num_arrivals=GROUPS),
         }
-        if D != E:
-            scratch["out"] = plgpu.SMEM((GROUPS, ROWS, E), dtype, transforms=swizzled(E, dtype))
-        if o.segments and (o.window is not None or o.bend is not None or E > 128):
+        if D != E or o.scaled:
+            scratch["out"] = plgpu.SMEM((GROUPS, ROWS, E), out_dtype, transforms=swizzled(E, out_dtype))
+        if o.segments and (o.window is not None or o.bend is not None or o.bias or E > 128):
             scratch["columns"] = plgpu.SMEM((GROUPS, block), jnp.int32)  # see `mask`: registers are short
         if o.segments:
             scratch["kv_ids"] = plgpu.SMEM((stages, block), jnp.int32)
@@ -123,7 +124,7 @@ def forward(
     out_BTHE, lse_BHT = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((B, T_pad, H, E), dtype),
+            jax.ShapeDtypeStruct((B, T_pad, H, E), out_dtype),
             jax.ShapeDtypeStruct((B, H, T_pad), jnp.float32),
         ),
         grid=(B, H, tiles),
@@ -132,7 +133,7 @@ def forward(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*inputs.values())
-    return out_BTHE[:, :T], jnp.swapaxes(lse_BHT[:, :, :T], 1, 2)
+    return out_BTHE[:, :T, :, :true_E], jnp.swapaxes(lse_BHT[:, :, :T], 1, 2)
 
 
 def _kernel(o: Options, block: int, stages: int, given: dict[str, Any], scratch: dict[str, Any]) -> None:
@@ -189,7 +190,8 @@ def _load_blocks(
         def _() -> None:
             plgpu.barrier_wait(scratch["v_free"].at[slot])
 
-        plgpu.copy_gmem_to_smem(given["v"].at[*keys, kv_head], scratch["v"].at[slot], scratch["v_ready"].at[slot])
+        values = given["v"].at[batch, kv_head, :, keys[1]] if o.scaled else given["v"].at[*keys, kv_head]
+        plgpu.copy_gmem_to_smem(values, scratch["v"].at[slot], scratch["v_ready"].at[slot])
 
 
 def _compute_group(
@@ -199,7 +201,7 @@ def _compute_group(
     low, own_low, full_low, full_high, own_high, high = spans
     q_smem = scratch["q"].at[group]
     rows = pl.ds(tile * i32(TILE) + group * i32(ROWS), ROWS)
-    E, dtype = given["v"].shape[3], given["v"].dtype
+    E, dtype = given["out"].shape[3], given["v"].dtype
     turn = scratch["turn"]
 
     def take_turn() -> None:
@@ -228,10 +230,11 @@ def _compute_group(
     def step(j: Any, carry: Any, masked: bool) -> Any:
         acc_qE, max_q, sum_q = carry
         slot = lax.rem(j - low, i32(stages))
+        bias_qs = tile_of_bias(given["bias"], batch, head, rows, pl.ds(j * i32(block), block)) if o.bias else None
         plgpu.barrier_wait(scratch["k_ready"].at[slot])
 
         def scores(acc_ref: Any) -> Any:
-            own = scratch["q"].at[group + lax.div(j, i32(NEVER))] if crowded else q_smem
+            own = scratch["q"].at[group + unknown_zero()] if crowded else q_smem
             plgpu.wgmma(acc_ref, own, plgpu.transpose_ref(scratch["k"].at[slot], (1, 0)))
             take_turn()
             return acc_ref[...]
@@ -241,8 +244,12 @@ def _compute_group(
         if o.segments:
             kv_ids_s = read(scratch["kv_ids"].at[slot], OF_COLUMN)
         plgpu.barrier_arrive(scratch["k_free"].at[slot])
+        if o.scaled:
+            x_qs = x_qs * given["qk_scale"][head]
         if o.bend is not None:
             x_qs = tanh(x_qs * o.bend)
+        if bias_qs is not None:
+            x_qs = o.biased(x_qs, bias_qs)
         if masked:
             columns_s = None
             if crowded:
@@ -251,19 +258,21 @@ def _compute_group(
             left = i32(o.S) - j * i32(block) if o.S % block else None
             x_qs = jnp.where(mask(o, lead, left, x_qs.shape, (q_ids_q, kv_ids_s), columns_s), x_qs, UNSEEN)
         # The maximum is kept in units of log2, so that the exponent is one multiplication-and-addition.
-        new_max_q = jnp.maximum(max_q, x_qs.max(axis=1) * o.base2)
+        highest_q = x_qs.max(axis=1) * o.base2
+        new_max_q = jnp.maximum(max_q, highest_q - FLOAT8_RANGE if o.scaled else highest_q)
         decay_q = jnp.exp2(max_q - new_max_q)
         p_qs = jnp.exp2(x_qs * o.base2 - lax.broadcast_in_dim(new_max_q, x_qs.shape, [0]))
         acc_qE = acc_qE * lax.broadcast_in_dim(decay_q, acc_qE.shape, [0])
         sum_q = sum_q * decay_q + p_qs.sum(axis=1)
-        p16_qs = p_qs.astype(dtype)
-        acc_qE, sum_q, new_max_q, p16_qs = lax.optimization_barrier((acc_qE, sum_q, new_max_q, p16_qs))
+        p_qs = float8_left(p_qs) if o.scaled else p_qs.astype(dtype)
+        acc_qE, sum_q, new_max_q, p_qs = lax.optimization_barrier((acc_qE, sum_q, new_max_q, p_qs))
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(scratch["v_ready"].at[slot])
         plgpu.barrier_wait(turn)
 
         def add_values(acc_ref: Any) -> None:
-            plgpu.wgmma(acc_ref, p16_qs, scratch["v"].at[slot])
+            v_smem = scratch["v"].at[slot]
+            plgpu.wgmma(acc_ref, p_qs, plgpu.transpose_ref(v_smem, (1, 0)) if o.scaled else v_smem)
 
         acc_qE = pl.run_state(add_values)(ACC.init(acc_qE))
         plgpu.barrier_arrive(scratch["v_free"].at[slot])
@@ -298,8 +307,10 @@ def _compute_group(
     # A row that saw nothing has counted masked scores as exp(0): its maximum tells.
     seen_q = max_q > UNSEEN * o.base2 * 0.5
     norm_q = jnp.where(seen_q, 1.0 / jnp.where(seen_q, sum_q, 1.0), 0.0)
+    if o.scaled:
+        norm_q = norm_q * given["v_scale"][head]
     out_smem = scratch["out"].at[group] if "out" in scratch else q_smem
-    out_smem[...] = (acc_qE * lax.broadcast_in_dim(norm_q, acc_qE.shape, [0])).astype(dtype)
+    out_smem[...] = (acc_qE * lax.broadcast_in_dim(norm_q, acc_qE.shape, [0])).astype(given["out"].dtype)
     lse_q = max_q * (1 / LOG2E) + jnp.log(jnp.where(seen_q, sum_q, 1.0))
     scratch["lse"].at[group][...] = jnp.where(seen_q, lse_q, -jnp.inf)
     plgpu.commit_smem()
@@ -312,6 +323,48 @@ def read(ref: Any, layout: Any) -> jax.Array:
     """What a reference holds, as a vector that is laid out as the rows or columns of a product."""
     index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # JAX 0.10 wants one
     return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def tile_of_bias(bias: Any, batch: Any, head: Any, rows: Any, columns: Any, layout: Any = WGMMA) -> jax.Array:
+    """From global memory into registers, as it is kept; the bias may be all batch rows' or all heads'."""
+    batch, head = (i32(0) if n == 1 else at for n, at in zip(bias.shape[:2], (batch, head), strict=True))
+    return read(bias.at[batch, head, rows, columns], layout)
+
+
+def turned(v_BSKE: jax.Array) -> jax.Array:
+    """[B, K, E, S]: values with the keys last, as wgmma wants those of 8 bits, and these in the order of
+    `float8_left`."""
+    (B, S, K, E), n = v_BSKE.shape, FLOAT8_KEYS
+    of_keys = v_BSKE.reshape(B, S // n, 2, 4, 2, K, E)
+    return of_keys.transpose(0, 5, 6, 1, 3, 2, 4).reshape(B, K, E, S)
+
+
+def float8_left(p_qs: jax.Array) -> jax.Array:
+    """A product's result in float8 as the left side of the next, with the keys in another order: a thread holds numbers
+    2c, 2c + 1, 2c + 8, 2c + 9 of 16 columns and is to hold 4c ... 4c + 3, so that is what they are called, and nothing
+    moves (as in FlashAttention-3)."""
+    from jax.experimental.mosaic import gpu as mgpu  # jaxlib may have been built without
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+
+    of_kernel: Any = plgpu.inline_mgpu(
+        arg_types=(WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct(p_qs.shape, jnp.float8_e4m3fn, layout=plgpu.Layout.WGMMA_8BIT),
+    )
+
+    @of_kernel
+    def float8_left(_: Any, x: Any) -> Any:
+        x = x.astype(ir.Float8E4M3FNType.get())
+        layout = plgpu.Layout.WGMMA_8BIT.to_mgpu()
+        pairs = x.registers.reshape(-1, 2, 2)  # groups of 16 columns, their halves, the rows r and r + 8
+        fours = np.empty((len(pairs), 2), dtype=object)
+        for at in np.ndindex(*fours.shape):
+            fours[at] = utils.vector_concat([pairs[at[0], 0, at[1]], pairs[at[0], 1, at[1]]])
+        return mgpu.FragmentedArray(
+            _registers=fours.reshape(layout.registers_shape(x.shape)), _layout=layout, _is_signed=None
+        )
+
+    return float8_left(p_qs)
 
 
 def tanh(x: jax.Array) -> jax.Array:

@@ -22,62 +22,57 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 
 from .gpu_blocks import (
-    CLOSED,
     FEW_LOADS,
-    LOG2E,
     MANY_LOADS,
-    NEVER,
+    Arrays,
     Options,
     edges,
     i32,
     keys_of,
-    pad_ids,
+    of_rows,
     pad_rows,
     queries_of,
     round_up,
     segment_bounds,
+    unknown_zero,
 )
-from .hopper import GROUPS, OF_COLUMN, OF_ROW, ROWS, TILE, WGMMA, check, mask, read, swizzled, tanh
+from .hopper import GROUPS, OF_COLUMN, OF_ROW, ROWS, TILE, WGMMA, check, mask, read, swizzled, tanh, tile_of_bias
 
 STAGES = 2  # blocks in flight
 SHARED_MEMORY = 226 * 1024  # bytes that a block's arrays may take
 
 
-def key_block(D: int, E: int) -> int:
-    """Keys of a block of the dq kernel: the most whose tiles fit the registers."""
-    return 128 if max(D, E) <= 64 else 64
+def key_block(o: Options, D: int, E: int) -> int:
+    """Keys of a block of the dq kernel: the most whose tiles (one more, where scores are bent) fit the registers."""
+    return 128 if max(D, E) <= 64 and o.bend is None else 64
 
 
 def backward(
     o: Options,
+    arrays: Arrays,
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,
     v_BSKE: jax.Array,
     d_out_BTHE: jax.Array,
     lse_BTH: jax.Array,
     delta_BTH: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-    offset_B: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq_BTHD, dk_BSKD, dv_BSKE) in float32."""
     check(q_BTHD, v_BSKE)
+    if o.bias and o.segments and max(q_BTHD.shape[3], v_BSKE.shape[3]) > 192:
+        raise NotImplementedError("a bias, segments and heads over 192 together need more registers than there are")
     T_pad, S_pad = round_up(q_BTHD.shape[1], TILE), round_up(o.S, TILE)
-    seen = lse_BTH > -jnp.inf
-    rows = {"lse": jnp.where(seen, lse_BTH * LOG2E, CLOSED), "delta": jnp.where(seen, delta_BTH, 0.0)}
     given = {
         "q": pad_rows(q_BTHD, T_pad),
         "k": pad_rows(k_BSKD, S_pad),
         "v": pad_rows(v_BSKE, S_pad),
         "d_out": pad_rows(d_out_BTHE, T_pad),
-        "lse": pad_rows(jnp.swapaxes(rows["lse"], 1, 2), T_pad, 2, CLOSED),
-        "delta": pad_rows(jnp.swapaxes(rows["delta"], 1, 2), T_pad, 2),
+        **of_rows(lse_BTH, delta_BTH, T_pad),
+        **arrays.padded(T_pad, S_pad),
     }
-    if segments is not None:
-        given["q_ids"], given["kv_ids"] = pad_ids(*segments, T_pad, S_pad)
-    if offset_B is not None:
-        given["offset"] = offset_B.astype(jnp.int32)
-    dk_BSKD, dv_BSKE = _keys_gradient(o, dict(given))
-    return _queries_gradient(o, dict(given))[:, : o.T], dk_BSKD[:, : o.S], dv_BSKE[:, : o.S]
+    of_keys = {**given, "bias": jnp.swapaxes(given["bias"], 2, 3)} if o.bias else dict(given)
+    dk_BSKD, dv_BSKE = _keys_gradient(o, of_keys)
+    return _queries_gradient(o, given)[:, : o.T], dk_BSKD[:, : o.S], dv_BSKE[:, : o.S]
 
 
 def _launch(
@@ -106,13 +101,15 @@ def _launch(
     )(*given.values())
 
 
-def _probabilities(o: Options, x: Any, lse: Any, axis: int) -> tuple[Any, Any]:
-    """(p, what d score is multiplied by beside p, or None), from the products x and one log-sum-exp a query."""
+def _probabilities(o: Options, x: Any, lse: Any, axis: int, bias: Any) -> tuple[Any, Any]:
+    """(p, what d score is multiplied by beside p, or None), from the products x, one log-sum-exp a query, and what
+    reads a bias, or None."""
     slope = None
     if o.bend is not None:
         x = tanh(x * o.bend)
         slope = 1.0 - x * x
-    return jnp.exp2(x * o.base2 - lax.broadcast_in_dim(lse, x.shape, [axis])), slope
+    exponent = x * o.to_base2 if bias is None else o.biased(x, bias())
+    return jnp.exp2(exponent - lax.broadcast_in_dim(lse, x.shape, [axis])), slope
 
 
 def _accumulate(*products: tuple[Any, Any, Any]) -> list[Any]:
@@ -142,7 +139,7 @@ def _pair(weights: Any, start_dp: Any, shape: tuple[int, int], together: bool) -
 
 def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
     (B, T, H, D), E, dtype = given["q"].shape, given["v"].shape[3], given["q"].dtype
-    block = key_block(D, E)
+    block = key_block(o, D, E)
     if o.segments:
         given["bounds"] = segment_bounds(given["q_ids"], given["kv_ids"], TILE, block)
     # With head size 256 there is room for two blocks of keys, and one of values.
@@ -224,7 +221,7 @@ def _compute_queries(
     if o.segments:
         q_ids_q = read(given["q_ids"].at[batch, rows], OF_ROW)
     scratch["columns"].at[group][...] = plgpu.broadcasted_iota(jnp.int32, (block,), 0, layout=OF_COLUMN)
-    crowded = D > 128 or o.segments or o.window is not None or o.bend is not None
+    crowded = D > 128 or o.segments or o.window is not None or o.bend is not None or o.bias
     plgpu.barrier_wait(ready)
 
     def masked(p_qs: Any, j: Any, slot: Any) -> Any:
@@ -236,10 +233,13 @@ def _compute_queries(
         left = i32(o.S) - j * i32(block) if o.S % block else None
         return jnp.where(mask(o, lead, left, p_qs.shape, (q_ids_q, kv_ids_s), columns_s), p_qs, 0.0)
 
+    def bias_of(j: Any) -> Any:
+        return lambda: tile_of_bias(given["bias"], batch, head, rows, pl.ds(j * i32(block), block))
+
     def step(j: Any, dq_qD: Any) -> Any:
         slot, v_slot = (lax.rem(j - low, i32(stages[name])) for name in "kv")
         k_smem, v_smem = scratch["k"].at[slot], scratch["v"].at[v_slot]
-        own = group + lax.div(j, i32(NEVER)) if crowded else group
+        own = group + unknown_zero() if crowded else group
         q_smem, d_out_smem = scratch["q"].at[own], scratch["d_out"].at[own]
 
         def start_dp(dp_ref: Any) -> None:
@@ -252,7 +252,7 @@ def _compute_queries(
             for dp_ref in dp_refs:
                 start_dp(dp_ref)
             x_qs = plgpu.wgmma_accumulator_load(x_ref, wait_n=len(dp_refs))
-            p_qs, slope_qs = _probabilities(o, x_qs, lse_q, 0)
+            p_qs, slope_qs = _probabilities(o, x_qs, lse_q, 0, bias_of(j) if o.bias else None)
             if o.segments:
                 p_qs = masked(p_qs, j, slot)
             elif edges(o, block):
@@ -360,7 +360,8 @@ def _compute_keys(
     columns_k, columns_v = (pl.ds(group * i32(w) if shared else 0, w) for w in (width_k, width_v))
     keys, shape = pl.ds(key, ROWS), (ROWS, ROWS)
     # Masks and bends need registers, of which two accumulators of 64 x 128 leave enough for one more tile in flight.
-    crowded = width_k + width_v > 192 and (shared or o.segments or o.window is not None or o.bend is not None)
+    wide = width_k + width_v > (128 if o.bias else 192)
+    crowded = wide and (shared or o.segments or o.window is not None or o.bend is not None or o.bias)
     kv_ids_s = None
     if o.segments:
         kv_ids_s = read(given["kv_ids"].at[batch, keys], OF_ROW)
@@ -382,6 +383,10 @@ def _compute_keys(
     # no mask: the ones pass nothing, and of the others nothing is kept.
     first_full, first_edge, end = ((edge - low) * i32(o.G) for edge in (full_low, full_high, high))
 
+    def bias_of(count: Any) -> Any:
+        head, i = kv_head * i32(o.G) + lax.rem(count, i32(o.G)), low + lax.div(count, i32(o.G))
+        return lambda: tile_of_bias(given["bias"], batch, head, keys, pl.ds(i * i32(ROWS), ROWS))
+
     def step(count: Any, carry: Any) -> Any:
         dk_sD, dv_sE = carry
         if o.window is not None:
@@ -390,9 +395,7 @@ def _compute_keys(
             on_edge = count < first_full if o.causal else None
         slot = lax.rem(count, i32(STAGES))
         q_smem, d_out_smem = scratch["q"].at[slot], scratch["d_out"].at[slot]
-        # Where the registers are full, the place of the keys seems to depend on the step, so that the 16 descriptors of
-        # its parts are computed in each step and not kept: NEVER steps are 67 million queries.
-        own = pl.ds(first_own + (lax.div(count, i32(NEVER)) * i32(ROWS) if crowded else i32(0)), ROWS)
+        own = pl.ds(first_own + (unknown_zero() * i32(ROWS) if wide else i32(0)), ROWS)
         k_smem, v_smem = scratch["k"].at[own], scratch["v"].at[own]
 
         def start_dp(dp_ref: Any) -> None:
@@ -406,7 +409,7 @@ def _compute_keys(
                 start_dp(dp_ref)
             x_sq = plgpu.wgmma_accumulator_load(x_ref, wait_n=len(dp_refs))
             lse_q = read(scratch["lse"].at[slot], OF_COLUMN)
-            p_sq, slope_sq = _probabilities(o, x_sq, lse_q, 1)
+            p_sq, slope_sq = _probabilities(o, x_sq, lse_q, 1, bias_of(count) if o.bias else None)
             if o.segments:
                 p_sq = masked(p_sq, count, slot)
             elif on_edge is not None:

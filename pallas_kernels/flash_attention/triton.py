@@ -16,14 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from .gpu_blocks import (
-    CLOSED,
     LOG2E,
     UNSEEN,
+    Arrays,
     Options,
     edges,
     i32,
     keys_of,
-    pad_ids,
+    of_rows,
     pad_rows,
     queries_of,
     round_up,
@@ -41,32 +41,26 @@ def blocks(D: int, E: int, itemsize: int, backward: bool) -> tuple[int, int, int
 
 def check(q: jax.Array, v: jax.Array) -> None:
     """Raises NotImplementedError for dtypes and head sizes that these kernels do not take."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise NotImplementedError(f"the Triton kernel takes bfloat16, float16 and float32, got {q.dtype}")
+    if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float8_e4m3fn):
+        raise NotImplementedError(f"the Triton kernel takes bfloat16, float16, float32 and float8, got {q.dtype}")
     if max(q.shape[3], v.shape[3]) > 256:
         raise NotImplementedError(f"the Triton kernel takes head sizes up to 256, got {q.shape[3]} and {v.shape[3]}")
 
 
 def forward(
-    o: Options,
-    q_BTHD: jax.Array,
-    k_BSKD: jax.Array,
-    v_BSKE: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-    offset_B: jax.Array | None,
-    sinks_H: jax.Array | None,
+    o: Options, arrays: Arrays, q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKE: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(out_BTHE, lse_BTH)."""
     check(q_BTHD, v_BSKE)
+    if o.scaled:  # float8 is exact in bfloat16
+        q_BTHD, k_BSKD, v_BSKE = (x.astype(jnp.bfloat16) for x in (q_BTHD, k_BSKD, v_BSKE))
     T, E = q_BTHD.shape[1], v_BSKE.shape[3]
     of_tile = blocks(q_BTHD.shape[3], E, q_BTHD.dtype.itemsize, False)
-    given = _padded(o, of_tile, {"q": q_BTHD, "k": k_BSKD, "v": v_BSKE}, segments, offset_B)
-    if sinks_H is not None:
-        given["sinks"] = sinks_H.astype(jnp.float32)
+    given = _padded(o, of_tile, {"q": q_BTHD, "k": k_BSKD, "v": v_BSKE}, arrays)
     if o.segments:
         given["bounds"] = segment_bounds(given["q_ids"], given["kv_ids"], *of_tile[:2])
     (B, T_pad, H, _), E_pad = given["q"].shape, given["v"].shape[3]
-    outs = {
+    outs = {  # of float8, what it was widened to
         "out": jax.ShapeDtypeStruct((B, T_pad, H, E_pad), q_BTHD.dtype),
         "lse": jax.ShapeDtypeStruct((B, H, T_pad), jnp.float32),
     }
@@ -76,26 +70,21 @@ def forward(
 
 def backward(
     o: Options,
+    arrays: Arrays,
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,
     v_BSKE: jax.Array,
     d_out_BTHE: jax.Array,
     lse_BTH: jax.Array,
     delta_BTH: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-    offset_B: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq_BTHD, dk_BSKD, dv_BSKE) in float32."""
     check(q_BTHD, v_BSKE)
     (_, T, _, D), E = q_BTHD.shape, v_BSKE.shape[3]
     of_tile = blocks(D, E, q_BTHD.dtype.itemsize, True)
-    arrays = {"q": q_BTHD, "k": k_BSKD, "v": v_BSKE, "d_out": d_out_BTHE}
-    given = _padded(o, of_tile, arrays, segments, offset_B)
+    given = _padded(o, of_tile, {"q": q_BTHD, "k": k_BSKD, "v": v_BSKE, "d_out": d_out_BTHE}, arrays)
     (B, T_pad, H, D_pad), (_, S_pad, K, E_pad) = given["q"].shape, given["v"].shape
-    seen = lse_BTH > -jnp.inf
-    lse_BHT = jnp.swapaxes(jnp.where(seen, lse_BTH * LOG2E, CLOSED), 1, 2)
-    given["lse"] = pad_rows(lse_BHT, T_pad, 2, CLOSED)
-    given["delta"] = pad_rows(jnp.swapaxes(jnp.where(seen, delta_BTH, 0.0), 1, 2), T_pad, 2)
+    given |= of_rows(lse_BTH, delta_BTH, T_pad)
     of_keys = dict(given)
     if o.segments:
         given["bounds"] = segment_bounds(given["q_ids"], given["kv_ids"], *of_tile[:2])
@@ -111,20 +100,71 @@ def backward(
     return dq[:, :T, :, :D], dk[:, : o.S, :, :D], dv[:, : o.S, :, :E]
 
 
-def _padded(o: Options, of_tile: Any, arrays: Any, segments: Any, offset_B: Any) -> dict[str, jax.Array]:
+def bias_gradient(
+    o: Options,
+    arrays: Arrays,
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKE: jax.Array,
+    d_out_BTHE: jax.Array,
+    lse_BTH: jax.Array,
+    delta_BTH: jax.Array,
+) -> jax.Array:
+    """Of the bias alone, in float32 and its own shape, whichever kernels make the other gradients."""
+    check(q_BTHD, v_BSKE)
+    of_tile = blocks(q_BTHD.shape[3], v_BSKE.shape[3], q_BTHD.dtype.itemsize, True)
+    given = _padded(o, of_tile, {"q": q_BTHD, "k": k_BSKD, "v": v_BSKE, "d_out": d_out_BTHE}, arrays)
+    given |= of_rows(lse_BTH, delta_BTH, given["q"].shape[1])
+    # A program adds up a tile over the rows and heads that share it.
+    block_q, block_k, warps = of_tile
+    names, bias = tuple(given), given["bias"]
+    (own_B, own_H, T, S), (B, _, H, _) = bias.shape, given["q"].shape
+    shared_H = H // own_H
+
+    def kernel(*refs: Any) -> None:
+        of_name = dict(zip((*names, "d_bias"), refs, strict=True))
+        i, j = pl.program_id(0), pl.program_id(1)
+        b, h = lax.div(pl.program_id(2), i32(own_H)), lax.rem(pl.program_id(2), i32(own_H))
+        rows, keys = pl.ds(i * block_q, block_q), pl.ds(j * block_k, block_k)
+        bias_qs = of_name["bias"][b, h, rows, keys]
+
+        def add(n: Any, sum_qs: Any) -> Any:
+            # Exactly one of the two goes on where one is shared.
+            at_b, at_h = b + lax.div(n, i32(shared_H)), h + lax.rem(n, i32(shared_H))
+            kv = lax.div(at_h, i32(o.G))
+            q_qD, k_sD = of_name["q"][at_b, rows, at_h, :], of_name["k"][at_b, keys, kv, :]
+            first_q = i * block_q + (i32(o.offset) if o.offset is not None else of_name["offset"][at_b])
+            ids = (of_name["q_ids"][at_b, rows], of_name["kv_ids"][at_b, keys]) if o.segments else None
+            sees = _mask(o, first_q, j * block_k, (block_q, block_k), ids)
+            p_qs, _ = _weights(o, _dot(q_qD, k_sD, 1, 1), of_name["lse"][at_b, at_h, rows], sees, bias_qs)
+            dp_qs = _dot(of_name["d_out"][at_b, rows, at_h, :], of_name["v"][at_b, keys, kv, :], 1, 1)
+            return sum_qs + p_qs * (dp_qs - of_name["delta"][at_b, at_h, rows][:, None])  # it is added after the bend
+
+        zeros = jnp.zeros((block_q, block_k), jnp.float32)
+        count = jnp.int32(B // own_B * shared_H)
+        if o.offset is not None and o.causal:  # nobody sees what is above the diagonal
+            count = jnp.where(j * block_k > i * block_q + (block_q - 1 + o.offset), 0, count)
+        of_name["d_bias"][b, h, rows, keys] = lax.fori_loop(0, count, add, zeros)
+
+    d_bias = pl.pallas_call(
+        kernel,
+        grid=(T // block_q, S // block_k, own_B * own_H),
+        out_shape=jax.ShapeDtypeStruct(bias.shape, jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
+        name="flash_attention_dbias",
+    )(*given.values())
+    return d_bias[:, :, : o.T, : o.S]
+
+
+def _padded(o: Options, of_tile: Any, inputs: dict[str, jax.Array], arrays: Arrays) -> dict[str, jax.Array]:
     """Whole blocks of queries and keys, and head sizes that are powers of two, as Triton wants them."""
     block_q, block_k, _ = of_tile
     T, S = round_up(o.T, block_q), round_up(o.S, block_k)
     given = {}
-    for name, x in arrays.items():
+    for name, x in inputs.items():
         x = pad_rows(x, T if name in ("q", "d_out") else S)
         given[name] = pad_rows(x, max(16, pl.next_power_of_2(x.shape[3])), 3)
-    if segments is not None:
-        q_ids, kv_ids = segments
-        given["q_ids"], given["kv_ids"] = pad_ids(q_ids, kv_ids, T, S)
-    if offset_B is not None:
-        given["offset"] = offset_B.astype(jnp.int32)
-    return given
+    return given | arrays.padded(T, S)
 
 
 def _launch(
@@ -141,8 +181,12 @@ def _launch(
     def spec(which: str, x: Any) -> pl.BlockSpec:
         if which in ("q_ids", "kv_ids"):
             return pl.BlockSpec((None, x.shape[1]), lambda i, h, b: (b, 0))
-        if which in ("offset", "sinks"):
+        if which in ("offset", "sinks", "qk_scale", "v_scale"):
             return pl.BlockSpec((1,), (lambda i, h, b: (b,)) if which == "offset" else (lambda i, h, b: (h,)))
+        if which == "bias":
+            own_B, own_H = (n > 1 for n in x.shape[:2])
+            kept = None if over_queries or not own_H else o.G
+            return pl.BlockSpec((None, kept, *x.shape[2:]), lambda i, h, b: (b * own_B, h * own_H, 0, 0))
         if which == "bounds":
             return pl.BlockSpec((None, x.shape[1], 2), lambda i, h, b: (b, 0, 0))
         of_head = of_kv_head if which in ("k", "v", "dk", "dv") else of_query_head
@@ -229,7 +273,10 @@ def _forward_tile(o: Options, of_tile: Any, refs: Any, i: Any) -> None:
     def step(j: Any, carry: Any, masked: bool) -> Any:
         acc_qE, max_q, sum_q = carry
         keys = pl.ds(j * block_k, block_k)
-        x_qs = _bent(o, _dot(q_qD, refs["k"][keys, :], 1, 1))
+        x_qs = _dot(q_qD, refs["k"][keys, :], 1, 1)
+        x_qs = _bent(o, x_qs * refs["qk_scale"][0] if o.scaled else x_qs)
+        if o.bias:
+            x_qs = o.biased(x_qs, refs["bias"][rows, keys])
         if masked:
             ids = (q_ids, refs["kv_ids"][keys]) if o.segments else None
             x_qs = jnp.where(_mask(o, first_q, j * block_k, x_qs.shape, ids), x_qs, UNSEEN)
@@ -254,14 +301,17 @@ def _forward_tile(o: Options, of_tile: Any, refs: Any, i: Any) -> None:
     seen_q = max_q > UNSEEN * o.base2 * 0.5
     norm_q = jnp.where(seen_q, sum_q, 1.0)
     out_qE = jnp.where(seen_q[:, None], acc_qE / norm_q[:, None], 0.0)
+    if o.scaled:
+        out_qE = out_qE * refs["v_scale"][0]
     refs["out"][rows, :] = out_qE.astype(refs["out"].dtype)
     refs["lse"][rows] = jnp.where(seen_q, max_q * (1 / LOG2E) + jnp.log(norm_q), -jnp.inf)
 
 
-def _weights(o: Options, x_qs: jax.Array, lse_q: jax.Array, sees: Any) -> tuple[jax.Array, jax.Array]:
+def _weights(o: Options, x_qs: jax.Array, lse_q: jax.Array, sees: Any, bias_qs: Any) -> tuple[jax.Array, jax.Array]:
     """(p, p times what the bend multiplies a gradient by)."""
     x_qs = _bent(o, x_qs)
-    p_qs = jnp.exp2(x_qs * o.base2 - lse_q[:, None])
+    exponent_qs = x_qs * o.to_base2 if bias_qs is None else o.biased(x_qs, bias_qs)
+    p_qs = jnp.exp2(exponent_qs - lse_q[:, None])
     p_qs = p_qs if sees is None else jnp.where(sees, p_qs, 0.0)
     return p_qs, p_qs if o.bend is None else p_qs * (1.0 - x_qs * x_qs)
 
@@ -281,7 +331,8 @@ def _queries_tile(o: Options, of_tile: Any, refs: Any, i: Any) -> None:
         if masked:
             ids = (q_ids, refs["kv_ids"][keys]) if o.segments else None
             sees = _mask(o, first_q, j * block_k, (block_q, block_k), ids)
-        _, w_qs = _weights(o, _dot(q_qD, k_sD, 1, 1), lse_q, sees)
+        bias_qs = refs["bias"][rows, keys] if o.bias else None
+        _, w_qs = _weights(o, _dot(q_qD, k_sD, 1, 1), lse_q, sees, bias_qs)
         ds_qs = w_qs * (_dot(d_out_qE, refs["v"][keys, :], 1, 1) - delta_q[:, None])
         return dq_qD + _dot(ds_qs.astype(k_sD.dtype), k_sD, 1, 0)
 
@@ -306,7 +357,10 @@ def _keys_tile(o: Options, of_tile: Any, refs: Any, j: Any) -> None:
         if masked:
             ids = (refs["q_ids"][rows], kv_ids) if o.segments else None
             sees = _mask(o, i * block_q + offset, j * block_k, (block_q, block_k), ids)
-        p_qs, w_qs = _weights(o, _dot(q_qD, k_sD, 1, 1), refs["lse"][g, rows], sees)
+        bias_qs = None
+        if o.bias:
+            bias_qs = refs["bias"][rows, keys] if refs["bias"].ndim == 2 else refs["bias"][g, rows, keys]
+        p_qs, w_qs = _weights(o, _dot(q_qD, k_sD, 1, 1), refs["lse"][g, rows], sees, bias_qs)
         ds_qs = w_qs * (_dot(d_out_qE, v_sE, 1, 1) - refs["delta"][g, rows][:, None])
         dv_sE = dv_sE + _dot(p_qs.astype(d_out_qE.dtype), d_out_qE, 0, 0)
         return dk_sD + _dot(ds_qs.astype(q_qD.dtype), q_qD, 0, 0), dv_sE

@@ -4,6 +4,7 @@
 |---|---|---|
 | H100, H200 | `gpu_hopper.py`, `gpu_hopper_dweight.py` (Mosaic GPU) | bfloat16, float16; I and O multiples of 64 |
 | H100, H200 | `../quantized_matmul/gpu_hopper.py` | the same with quantised weights, but for zero points |
+| B200, GB200 | `gpu_blackwell.py` (Mosaic GPU) | as `gpu_hopper.py`; the gradient of weights from 128 outputs on |
 | any | `gpu_triton.py`, `../quantized_matmul/gpu_triton.py` | and float32, quantised weights, any sizes |
 
 The gradient of rows takes quantised weights as floats, all of them in memory (training over quantised experts).
@@ -18,7 +19,7 @@ import jax
 
 from ..chips import target_chip
 from ..quantized_matmul import QuantizedWeight, dequantize
-from ..quantized_matmul.gpu import HOPPER, check_platform, check_rows
+from ..quantized_matmul.gpu import BLACKWELL, HOPPER, check_platform, check_rows
 
 
 def grouped_matmul(x_NI: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array) -> jax.Array:
@@ -40,12 +41,17 @@ def grouped_matmul_dweight(x_NI: jax.Array, dy_NO: jax.Array, sizes_G: jax.Array
 
         return dweight(x_NI, dy_NO, sizes_G)
 
+    def blackwell() -> jax.Array:
+        from .gpu_blackwell import dweight
+
+        return dweight(x_NI, dy_NO, sizes_G)
+
     def triton() -> jax.Array:
         from .gpu_triton import dweight
 
         return dweight(x_NI, dy_NO, sizes_G)
 
-    return _first(hopper, triton)
+    return _first({"hopper": hopper, "blackwell": blackwell, "triton": triton})
 
 
 def _product(x_NA: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: jax.Array, contract: int) -> jax.Array:
@@ -61,19 +67,29 @@ def _product(x_NA: jax.Array, weight_GOI: jax.Array | QuantizedWeight, sizes_G: 
 
         return product(x_NA, weight_GOI, sizes_G, contract)
 
+    def blackwell() -> jax.Array:
+        if isinstance(weight_GOI, QuantizedWeight):
+            raise NotImplementedError("the Blackwell kernel takes weights of 16 bits")
+        from .gpu_blackwell import product
+
+        return product(x_NA, weight_GOI, sizes_G, contract)
+
     def triton() -> jax.Array:
         from ..quantized_matmul.gpu_triton import product
 
         return product(x_NA, weight_GOI, sizes_E=sizes_G, contract=contract)
 
-    return _first(hopper, triton)
+    return _first({"hopper": hopper, "blackwell": blackwell, "triton": triton})
 
 
-def _first(hopper: Callable[[], jax.Array], triton: Callable[[], jax.Array]) -> jax.Array:
-    """Of the first kernel that does not refuse."""
-    reasons = []
-    for name, run in (("hopper", hopper), ("triton", triton)):
-        if name == "hopper" and target_chip() not in HOPPER:
+CHIPS = {"hopper": HOPPER, "blackwell": BLACKWELL}
+
+
+def _first(kernels: dict[str, Callable[[], jax.Array]]) -> jax.Array:
+    """Of the first kernel that is for the chip and does not refuse."""
+    reasons, chip = [], target_chip()
+    for name, run in kernels.items():
+        if name in CHIPS and chip not in CHIPS[name]:
             continue
         try:
             return run()

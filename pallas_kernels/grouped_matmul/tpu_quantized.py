@@ -17,14 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..float8 import to_bfloat16
 from ..quantized_matmul import QuantizedWeight
 from ..quantized_matmul.formats import FLOAT8, PACKED, expand
+from ..quantized_matmul.tpu_codes import UNITS, on_the_way, spread
 
 LANES = 256  # outputs that are made floats at a time
-# Each byte's top bit, its upper half, and the bits of e2m1 without the sign where float8 has them: as int32.
-TOP, HIGH, E2M1 = 0x80808080 - (1 << 32), 0xF0F0F0F0 - (1 << 32), 0x1C1C1C1C
-# What the numbers that the bits stand for then are too large or small by.
-UNITS = {"int4": 2.0**-4, "mxfp4": 2.0**6}
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def fill(kept: Kept, values_ref: Any, scales_ref: Any, floats_ref: Any) -> None:
     def some(first: Any) -> None:
         own = pl.ds(first, lanes)
         if kept.size is None and kept.per_byte == 1:
-            floats_ref[:, own] = values_ref[0, :, own].astype(floats_ref.dtype)
+            floats_ref[:, own] = _floats(values_ref[0, :, own]).astype(floats_ref.dtype)
             return
         scales = None
         if kept.size is not None:
@@ -92,9 +90,12 @@ def fill(kept: Kept, values_ref: Any, scales_ref: Any, floats_ref: Any) -> None:
             rows = min(step, floats_ref.shape[0] - start)
             codes = values_ref[0, start // kept.per_byte : (start + rows) // kept.per_byte, own]
             if kept.per_byte == 1:
-                parts = [codes.astype(jnp.float32)]
+                parts = [_floats(codes).astype(jnp.float32)]
             else:
-                parts = [half.astype(jnp.float32) for half in _spread(kept.format, pltpu.bitcast(codes, jnp.int32))]
+                parts = [
+                    half.astype(jnp.float32)
+                    for half in spread(kept.format, pltpu.bitcast(codes, jnp.int32), on_the_way(kept.format))
+                ]
             parts = [_scaled(part, kept, scales, start) for part in parts]
             floats = parts[0].astype(floats_ref.dtype) if len(parts) == 1 else _interleave(*parts)
             floats_ref[start : start + rows, own] = floats
@@ -108,9 +109,13 @@ def fill(kept: Kept, values_ref: Any, scales_ref: Any, floats_ref: Any) -> None:
     lax.fori_loop(0, width // lanes, turn, None)
 
 
+def _floats(x: jax.Array) -> jax.Array:
+    return to_bfloat16(x) if x.dtype == FLOAT8 else x
+
+
 def _scaled(part: jax.Array, kept: Kept, scales: list[jax.Array] | None, start: int) -> jax.Array:
     """Inputs from `start` on, of which `per_byte` share a row."""
-    unit = UNITS.get(kept.format, 1.0)
+    unit = UNITS.get((kept.format, on_the_way(kept.format)), 1.0)
     if scales is None or kept.size is None:
         return part * unit
     rows, size = part.shape[0], kept.size // kept.per_byte
@@ -124,20 +129,9 @@ def _scaled(part: jax.Array, kept: Kept, scales: list[jax.Array] | None, start: 
     return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=0)
 
 
-def _spread(form: str, words: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Low and high four bits of each byte as 8-bit numbers, 1 / UNITS of what they mean."""
-    if form == "int4":
-        return pltpu.bitcast(((words << 4) & HIGH) ^ TOP, jnp.int8), pltpu.bitcast((words & HIGH) ^ TOP, jnp.int8)
-    low = ((words << 4) & TOP) | ((words << 2) & E2M1)
-    high = (words & TOP) | ((words >> 2) & E2M1)
-    return pltpu.bitcast(low, FLOAT8), pltpu.bitcast(high, FLOAT8)
-
-
 def _interleave(even: jax.Array, odd: jax.Array) -> jax.Array:
     """Rows [H, L] of even and odd inputs as bfloat16 [2 * H, L] in order: two rows are the halves of 32 bits."""
-    low, high = (
-        lax.bitcast_convert_type(x.astype(jnp.bfloat16).astype(jnp.float32), jnp.int32) for x in (even, odd)
-    )
+    low, high = (lax.bitcast_convert_type(x.astype(jnp.bfloat16).astype(jnp.float32), jnp.int32) for x in (even, odd))
     return pltpu.bitcast(lax.shift_right_logical(low, jnp.int32(16)) | high, jnp.bfloat16)
 
 

@@ -3,21 +3,25 @@
 A request's context is cut into parts of about `PART` tokens, counted from its first. A part's softmax goes page by
 page, and parts are merged in their order. Decoding gives each part a program of its own and merges them in a second
 kernel (Flash-Decoding, Dao et al. 2023), so that few long requests fill a GPU too; a prompt's tile goes through its
-parts in one program. Either way the same parts are merged in the same order, whatever else is in the batch.
+parts in one program. Parts of a prefix that decodes share are computed once for up to a tile of them (Hydragen,
+arXiv:2402.05099). Either way the same parts are merged in the same order, whatever else is in the batch: the split is
+always pinned.
 
-New tokens are written before, by XLA's scatter. Shared prefixes are read for each request.
+The same kernels write the new tokens: the pages are inputs and outputs of theirs, in place. A decode's last part writes
+its token, waits for its own threads, and reads it with the rest of the page. A prompt's tile writes its own tokens, but
+reads new ones where they came in, laid over the page that they are written to, as another tile may not have written
+yet; for this latents, and an A100, leave no registers: there those of prompts are written before, by XLA.
 
 There was no GPU when this was written: the numbers are those of Pallas's interpreter, registers and spills are ptxas's,
-nothing has been timed, and that a decode rounds as a prompt's tile does has not been tried on one.
+nothing has been timed, and that Triton rounds a row alike in its three kernels has not been tried on one.
 
-Shapes: T token rows, R requests, M pages a request, S slots a page, K key/value heads, G query heads for each (padded
-to a power of two; of a latent, those of one program), D head size, V size of a value; t: the tokens of a tile,
-r = t * G their rows; N: tiles; P: parts.
+Shapes: T token rows, R requests, M pages a request, H query heads, S slots a page, K key/value heads, G query heads for
+each (padded to a power of two; of a latent, those of one program), D head size, V size of a value; t: the tokens of a
+tile; N: tiles, or decodes; P: parts.
 """
 
-import functools
+import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -27,40 +31,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ..chips import known_platform, target_chip
-from .batch import SharedPrefixes, token_rows, write
+from .batch import SharedPrefixes, as_kept, token_rows, write
+from .gpu_tile import NEW, Plan, Tile, attend_part, combine, lanes_of, queries, read_tile, start, write_tile
 from .pages import Pages
 
-ROWS = 64  # of a prompt's tile
+ROWS = 64  # of a tile: queries times heads
 FEWEST = 16  # rows that a product of Triton's takes
 PART = 512  # tokens
 WIDE = 256  # larger heads (those of a latent) leave registers for `FEWEST` rows only
 WIDEST = 1024
-LOG2E = math.log2(math.e)
-UNSEEN = -(2.0**100)  # stands for -inf where a difference of two of them must not be nan
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The static part of a call."""
-
-    window: int | None
-    softcap: float | None
-    scale: float
-    K: int
-    G: int
-    groups: int
-    tokens: int  # of a tile
-    part: int  # pages of a part
-
-    @property
-    def rows(self) -> int:
-        return self.tokens * self.G
-
-    def place(self, program: Any) -> tuple[Any, Any]:
-        """A program's key head, and its query heads among those of this one."""
-        if self.groups == 1:
-            return program, pl.ds(0, self.G)
-        return lax.div(program, self.groups), pl.ds(lax.rem(program, self.groups) * self.G, self.G)
 
 
 def paged_attention(
@@ -85,7 +64,7 @@ def paged_attention(
         raise NotImplementedError(f"this kernel is for NVIDIA GPUs, and the program is for a {known_platform()}")
     return attend(
         q_THD, k_TKD, v_TKV, pages, layer, page_table_RM, lengths_R, query_start_R, query_length_R, decode_rows, window,
-        scale, softcap, sinks_H,
+        scale, softcap, sinks_H, prefixes,
     )  # fmt: skip
 
 
@@ -104,37 +83,84 @@ def attend(
     scale: float,
     softcap: float | None,
     sinks_H: jax.Array | None,
+    prefixes: SharedPrefixes | None = None,
 ) -> tuple[jax.Array, Pages]:
     """`paged_attention`, for whatever platform it is lowered for."""
     _check(q_THD, pages)
     (T, H, _), R, K = q_THD.shape, page_table_RM.shape[0], k_TKD.shape[1]
     owners = token_rows(T, lengths_R, query_start_R, query_length_R)
-    pages = write(pages, layer, k_TKD, v_TKV, owners, page_table_RM)
-    table_RM = jnp.clip(page_table_RM, 0, pages.num_pages - 1).astype(jnp.int32)
     first_R = (lengths_R - query_length_R).astype(jnp.int32)  # position of the first new token
     r_R = jnp.arange(R, dtype=jnp.int32)
     in_decode_R = (query_length_R == 1) & (query_start_R == r_R) & (r_R < decode_rows)
-    G, part = H // K, max(1, PART // pages.page_size)
-    wide = pages.head_dim > WIDE
+    G, wide = H // K, pages.head_dim > WIDE
+    heads, groups = _heads(G, wide)
+    rows = FEWEST if wide else ROWS // 2 if pages.head_dim > 128 else ROWS
+    plan = Plan(window, softcap, scale, K, heads, groups, max(1, rows // heads), max(1, PART // pages.page_size))
+    more = {
+        "layer": jnp.asarray(layer, jnp.int32).reshape(1),
+        "table": jnp.clip(page_table_RM, 0, pages.num_pages - 1).astype(jnp.int32),
+        "wanted": page_table_RM.astype(jnp.int32),
+    }
+    new = _new_tokens(pages, k_TKD, v_TKV)
+    if sinks_H is not None:
+        sinks_KG = sinks_H.astype(jnp.float32).reshape(K, -1) * math.log2(math.e)
+        more["sinks"] = jnp.pad(sinks_KG, ((0, 0), (0, heads * groups - G)))
     out_THV = jnp.zeros((T, H, pages.value_dim), q_THD.dtype)
-    common = (pages, jnp.asarray(layer, jnp.int32).reshape(1), table_RM, sinks_H)
     if decode_rows:
         N = min(decode_rows, R)
-        plan = _Plan(window, softcap, scale, K, *_heads(G, wide, FEWEST), 1, part)
-        tiles = jnp.stack([r_R[:N], r_R[:N], first_R[:N], in_decode_R[:N].astype(jnp.int32)], -1)
-        decoded_NKGV = _decode(plan, _grouped(q_THD[:N], plan), tiles, *common)
-        decoded_NHV = decoded_NKGV[:, :, :G].reshape(N, *out_THV.shape[1:])
-        out_THV = out_THV.at[:N].set(jnp.where(in_decode_R[:N, None, None], decoded_NHV, 0))
+        real_N, position_N = in_decode_R[:N], first_R[:N]
+        low_N, high_N = _extent(plan, pages.page_size, position_N, position_N)
+        tiles = Tile(r_R[:N], r_R[:N], real_N, low_N, jnp.where(real_N, high_N, low_N), position_N, position_N, r_R[:N])
+        q_NKGD = _grouped(_after(q_THD[:N], plan.tokens), plan)
+        decoded_NKGV, pages = _decode(plan, pages, q_NKGD, _after(position_N, plan.tokens), tiles, more, new, prefixes)
+        decoded_NHV = decoded_NKGV[:, :, :G].reshape(N, H, -1)
+        out_THV = out_THV.at[:N].set(jnp.where(real_N[:, None, None], decoded_NHV, 0))
     if decode_rows < T:
-        padded, groups = _heads(G, wide, 1)
-        rows = FEWEST if wide else ROWS // 2 if pages.head_dim > 128 else ROWS
-        plan = _Plan(window, softcap, scale, K, padded, groups, max(1, rows // padded), part)
-        tiles = _tiles(plan.tokens, T - decode_rows, jnp.where(in_decode_R, 0, query_length_R), query_start_R, first_R)
-        q_TKGD = _grouped(jnp.pad(q_THD, ((0, plan.tokens), (0, 0), (0, 0))), plan)
-        chunks_THV = _prompts(plan, q_TKGD, tiles, *common)[:T, :, :G].reshape(out_THV.shape)
+        length_R = jnp.where(in_decode_R, 0, query_length_R)
+        r_N, row_N, nth_N, count_N = _cut(plan.tokens, T - decode_rows, length_R, query_start_R)
+        position_N = first_R[r_N] + nth_N
+        last_N = position_N + count_N - 1
+        low_N, high_N = _extent(plan, pages.page_size, position_N, last_N)
+        tiles = Tile(r_N, row_N, count_N, low_N, high_N, last_N, first_R[r_N], query_start_R[r_N])
+        given = more | {"q": _grouped(_after(q_THD, plan.tokens), plan), "tiles": _table(tiles)}
+        given["position"] = _after(owners.position_T.astype(jnp.int32), plan.tokens)
         of_prompt_T = owners.owned_T & ~in_decode_R[owners.request_T]
+        before = wide or target_chip() == "a100"
+        if before:
+            pages = write(pages, layer, k_TKD, v_TKV, owners._replace(owned_T=of_prompt_T), page_table_RM)
+        chunks_TKGV, pages = _prompts(plan, pages, given if before else given | new)
+        chunks_THV = chunks_TKGV[:T, :, :G].reshape(out_THV.shape)
         out_THV = jnp.where(of_prompt_T[:, None, None], chunks_THV, out_THV)
     return out_THV, pages
+
+
+def _new_tokens(pages: Pages, k_TKD: jax.Array, v_TKV: jax.Array | None) -> dict[str, jax.Array]:
+    """As the pages keep them: keys [K, D, S + T + S], values [K, S + T + S, V], scales [2, K, S + T + S]."""
+    S, new = pages.page_size, as_kept(pages, k_TKD, v_TKV)
+    around = lambda x, axis: jnp.pad(x, [(S, S) if i == axis else (0, 0) for i in range(x.ndim)])  # noqa: E731
+    found = {
+        "new_k": around(new.k_TKD.transpose(1, 2, 0), 2),
+        "new_v": around(new.v_TKV.transpose(1, 0, 2), 1),
+    }
+    if pages.quantised:
+        assert new.k_scale_TK is not None and new.v_scale_TK is not None
+        found["new_scales"] = around(jnp.stack([new.k_scale_TK.T, new.v_scale_TK.T]), 2)
+    return found
+
+
+def _extent(plan: Plan, S: int, first: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The pages [low, high) that queries from position `first` to `last` see."""
+    low = jnp.zeros_like(first) if plan.window is None else jnp.maximum(first - (plan.window - 1), 0) // S
+    return low, jnp.maximum(last // S + 1, low)
+
+
+def _table(tiles: Tile) -> jax.Array:
+    return jnp.stack([x.astype(jnp.int32) for x in tiles], -1)
+
+
+def _after(x: jax.Array, n: int) -> jax.Array:
+    """n rows more: a tile reads whole ones."""
+    return jnp.pad(x, ((0, n),) + ((0, 0),) * (x.ndim - 1))
 
 
 def _check(q_THD: jax.Array, pages: Pages) -> None:
@@ -160,224 +186,213 @@ def _check(q_THD: jax.Array, pages: Pages) -> None:
         raise NotImplementedError("Pallas addresses arrays of 2 to 4 GiB by 32 bits with a sign")
 
 
-def _heads(G: int, wide: bool, fewest: int) -> tuple[int, int]:
+def _heads(G: int, wide: bool) -> tuple[int, int]:
     """Query heads of a program, a power of 2, and how many such groups a key head has."""
     padded = pl.next_power_of_2(G)
-    mine = max(fewest, min(padded, FEWEST) if wide else padded)
+    mine = min(padded, FEWEST) if wide else padded
     return mine, -(-padded // mine)
 
 
-def _lanes(size: int) -> list[Any]:
-    """A head's numbers as powers of 2, which is what Triton's arrays are made of: 80 = 64 + 16, 576 = 512 + 64."""
-    powers = [bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
-    starts = [size >> (bit + 1) << (bit + 1) for bit in powers]
-    return [pl.ds(start, 1 << bit) for start, bit in zip(starts, powers, strict=True)]
-
-
-def _grouped(q_THD: jax.Array, plan: _Plan) -> jax.Array:
+def _grouped(q_THD: jax.Array, plan: Plan) -> jax.Array:
     T, H, D = q_THD.shape
     q_TKGD = q_THD.reshape(T, plan.K, H // plan.K, D)
     return jnp.pad(q_TKGD, ((0, 0), (0, 0), (0, plan.G * plan.groups - H // plan.K), (0, 0)))
 
 
-def _tiles(t: int, rows: int, length_R: jax.Array, start_R: jax.Array, first_R: jax.Array) -> jax.Array:
-    """[N, 4]: each tile's request, first token row, that token's position, and how many of its t tokens are real."""
+def _cut(t: int, rows: int, length_R: jax.Array, start_R: jax.Array) -> tuple[jax.Array, ...]:
+    """Owners' rows in tiles of t, [N]: each tile's owner, first row, how many come before it, and how many it has."""
     R = length_R.shape[0]
     end_R = jnp.cumsum(-(-length_R // t))
-    i_N = jnp.arange(-(-rows // t) + R, dtype=jnp.int32)  # each request may end in a tile that is not full
+    i_N = jnp.arange(-(-rows // t) + R, dtype=jnp.int32)  # each owner may end in a tile that is not full
     r_N = jnp.minimum(jnp.searchsorted(end_R, i_N, side="right"), R - 1)
     nth_N = (i_N - (end_R - -(-length_R // t))[r_N]) * t
     count_N = jnp.where(i_N < end_R[-1], jnp.clip(length_R[r_N] - nth_N, 0, t), 0)
-    row_N = jnp.where(count_N > 0, start_R[r_N] + nth_N, 0)
-    return jnp.stack([r_N, row_N, first_R[r_N] + nth_N, count_N], -1).astype(jnp.int32)
-
-
-def _given(plan: _Plan, q: jax.Array, tiles: jax.Array, pages: Pages, layer: Any, table: Any, sinks_H: Any) -> Any:
-    given = {"q": q, "tiles": tiles, "layer": layer, "table": table, "k": pages.k_LPKDS, "v": pages.v_LPKSD}
-    if pages.quantised:
-        given["scales"] = pages.scale_LPKZ
-    if sinks_H is not None:
-        sinks_KG = sinks_H.astype(jnp.float32).reshape(plan.K, -1) * LOG2E
-        given["sinks"] = jnp.pad(sinks_KG, ((0, 0), (0, plan.G * plan.groups - sinks_KG.shape[1])))
-    return given
-
-
-def _start(plan: _Plan, refs: Any, place: Any, V: int) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
-    """The state of a softmax over no keys yet, but for the sinks: values, maxima and sums."""
-    head, heads = place
-    zeros_r = jnp.zeros((plan.rows,), jnp.float32)
-    values = tuple(jnp.zeros((plan.rows, lanes.size), jnp.float32) for lanes in _lanes(V))
-    if "sinks" not in refs:
-        return values, zeros_r + UNSEEN, zeros_r
-    sink_G = refs["sinks"][head, heads]
-    sink_r = jnp.broadcast_to(sink_G[None], (plan.tokens, plan.G)).reshape(plan.rows)
-    return values, jnp.maximum(sink_r, UNSEEN), zeros_r + 1.0
-
-
-def _combine(one: Any, other: Any) -> Any:
-    (acc, top, total), (new_acc, new_top, new_total) = one, other
-    highest = jnp.maximum(top, new_top)
-    keep, take = jnp.exp2(top - highest), jnp.exp2(new_top - highest)
-    acc = tuple(x * keep[:, None] + y * take[:, None] for x, y in zip(acc, new_acc, strict=True))
-    return acc, highest, total * keep + new_total * take
-
-
-def _extent(plan: _Plan, S: int, position: Any, count: Any) -> tuple[Any, Any]:
-    """The pages [low, high) that a tile sees whose first token has this position."""
-    low = 0 if plan.window is None else lax.div(jnp.maximum(position - (plan.window - 1), 0), jnp.int32(S))
-    return low, jnp.where(count > 0, lax.div(position + count - 1, jnp.int32(S)) + 1, low)
-
-
-def _part(plan: _Plan, refs: Any, tile: Any, head: Any, q: Any, p: Any, extent: Any) -> Any:
-    """The softmax over part p of a tile's request: values, maxima and sums. `q` is cut as `_lanes` says."""
-    request, _, position, count = tile
-    S, V, layer = refs["v"].shape[3], refs["v"].shape[4], refs["layer"][0]
-    D, dtype = refs["k"].shape[3], q[0].dtype
-    nth_r = lax.div(jnp.arange(plan.rows, dtype=jnp.int32), jnp.int32(plan.G))
-    position_r, real_r = position + nth_r, nth_r < count
-
-    def page(j: Any, state: Any) -> Any:
-        acc, top_r, total_r = state
-        number = refs["table"][request, j]
-        s_S = j * S + jnp.arange(S, dtype=jnp.int32)
-        # Slots beyond the request may hold what another one left, even nan, which a weight of 0 would not hide.
-        is_mine_S = s_S <= position + count - 1
-        sees_rS = (s_S[None] <= position_r[:, None]) & real_r[:, None]
-        if plan.window is not None:
-            sees_rS &= s_S[None] > position_r[:, None] - plan.window
-        keys = [refs["k"][layer, number, head, lanes, :].astype(dtype) for lanes in _lanes(D)]
-        x_rS = functools.reduce(jnp.add, (_dot(x, k_DS) for x, k_DS in zip(q, keys, strict=True))) * plan.scale
-        if "scales" in refs:
-            x_rS *= refs["scales"][layer, number, head, pl.ds(0, S)][None]
-        if plan.softcap is not None:
-            x_rS = plan.softcap * (1.0 - 2.0 / (1.0 + jnp.exp2(x_rS * (2 * LOG2E / plan.softcap))))
-        x_rS = jnp.where(sees_rS, x_rS * LOG2E, UNSEEN)
-        new_top_r = jnp.maximum(top_r, x_rS.max(axis=1))
-        keep_r = jnp.exp2(top_r - new_top_r)
-        p_rS = jnp.where(sees_rS, jnp.exp2(x_rS - new_top_r[:, None]), 0.0)
-        total_r = total_r * keep_r + p_rS.sum(axis=1)
-        if "scales" in refs:
-            p_rS = jnp.where(sees_rS, p_rS * refs["scales"][layer, number, head, pl.ds(S, S)][None], 0.0)
-        p_rS = p_rS.astype(dtype)
-        values = (refs["v"][layer, number, head, :, lanes].astype(dtype) for lanes in _lanes(V))
-        values = [jnp.where(is_mine_S[:, None], v_SV, 0) for v_SV in values]
-        acc = tuple(x * keep_r[:, None] + _dot(p_rS, v_SV) for x, v_SV in zip(acc, values, strict=True))
-        return acc, new_top_r, total_r
-
-    low, high = extent
-    zeros_r = jnp.zeros((plan.rows,), jnp.float32)
-    first, last = jnp.maximum(low, p * plan.part), jnp.minimum(high, (p + 1) * plan.part)
-    nothing = tuple(jnp.zeros((plan.rows, lanes.size), jnp.float32) for lanes in _lanes(V))
-    return lax.fori_loop(first, last, page, (nothing, zeros_r + UNSEEN, zeros_r))
-
-
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dims = (((1,), (0,)), ((), ()))
-    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _read_tile(refs: Any, i: Any) -> tuple[Any, Any, Any, Any]:
-    return tuple(refs["tiles"][i, column] for column in range(4))  # pyright: ignore[reportReturnType]
+    nth_N = jnp.where(count_N > 0, nth_N, 0)
+    return r_N, jnp.where(count_N > 0, start_R[r_N] + nth_N, 0), nth_N, count_N
 
 
 def _launch(
-    name: str, kernel: Any, given: dict[str, Any], outs: dict[str, Any], grid: Any, warps: int = 4
-) -> list[jax.Array]:
-    def entry(*refs: Any) -> None:
-        kernel(dict(zip((*given, *outs), refs, strict=True)))
+    name: str,
+    kernel: Any,
+    given: dict[str, Any],
+    outs: dict[str, Any],
+    grid: Any,
+    warps: int,
+    pages: Pages | None = None,
+) -> tuple[dict[str, jax.Array], Any]:
+    """Runs kernel(refs), these by name; and the pages, if it writes to them: inputs k, v, scales, outputs k_out, ..."""
+    kept = {} if pages is None else _as_read(pages)
+    written = {f"{name}_out": jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in kept.items()}
 
+    def entry(*refs: Any) -> None:
+        kernel(dict(zip((*kept, *given, *outs, *written), refs, strict=True)))
+
+    heads = (kept | given).get("k")
+    stages = 1 if target_chip() == "a100" and heads is not None and heads.shape[3] > WIDE else 2  # less shared memory
     # Every array whole: what a program reads of them follows from the page table.
-    return pl.pallas_call(
+    found = pl.pallas_call(
         entry,
         grid=grid,
-        out_shape=list(outs.values()),
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
+        out_shape=[*outs.values(), *written.values()],
+        input_output_aliases={i: len(outs) + i for i in range(len(kept))},
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         name=name,
-    )(*given.values())
+    )(*kept.values(), *given.values())
+    if pages is not None:
+        at = dict(zip(kept, found[len(outs) :], strict=True))
+        pages = dataclasses.replace(pages, k_LPKDS=at["k"], v_LPKSD=at["v"], scale_LPKZ=at.get("scales"))
+    return dict(zip(outs, found, strict=False)), pages
 
 
-def _prompts(plan: _Plan, q_TKGD: jax.Array, tiles: jax.Array, *common: Any) -> jax.Array:
-    """Prompts' tiles, [T, K, G, V]; anything in rows that are no real token's."""
-    given = _given(plan, q_TKGD, tiles, *common)
-    S, V = given["v"].shape[3:]
+def _as_read(pages: Pages) -> dict[str, jax.Array]:
+    kept = {"k": pages.k_LPKDS, "v": pages.v_LPKSD, "scales": pages.scale_LPKZ}
+    return {name: x for name, x in kept.items() if x is not None}
+
+
+def _store(ref: Any, count: Any, x: jax.Array) -> None:
+    """The first `count` of x's rows."""
+    is_real = jnp.arange(x.shape[0], dtype=jnp.int32) < count
+    plgpu.store(ref, x, mask=jnp.broadcast_to(is_real.reshape(-1, *(1,) * (x.ndim - 1)), x.shape))
+
+
+def _prompts(plan: Plan, pages: Pages, given: dict[str, Any]) -> tuple[jax.Array, Pages]:
+    """Prompts' tiles, [T, K, G, V], anything in rows that are no real token's; and the pages with their tokens."""
+    V, q_TKGD = pages.value_dim, given["q"]
 
     def kernel(refs: Any) -> None:
-        tile, place = _read_tile(refs, pl.program_id(0)), plan.place(pl.program_id(1))
-        (_, row, position, count), (head, heads) = tile, place
+        tile, place = read_tile(refs, pl.program_id(0)), plan.place(pl.program_id(1))
+        head, heads = place
 
-        @pl.when(count > 0)
+        @pl.when(tile.count > 0)
         def _() -> None:
-            rows = pl.ds(row, plan.tokens)
-            q = [refs["q"][rows, head, heads, lanes].reshape(plan.rows, -1) for lanes in _lanes(q_TKGD.shape[3])]
-            low, high = extent = _extent(plan, S, position, count)
-            parts = (lax.div(jnp.int32(low), jnp.int32(plan.part)), lax.div(high + (plan.part - 1), plan.part))
+            if "new_k" in refs:
+                pl.when(heads.start == 0)(lambda: write_tile(refs, tile, head))
+            q = queries(plan, refs, tile, place)
 
             def step(p: Any, state: Any) -> Any:
-                return _combine(state, _part(plan, refs, tile, head, q, p, extent))
+                return combine(state, attend_part(plan, refs, tile, head, q, p))
 
-            acc, _, total_r = lax.fori_loop(*parts, step, _start(plan, refs, place, V))
-            real_t11 = (jnp.arange(plan.tokens, dtype=jnp.int32) < count)[:, None, None]
-            for lanes, acc_rV in zip(_lanes(V), acc, strict=True):
-                out_rV = acc_rV / jnp.where(total_r > 0, total_r, 1.0)[:, None]
-                shape = (plan.tokens, plan.G, lanes.size)
-                plgpu.store(
-                    refs["out"].at[rows, head, heads, lanes],
-                    out_rV.reshape(shape).astype(q_TKGD.dtype),
-                    mask=jnp.broadcast_to(real_t11, shape),
-                )
+            acc, _, total_r = lax.fori_loop(*tile.parts(plan), step, start(plan, refs, place, V))
+            for lanes, acc_rV in zip(lanes_of(V), acc, strict=True):
+                out_rV = (acc_rV / jnp.where(total_r > 0, total_r, 1.0)[:, None]).astype(q_TKGD.dtype)
+                rows = pl.ds(tile.row, plan.tokens)
+                out_tGV = out_rV.reshape(plan.tokens, plan.G, lanes.size)
+                _store(refs["out"].at[rows, head, heads, lanes], tile.count, out_tGV)
 
     outs = {"out": jax.ShapeDtypeStruct((*q_TKGD.shape[:3], V), q_TKGD.dtype)}
-    warps = 8 if max(q_TKGD.shape[3], V) > 64 else 4  # of 4, each would hold more of a tile than its registers do
-    return _launch("paged_attention_prompts", kernel, given, outs, (tiles.shape[0], plan.K * plan.groups), warps)[0]
+    warps = 8 if max(pages.head_dim, V) > 64 else 4  # of 4, each would hold more of a tile than its registers do
+    grid = (given["tiles"].shape[0], plan.K * plan.groups)
+    if "new_k" in given:
+        found, pages = _launch("paged_attention_prompts", kernel, given, outs, grid, warps, pages)
+    else:
+        found, _ = _launch("paged_attention_prompts", kernel, _as_read(pages) | given, outs, grid, warps)
+    return found["out"], pages
 
 
-def _decode(plan: _Plan, q_NKGD: jax.Array, tiles: jax.Array, *common: Any) -> jax.Array:
-    """[N, K, G, V]: one token for each of the first requests; anything for those that decode none."""
-    given = _given(plan, q_NKGD, tiles, *common)
-    (N, K, G, _), (S, V) = q_NKGD.shape, given["v"].shape[3:]
-    P = -(-given["table"].shape[1] // plan.part)
-
-    def parts(refs: Any) -> None:
-        i, (head, heads), p = pl.program_id(0), plan.place(pl.program_id(1)), pl.program_id(2)
-        tile = _read_tile(refs, i)
-        low, high = extent = _extent(plan, S, tile[2], tile[3])
-
-        @pl.when((p * plan.part < high) & ((p + 1) * plan.part > low))
-        def _() -> None:
-            q = [refs["q"][i, head, heads, lanes] for lanes in _lanes(q_NKGD.shape[3])]
-            acc, refs["top"][i, head, p, heads], refs["total"][i, head, p, heads] = _part(
-                plan, refs, tile, head, q, p, extent
-            )
-            for lanes, acc_GV in zip(_lanes(V), acc, strict=True):
-                refs["acc"][i, head, p, heads, lanes] = acc_GV
-
-    wide = {
-        "acc": jax.ShapeDtypeStruct((N, K, P, G, V), jnp.float32),
-        "top": jax.ShapeDtypeStruct((N, K, P, G), jnp.float32),
-        "total": jax.ShapeDtypeStruct((N, K, P, G), jnp.float32),
-    }
-    warps = 8 if max(q_NKGD.shape[3], V) > 128 else 4
-    found = dict(
-        zip(wide, _launch("paged_attention_parts", parts, given, wide, (N, K * plan.groups, P), warps), strict=True)
-    )
+def _decode(
+    plan: Plan,
+    pages: Pages,
+    q_NKGD: jax.Array,
+    position_N: jax.Array,
+    tiles: Tile,
+    more: dict[str, Any],
+    new: dict[str, jax.Array],
+    prefixes: SharedPrefixes | None,
+) -> tuple[jax.Array, Pages]:
+    """[N, K, G, V]: one token for each of the first requests, anything for those that decode none; and the pages with
+    their tokens. Queries and positions have plan.tokens rows more."""
+    N, (P, V), G = len(tiles.row), (-(-more["table"].shape[1] // plan.part), pages.value_dim), q_NKGD.shape[2]
+    known = {"tiles": _table(tiles)}
+    own = tiles
+    if prefixes is not None:
+        shared_N, known["back"], of_shared, order_N = _share(plan, pages.page_size, tiles, prefixes)
+        own = tiles._replace(low=jnp.maximum(tiles.low, jnp.minimum(shared_N * plan.part, tiles.high)))
+        known["shared"] = shared_N
+        of_all = {"q": _after(q_NKGD[order_N], plan.tokens), "position": _after(position_N[order_N], plan.tokens)}
+        found, _ = _parts(plan, V, P, _as_read(pages) | more | of_all | {"tiles": _table(of_shared)}, None)
+        known |= {f"shared_{name}": x for name, x in found.items()}
+    given = more | new | {"q": q_NKGD, "position": position_N, "tiles": _table(own)}
+    found, pages = _parts(plan, V, P, given, pages)
+    known |= found
+    if "sinks" in more:
+        known["sinks"] = more["sinks"]
+    alone = dataclasses.replace(plan, tokens=1)
 
     def merge(refs: Any) -> None:
         i, place = pl.program_id(0), plan.place(pl.program_id(1))
-        head, heads = place
-        _, _, position, count = _read_tile(refs, i)
-        low, high = _extent(plan, S, position, count)
+        (head, heads), tile = place, read_tile(refs, i)
 
-        def step(p: Any, state: Any) -> Any:
-            acc = tuple(refs["acc"][i, head, p, heads, lanes] for lanes in _lanes(V))
-            return _combine(state, (acc, refs["top"][i, head, p, heads], refs["total"][i, head, p, heads]))
+        def step(prefix: str, row: Any) -> Any:
+            def one(p: Any, state: Any) -> Any:
+                acc = tuple(refs[prefix + "acc"][row, head, p, heads, lanes] for lanes in lanes_of(V))
+                place = row, head, p, heads
+                return combine(state, (acc, refs[prefix + "top"][place], refs[prefix + "total"][place]))
 
-        first, last = lax.div(jnp.int32(low), jnp.int32(plan.part)), lax.div(high + (plan.part - 1), plan.part)
-        acc, _, total_G = lax.fori_loop(first, last, step, _start(plan, refs, place, V))
-        for lanes, acc_GV in zip(_lanes(V), acc, strict=True):
+            return one
+
+        (first, end), state = tile.parts(plan), start(alone, refs, place, V)
+        if prefixes is not None:
+            turn = jnp.clip(refs["shared"][i], first, jnp.maximum(first, end))
+            state = lax.fori_loop(first, turn, step("shared_", refs["back"][i]), state)
+            first = turn
+        acc, _, total_G = lax.fori_loop(first, end, step("", i), state)
+        for lanes, acc_GV in zip(lanes_of(V), acc, strict=True):
             out_GV = acc_GV / jnp.where(total_G > 0, total_G, 1.0)[:, None]
             refs["out"][i, head, heads, lanes] = out_GV.astype(q_NKGD.dtype)
 
-    known = {"tiles": tiles, **({"sinks": given["sinks"]} if "sinks" in given else {}), **found}
-    outs = {"out": jax.ShapeDtypeStruct((N, K, G, V), q_NKGD.dtype)}
-    return _launch("paged_attention_merge", merge, known, outs, (N, K * plan.groups))[0]
+    outs = {"out": jax.ShapeDtypeStruct((N, plan.K, G, V), q_NKGD.dtype)}
+    found, _ = _launch("paged_attention_merge", merge, known, outs, (N, plan.K * plan.groups), 4)
+    return found["out"], pages
+
+
+def _parts(plan: Plan, V: int, P: int, given: dict[str, Any], pages: Pages | None) -> tuple[dict[str, jax.Array], Any]:
+    """The softmax of each part of each tile, in its rows: values [rows, K, P, G, V], maxima and sums [rows, K, P, G].
+
+    With pages to write to, the program of a tile's last part writes its tokens.
+    """
+
+    def kernel(refs: Any) -> None:
+        tile, place, p = read_tile(refs, pl.program_id(0)), plan.place(pl.program_id(1)), pl.program_id(2)
+        head, heads = place
+
+        @pl.when((tile.count > 0) & (p * plan.part < tile.high) & ((p + 1) * plan.part > tile.low))
+        def _() -> None:
+            read = refs
+            if pages is not None:
+                # Every program that reads the token writes it: those of a latent's heads the same bits.
+                pl.when((p + 1) * plan.part >= tile.high)(lambda: write_tile(refs, tile, head))
+                plgpu.debug_barrier()
+                written = {name: refs[f"{name}_out"] for name in _as_read(pages)}
+                read = {name: x for name, x in refs.items() if name not in NEW} | written
+            acc, top_r, total_r = attend_part(plan, read, tile, head, queries(plan, refs, tile, place), p)
+            rows, shape = pl.ds(tile.row, plan.tokens), (plan.tokens, plan.G)
+            for name, x_r in (("top", top_r), ("total", total_r)):
+                _store(refs[name].at[rows, head, p, heads], tile.count, x_r.reshape(shape))
+            for lanes, acc_rV in zip(lanes_of(V), acc, strict=True):
+                _store(refs["acc"].at[rows, head, p, heads, lanes], tile.count, acc_rV.reshape(*shape, lanes.size))
+
+    rows, K, G, D = given["q"].shape
+    outs = {
+        "acc": jax.ShapeDtypeStruct((rows, K, P, G, V), jnp.float32),
+        "top": jax.ShapeDtypeStruct((rows, K, P, G), jnp.float32),
+        "total": jax.ShapeDtypeStruct((rows, K, P, G), jnp.float32),
+    }
+    grid = (given["tiles"].shape[0], plan.K * plan.groups, P)
+    name = "paged_attention_shared_parts" if pages is None else "paged_attention_parts"
+    return _launch(name, kernel, given, outs, grid, 8 if max(D, V) > 64 else 4, pages)
+
+
+def _share(plan: Plan, S: int, tiles: Tile, prefixes: SharedPrefixes) -> tuple[jax.Array, jax.Array, Tile, jax.Array]:
+    """How many whole parts each decode shares, its row in the order of leaders, tiles in that order, and the order."""
+    N, R = len(tiles.row), len(prefixes.leader_R)
+    parts_R = (prefixes.pages_R // plan.part).astype(jnp.int32)
+    shared_N = jnp.where(tiles.count > 0, parts_R[:N], 0)
+    leader_N = jnp.where(shared_N > 0, prefixes.leader_R[:N], R)
+    order_N = jnp.argsort(leader_N, stable=True)
+    count_R = jnp.zeros(R, jnp.int32).at[leader_N].add(1, mode="drop")
+    r_N, row_N, _, count_N = _cut(plan.tokens, N, count_R, jnp.cumsum(count_R) - count_R)
+    high_N = parts_R[r_N] * plan.part
+    none_N = jnp.zeros_like(r_N)
+    last_N = high_N * S - 1
+    of_shared = Tile(r_N, row_N, count_N, none_N, high_N, last_N, last_N + 1, none_N)
+    return shared_N, jnp.argsort(order_N).astype(jnp.int32), of_shared, order_N

@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from .. import float8
 from ..chips import known_platform
 
 LANES = 128
@@ -168,11 +169,16 @@ def value_lane(head_dim: int) -> int:
 
 
 def quantise(x_TKD: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Numbers in `dtype`, and the scale of each token and head, [T, K] in float32."""
+    """Numbers in `dtype`, and the scale of each token and head, [T, K] in float32.
+
+    float8 numbers are normal or 0 (`float8.to_bfloat16`): what lies below is rounded by at most 2e-5 of the largest.
+    """
     most = QUANTISED[jnp.dtype(dtype).name]
     x_TKD = x_TKD.astype(jnp.float32)
     scale_TK = jnp.max(jnp.abs(x_TKD), -1) / most
     whole = x_TKD / jnp.where(scale_TK > 0, scale_TK, 1)[..., None]
     if jnp.issubdtype(dtype, jnp.integer):
         whole = jnp.round(whole)
+    else:
+        whole = jnp.where(jnp.abs(whole) < float8.LEAST, jnp.round(whole / float8.LEAST) * float8.LEAST, whole)
     return jnp.clip(whole, -most, most).astype(dtype), scale_TK

@@ -18,6 +18,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .. import float8
+from ..chips import target_chip
+from ..float8 import FLOAT8, NATIVE, to_bfloat16
 from .pages import LANES
 
 MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
@@ -52,6 +55,11 @@ class Sizes:
         """Slots of a tile: what a copy to the cache must be whole multiples of."""
         return 32 // jnp.dtype(self.kept).itemsize
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether pages are multiplied as they are kept: float8, by bfloat16 in pieces."""
+        return self.kept == FLOAT8 and self.dtype == jnp.bfloat16 and target_chip() in NATIVE
+
     def first_page(self, position: Any) -> Any:
         """The first page that a query at `position` sees."""
         return 0 if self.window is None else jnp.maximum(position - self.window + 1, 0) // self.S
@@ -73,7 +81,7 @@ def both(a: Any, b: Any) -> Any:
     return a & b
 
 
-def _no(a: Any) -> Any:
+def negated(a: Any) -> Any:
     return not a if isinstance(a, bool) else jnp.logical_not(a)
 
 
@@ -143,7 +151,7 @@ class Cache:
             for buffer, sem in self._block(slot):
                 pltpu.make_async_copy(buffer, buffer, sem).wait()
 
-        @when(_no(whole))
+        @when(negated(whole))
         def _() -> None:
             for nth in range(n):
                 at = j * n + nth
@@ -170,13 +178,13 @@ class Cache:
             there = both(at >= low, at * S < length)
             whole = both(at >= low, (at + 1) * S <= length)
 
-            @when(_no(there))
+            @when(negated(there))
             def _() -> None:
                 self.kv_buf[slot, nth] = jnp.zeros(self.kv_buf.shape[2:], self.kv_buf.dtype)
                 if self.sizes.quantised:
                     self.scale_buf[slot, nth] = jnp.zeros(self.scale_buf.shape[2:], jnp.float32)
 
-            @when(both(there, _no(whole)))
+            @when(both(there, negated(whole)))
             def _() -> None:
                 page = self.kv_buf[slot, nth]
                 # 32 bits: masks of packed numbers are not for every chip.
@@ -206,7 +214,9 @@ class Cache:
 
     def _tiles(self, slot: Any, head: Any, first: int, lanes: int) -> jax.Array:
         tiles = [self.kv_buf[slot, :, self.rows(head, first + i)] for i in range(lanes // LANES)]
-        tiles = [_cast(x.reshape(self.sizes.B, LANES), self.sizes.dtype) for x in tiles]
+        tiles = [x.reshape(self.sizes.B, LANES) for x in tiles]
+        if not self.sizes.in_pieces:
+            tiles = [_cast(x, self.sizes.dtype) for x in tiles]
         return tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, 1)
 
     def scales(self, slot: Any, head: Any, which: int) -> jax.Array:
@@ -215,26 +225,42 @@ class Cache:
         pages = [self.scale_buf[slot, nth, pl.ds(head, 1), pl.ds(which * S, S)] for nth in range(self.sizes.n)]
         return jnp.concatenate(pages, 1)
 
-    def scores(self, q_NC: jax.Array, slot: Any, head: Any) -> jax.Array:
+    def query(self, q_NC: jax.Array) -> Any:
+        """Queries as `scores` takes them."""
+        if not self.sizes.in_pieces:
+            return q_NC
+        x_2NC, back_N1 = float8.pieces(q_NC)
+        return x_2NC, back_N1 * (self.sizes.scale * LOG2_E if self.sizes.softcap is None else 1.0)
+
+    def scores(self, q: Any, slot: Any, head: Any) -> jax.Array:
         """[N, B], in powers of 2."""
-        sizes = self.sizes
-        s_NB = product(q_NC, self.key(slot, head), (1, 1))
+        sizes, key = self.sizes, self.key(slot, head)
+        s_NB = float8.product(q, key, (1, 1)) if sizes.in_pieces else product(q, key, (1, 1))
         if sizes.quantised:
             s_NB = s_NB * self.scales(slot, head, 0)
         if sizes.softcap is None:
-            return s_NB * (sizes.scale * LOG2_E)
+            return s_NB if sizes.in_pieces else s_NB * (sizes.scale * LOG2_E)
         return jnp.tanh(s_NB * (sizes.scale / sizes.softcap)) * (sizes.softcap * LOG2_E)
 
-    def mix(self, p_NB: jax.Array, slot: Any, head: Any) -> jax.Array:
-        """[N, V]: the values by their weights."""
-        if self.sizes.quantised:
-            p_NB = p_NB * self.scales(slot, head, 1)
-        return product(p_NB.astype(self.sizes.dtype), self.value(slot, head), (1, 0))
+    def mix(self, p_NB: jax.Array, mask_NB: jax.Array | None, slot: Any, head: Any) -> jax.Array:
+        """[N, V]: the values by their weights, which are 1 at most, and 0 where the mask is."""
+        sizes, value = self.sizes, self.value(slot, head)
+        if not sizes.quantised:
+            return product(p_NB.astype(sizes.dtype), value, (1, 0))
+        scales = self.scales(slot, head, 1)
+        p_NB = p_NB * scales
+        if not sizes.in_pieces:
+            return product(p_NB.astype(sizes.dtype), value, (1, 0))
+        # Of the tokens that a row sees, as a row's bits must not hang on others; known before the weights are.
+        seen = scales if mask_NB is None else jnp.where(mask_NB, scales, 0)
+        return float8.product(float8.pieces(p_NB, jnp.max(seen, axis=1, keepdims=True)), value, (1, 0))
 
 
 def _cast(x: jax.Array, dtype: Any) -> jax.Array:
     if x.dtype == dtype:
         return x
+    if x.dtype == FLOAT8 and jnp.dtype(dtype) == jnp.bfloat16:
+        return to_bfloat16(x, normal=True)
     if x.dtype.itemsize == 1 and jnp.dtype(dtype) == jnp.bfloat16:
         return x.astype(jnp.float32).astype(dtype)
     return x.astype(dtype)

@@ -182,7 +182,7 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
     def attend(r: Any, j: Any, slot: Any, masked: bool) -> None:
         def head(h: Any, _: Any) -> None:
             k = h * K // H
-            s = cache.scores(q_HtC[h], slot, k)
+            s = cache.scores(cache.query(q_HtC[h]), slot, k)
             mask = None
             if masked:
                 position = position_ref[...]
@@ -191,7 +191,7 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
                 if sizes.window is not None:
                     mask &= at > wide(position, B) - sizes.window
             p, top_Ht[h], sum_Ht[h], keep = softmax_step(s, mask, top_Ht[h], sum_Ht[h])
-            acc_HtV[h] = acc_HtV[h] * wide(keep, V) + cache.mix(p, slot, k)
+            acc_HtV[h] = acc_HtV[h] * wide(keep, V) + cache.mix(p, mask, slot, k)
 
         jax.lax.fori_loop(0, H, head, None)
 

@@ -1,8 +1,8 @@
 """One new token of each of many requests on a TPU: writes it into its page and attends to the request's pages.
 
-Requests are taken in turn, each block by block; while one block is computed the next ones' pages are copied, be they of
-this request or of the next. The new token is put into the last block's buffer, and its tile of slots copied back while
-the next request is computed.
+Requests are taken in turn, each block by block (of 8-bit pages two blocks at once, merged in order); while these are
+computed the next ones' pages are copied, be they of this request or of the next. The new token is put into the last
+block's buffer, and its tile of slots copied back while the next request is computed.
 
 On a chip whose two cores are one device each core takes half of the heads, which is an equal share whatever the
 requests are. (Equal shares of the pages, as in Lean Attention, arXiv:2405.10480, would have to keep every block's part
@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .pages import LANES
-from .tpu_block import LOG2_E, MASKED, Cache, Sizes, one_in_all, result, softmax_step, when, wide
+from .tpu_block import LOG2_E, MASKED, Cache, Sizes, both, negated, one_in_all, result, softmax_step, when, wide
 
 IN_FLIGHT = 8 * 2**20  # bytes of blocks that are on the chip or on the way to it
 BUFFERS = (2, 6)
@@ -181,14 +181,19 @@ def _kernel(
         return -(-length_of(r) // sizes.S) if known else (length_of(r) + sizes.S - 1) // sizes.S
 
     buffers = len(kv_buf)
+    # Blocks that are attended to together. One waits for products and maxima longer than 8 bits take to be read; two
+    # wait for both at once. A latent's are too wide for the registers.
+    together = 2 if sizes.quantised and buffers >= 4 and sizes.V < 512 else 1
 
     def following(slot: Any) -> Any:
         if isinstance(slot, int):
             return (slot + 1) % buffers
         return jnp.where(slot + 1 == buffers, 0, slot + 1)
 
-    def fetch(ahead: Any) -> Any:
+    def fetch(ahead: Any, wanted: Any = True) -> Any:
         """Begins to copy the next block that nothing copies yet, if there is one: (slot, nth request, block)."""
+        if wanted is False:
+            return ahead
         slot, a, j = ahead
         r = request(a)
         (page, _), stop = low_of(r), stop_of(r)
@@ -196,13 +201,14 @@ def _kernel(
         if known:  # past the last one, the last once more: the profiler follows no conditions on every chip
             cache.start(jnp.minimum(r, count - 1), j, page, stop, slot)
         else:
-            pl.when(a < count)(lambda: cache.start(r, j, page, stop, slot))
+            pl.when(both(wanted, a < count))(lambda: cache.start(r, j, page, stop, slot))
 
         ends = (j + 1) * n >= stop
         if isinstance(ends, bool):
             return following(slot), a + ends, 0 if ends else j + 1
         _, low = low_of(request(a + 1))
-        return following(slot), jnp.where(ends, a + 1, a), jnp.where(ends, low, j + 1)
+        after = following(slot), jnp.where(ends, a + 1, a), jnp.where(ends, low, j + 1)
+        return after if wanted is True else tuple(jnp.where(wanted, *x) for x in zip(after, ahead, strict=True))
 
     def one(a: Any, carry: Any) -> Any:
         r = request(a)
@@ -216,48 +222,78 @@ def _kernel(
             sum_ref[...] = jnp.zeros_like(sum_ref) if sinks_ref is None else one_in_all(len(sum_ref))
             acc_ref[...] = jnp.zeros_like(acc_ref)
 
-        def attend(j: Any, slot: Any, masked: bool) -> None:
-            mask = None
-            if masked:
-                at = j * B + jax.lax.broadcasted_iota(jnp.int32, (per_head, B), 1)
-                mask = at < length
-                if sizes.window is not None:
-                    mask &= at >= length - sizes.window
-            # Head by head as in a chunk, but each stage for all: they wait for nothing of one another.
-            rows = [pl.ds(h * per_head, per_head) for h in range(K)]
-            s = [cache.scores(q_ref[row, rows[h]], slot, h) for h in range(K)]
-            found = [softmax_step(s[h], mask, top_ref[rows[h]], sum_ref[rows[h]]) for h in range(K)]
-            for h, (p, top, total, keep) in enumerate(found):
-                top_ref[rows[h]], sum_ref[rows[h]] = top, total
-                acc_ref[rows[h]] = acc_ref[rows[h]] * wide(keep, sizes.V) + cache.mix(p, slot, h)
+        rows = [pl.ds(h * per_head, per_head) for h in range(K)]
+        in_pieces = [cache.query(q_ref[row, of_head]) for of_head in rows] if sizes.in_pieces else None
 
-        def block(j: Any, carry: Any) -> Any:
-            """A block before the last: its pages are full."""
-            slot, ahead = carry
-            ahead = fetch(ahead)
+        def mask_of(j: Any) -> jax.Array:
+            at = j * B + jax.lax.broadcasted_iota(jnp.int32, (per_head, B), 1)
+            return at < length if sizes.window is None else (at < length) & (at >= length - sizes.window)
+
+        def attend(*blocks: tuple[Any, Any, bool]) -> None:
+            """To blocks one after the other: (its number, its slot, whether some of it is hidden)."""
+            # Head by head as in a chunk, but each stage for all: they wait for nothing of one another.
+            masks = [mask_of(j) if masked else None for j, _, masked in blocks]
+            q = in_pieces or [q_ref[row, of_head] for of_head in rows]
+            s = [[cache.scores(q[h], slot, h) for h in range(K)] for _, slot, _ in blocks]
+            found: list[Any] = []
+            for n, mask in enumerate(masks):
+                states = ((top_ref[x], sum_ref[x]) if n == 0 else found[-1][h][1:3] for h, x in enumerate(rows))
+                found.append([softmax_step(s[n][h], mask, *state) for h, state in enumerate(states)])
+            for h, of_head in enumerate(rows):
+                _, top_ref[of_head], sum_ref[of_head], _ = found[-1][h]
+                acc = acc_ref[of_head]
+                for n, (_, slot, _) in enumerate(blocks):
+                    p, _, _, keep = found[n][h]
+                    acc = acc * wide(keep, sizes.V) + cache.mix(p, masks[n], slot, h)
+                acc_ref[of_head] = acc
+
+        def arrive(j: Any, slot: Any) -> None:
+            """Of a block before the last, whose pages are full."""
             cache.wait(j, low_page, stop, slot)
             if sizes.window is not None:
                 pl.when(j == low)(lambda: cache.tidy(j, low_page, length, slot))
-            attend(j, slot, sizes.window is not None)
-            return following(slot), ahead
 
+        masked = sizes.window is not None
+
+        def some(j: Any, carry: Any) -> Any:
+            """A block before the last, or `together` from the j-th on."""
+            slot, ahead = carry
+            slots = [slot]
+            for _ in range(together - 1):
+                slots.append(following(slots[-1]))
+            first = low + together * j
+            ahead = fetch(ahead)
+            for n, at in enumerate(slots):
+                arrive(first + n, at)
+            attend(*((first + n, at, masked) for n, at in enumerate(slots)))
+            for _ in slots[1:]:
+                ahead = fetch(ahead)  # to where those were
+            return following(slots[-1]), ahead
+
+        before = last - low
         if known:
             # Written out, so that buffers are known too: the profiler does not follow others on every chip.
-            for j in range(low, last):
-                carry = block(j, carry)
+            for j in range(before // together):
+                carry = some(j, carry)
             slot, ahead = carry
         else:
-            slot, ahead = jax.lax.fori_loop(low, last, block, carry)
+            slot, ahead = jax.lax.fori_loop(0, before // together, some, carry)
+        # The last one, with the one before it if that is left.
+        odd = False if together == 1 else before % 2 == 1
+        end = (following(slot) if odd else slot) if known or together == 1 else jnp.where(odd, following(slot), slot)
         ahead = fetch(ahead)
-        cache.wait(last, low_page, stop, slot)
+        when(odd)(lambda: arrive(last - 1, slot))
+        cache.wait(last, low_page, stop, end)
         new = (new_ref[row], None if new_scale_ref is None else new_scale_ref[row])
         when(known or a > 0)(written)  # what the request before began
-        _insert(cache, length - 1, slot, *new, write_buf, scale_write_buf)
-        cache.tidy(last, low_page, length, slot)
-        attend(last, slot, True)
+        _insert(cache, length - 1, end, *new, write_buf, scale_write_buf)
+        cache.tidy(last, low_page, length, end)
+        when(odd)(lambda: attend((last - 1, slot, masked), (last, end, True)))
+        when(negated(odd))(lambda: attend((last, end, True)))
+        ahead = fetch(ahead, odd)
         out_ref[row] = result(acc_ref[...], sum_ref[...]).astype(out_ref.dtype)
         write(r)
-        return following(slot), ahead
+        return following(end), ahead
 
     def write(r: Any) -> None:
         """Begins to copy the tile of slots that the new token is in."""

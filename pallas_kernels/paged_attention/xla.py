@@ -27,7 +27,8 @@ from .batch import SharedPrefixes, token_rows, write
 from .pages import Pages
 
 TILE = 64  # query tokens of a chunk that are taken together
-TURN = 8  # pages that decoding takes together
+TURN = 4  # pages that decoding takes together: a turn costs something, and so do the places in it that stay empty
+SHARED_BY = 2  # a prefix is read once where at least one row in so many has it
 MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
 
 
@@ -49,7 +50,6 @@ def paged_attention(
     sinks_H: jax.Array | None,
     prefixes: SharedPrefixes | None,
 ) -> tuple[jax.Array, Pages]:
-    del prefixes  # read for each request: on a CPU the products take longer than the reading
     T, H, D = q_THD.shape
     R, K = len(page_table_RM), k_TKD.shape[1]
     rows = token_rows(T, lengths_R, query_start_R, query_length_R)
@@ -80,7 +80,8 @@ def paged_attention(
     out_TKGV = jnp.zeros((*q_TKGD.shape[:3], pages.value_dim), q_TKGD.dtype)
     if decode_rows:
         N = min(decode_rows, R)
-        new_NKGV = attend.rows(q_TKGD[:N], first_R[:N], is_decode_R[:N], table_RM[:N])
+        sharing = None if prefixes is None else jax.tree.map(lambda x_R: x_R[:N], prefixes)
+        new_NKGV = attend.rows(q_TKGD[:N], first_R[:N], is_decode_R[:N], table_RM[:N], sharing)
         out_TKGV = out_TKGV.at[:N].set(new_NKGV)
     if decode_rows < T:
         out_TKGV = jax.lax.fori_loop(0, R, chunk, out_TKGV)
@@ -116,34 +117,80 @@ class _Attend:
         out_KrV = _result(jax.lax.fori_loop(self._low(position_t[0]), stop, turn, start))
         return jnp.swapaxes(out_KrV[:, : t * G].reshape(K, t, G, -1), 0, 1).astype(q_tKGD.dtype)
 
-    def rows(self, q_RKGD: jax.Array, position_R: jax.Array, real_R: jax.Array, table_RM: jax.Array) -> jax.Array:
+    def rows(
+        self,
+        q_RKGD: jax.Array,
+        position_R: jax.Array,
+        real_R: jax.Array,
+        table_RM: jax.Array,
+        prefixes: SharedPrefixes | None,
+    ) -> jax.Array:
         """The one token of each request; 0 for those that are not real."""
-        (R, _, G, _), S = q_RKGD.shape, self.pages.page_size
+        (R, _, G, _), S, W = q_RKGD.shape, self.pages.page_size, min(TURN, 2 * len(q_RKGD))
         q_RKrD = self._pad(q_RKGD)
         low_R = self._low(position_R)
+        start = self._nothing(jnp.broadcast_to(jnp.arange(q_RKrD.shape[2]) % G, q_RKrD.shape[:3]), q_RKGD)
+        if prefixes is not None:
+            shares_R = real_R & (prefixes.pages_R > low_R)
+            shares_R &= shares_R[prefixes.leader_R]
+            # All rows are multiplied with each shared page, so few that share it gain nothing.
+            members_R = jnp.zeros(R, jnp.int32).at[prefixes.leader_R].add(shares_R)
+            shares_R &= (SHARED_BY * members_R >= R)[prefixes.leader_R]
+            start = self._shared(q_RKrD, position_R, shares_R, low_R, table_RM, prefixes, start)
+            low_R = jnp.where(shares_R, prefixes.pages_R, low_R)
         count_R = jnp.where(real_R, position_R // S + 1 - low_R, 0)
         end_R = jnp.cumsum(count_R)
         total = end_R[-1]
 
         def turn(i: Any, carry: Any) -> Any:
-            item_W = i * TURN + jnp.arange(TURN)
+            item_W = i * W + jnp.arange(W)
             r_W = jnp.minimum(jnp.searchsorted(end_R, item_W, side="right"), R - 1)
             # Past the end of the list: any page, without a query.
             real_W = item_W < total
             j_W = jnp.where(real_W, item_W - (end_R - count_R)[r_W] + low_R[r_W], 0)
             last_W = jnp.where(real_W, position_R[r_W], -1)
-            rows_Wr = jnp.broadcast_to(last_W[:, None], (TURN, q_RKrD.shape[2]))
+            rows_Wr = jnp.broadcast_to(last_W[:, None], (W, q_RKrD.shape[2]))
             part = self._page(q_RKrD[r_W], rows_Wr, rows_Wr >= 0, last_W, j_W, table_RM[r_W, j_W])
 
             def merge(w: Any, carry: Any) -> Any:
                 mine, one = (jax.tree.map(lambda x, at=at: x[at], tree) for tree, at in ((carry, r_W[w]), (part, w)))
                 return jax.tree.map(lambda x, new: x.at[r_W[w]].set(new), carry, _merge(mine, one))
 
-            return jax.lax.fori_loop(0, jnp.minimum(TURN, total - i * TURN), merge, carry)
+            return jax.lax.fori_loop(0, jnp.minimum(W, total - i * W), merge, carry)
 
-        start = self._nothing(jnp.broadcast_to(jnp.arange(q_RKrD.shape[2]) % G, q_RKrD.shape[:3]), q_RKGD)
-        out_RKrV = _result(jax.lax.fori_loop(0, -(-total // TURN), turn, start))
+        out_RKrV = _result(jax.lax.fori_loop(0, -(-total // W), turn, start))
         return out_RKrV[:, :, :G].astype(q_RKGD.dtype)
+
+    def _shared(
+        self,
+        q_RKrD: jax.Array,
+        position_R: jax.Array,
+        shares_R: jax.Array,
+        low_R: jax.Array,
+        table_RM: jax.Array,
+        prefixes: SharedPrefixes,
+        start: Any,
+    ) -> Any:
+        """`start` and the pages of shared prefixes, each of them read and multiplied once for all rows that have it."""
+        R, K, r, D = q_RKrD.shape
+        q_1KzD = jnp.swapaxes(q_RKrD, 0, 1).reshape(1, K, R * r, D)
+        position_1z = jnp.repeat(position_R, r)[None]
+        leads_R = shares_R & (prefixes.leader_R == jnp.arange(R))
+        end_R = jnp.cumsum(jnp.where(leads_R, prefixes.pages_R, 0))
+
+        def turn(i: Any, carry: Any) -> Any:
+            leader = jnp.searchsorted(end_R, i, side="right")
+            j = i - end_R[leader] + prefixes.pages_R[leader]
+            has_R = shares_R & (prefixes.leader_R == leader) & (low_R <= j)
+            real_1z = jnp.repeat(has_R, r)[None]
+            part = self._page(
+                q_1KzD, position_1z, real_1z, position_R[leader][None], j[None], table_RM[leader, j][None]
+            )
+            rows = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(K, R, r, -1), 0, 1), part)
+            merged = _merge(carry, rows)
+            return jax.tree.map(lambda old, new: jnp.where(has_R[:, None, None, None], new, old), carry, merged)
+
+        return jax.lax.fori_loop(0, end_R[-1], turn, start)
 
     def _nothing(self, group_Kr: jax.Array, like: jax.Array) -> Any:
         """The state of a softmax over no keys yet, but for the sinks: values, maxima and sums.
@@ -205,10 +252,16 @@ class _Attend:
 
 
 def _merge(one: Any, other: Any) -> Any:
+    """Two parts of a softmax as one. The part with the lower maximum is scaled down to the other's: one product and one
+    sum, which can be fused into one rounding in one way only, whatever loop this is compiled into."""
     (acc, top, total), (new_acc, new_top, new_total) = one, other
-    highest = jnp.maximum(top, new_top)
-    keep, take = jnp.exp(top - highest), jnp.exp(new_top - highest)
-    return acc * keep + new_acc * take, highest, total * keep + new_total * take
+    scale = jnp.exp(-jnp.abs(top - new_top))
+    is_new = new_top > top
+
+    def joined(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(is_new, old, new) * scale + jnp.where(is_new, new, old)
+
+    return joined(acc, new_acc), jnp.maximum(top, new_top), joined(total, new_total)
 
 
 def _result(state: Any) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ..candidates import Operation
 from .activations import ACTIVATIONS
 from .formats import (
+    INPUTS_FIRST,
     PACKED,
     QuantizedWeight,
     dequantize,
@@ -25,6 +26,7 @@ from .formats import (
 
 __all__ = [
     "ACTIVATIONS",
+    "INPUTS_FIRST",
     "PACKED",
     "QuantizedWeight",
     "dequantize",

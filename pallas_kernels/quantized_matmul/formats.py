@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Chips whose matrix unit takes weights inputs first, as `with_inputs_first` has them.
+INPUTS_FIRST = ("v6e", "7x")
 FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
 # The dtype of the stored values (a byte holds two of four bits), and the largest magnitude of a value.
 STORED = {"int8": jnp.dtype(jnp.int8), "int4": jnp.dtype(jnp.uint8), "fp8_e4m3": FLOAT8, "mxfp4": jnp.dtype(jnp.uint8)}
@@ -186,7 +188,8 @@ def with_inputs_first(weight: QuantizedWeight) -> QuantizedWeight:
 
     Their matrix units take weights inputs first and turn others around on the way: by the static profile, 4096 x 14336
     int8 take 1.6 times as long to multiply on a 7x as they are kept otherwise, float8 1.25 times. CPUs and GPUs want
-    outputs first; so this is for a server that has found itself on a TPU. Packed formats are returned as they are.
+    outputs first; so this is for a server that finds itself on one of `INPUTS_FIRST`. Packed formats are returned as
+    they are.
     """
     if weight.format in PACKED or weight.inputs_first:
         return weight

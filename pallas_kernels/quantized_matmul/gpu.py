@@ -3,6 +3,7 @@
 | chip | kernel | what |
 |---|---|---|
 | H100, H200 | `gpu_hopper.py` (Mosaic GPU) | every format, 16-bit rows; I and O multiples of 64 |
+| B200, GB200 | `gpu_blackwell.py` (Mosaic GPU) | 8 bits, 16-bit rows; I a multiple of 128, O of 64 |
 | any | `gpu_triton.py` | every format, any rows; quantised rows where XLA's own product would not do |
 
 Quantised rows with one scale each, and weights of whole bytes, are XLA's: there its own product of int8 or float8 reads
@@ -23,7 +24,7 @@ from .quantize_rows import quantize_rows
 # Not a kernel: see above.
 from .xla import quantized_matmul_transposed as quantized_matmul_transposed
 
-HOPPER = ("h100", "h200")
+HOPPER, BLACKWELL = ("h100", "h200"), ("b200", "gb200", "b300", "gb300")
 
 
 def quantized_matmul(
@@ -45,13 +46,14 @@ def quantized_matmul(
         x_MGB, x_scales_MG = quantize_rows(x_MI, activation_format, weight.block_sizes[1], scale)
         rows = x_MGB.reshape(len(x_MI), -1)
     reasons = []
-    if target_chip() in HOPPER and activation_format is None:
-        from . import gpu_hopper
+    if target_chip() in (*HOPPER, *BLACKWELL) and activation_format is None:
+        from . import gpu_blackwell, gpu_hopper
 
+        kernel = gpu_hopper if target_chip() in HOPPER else gpu_blackwell
         try:
-            return gpu_hopper.product(x_MI, weight, bias_O, activation, out_dtype)
+            return kernel.product(x_MI, weight, bias_O, activation, out_dtype)
         except NotImplementedError as error:
-            reasons.append(f"hopper: {error}")
+            reasons.append(str(error))
     try:
         from . import gpu_triton
     except ImportError as error:  # JAX deprecates its Triton backend

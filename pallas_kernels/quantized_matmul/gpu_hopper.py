@@ -124,7 +124,7 @@ def product(
         return jnp.zeros((0, O), out_dtype)
     rows = max(f.n, -(-M // 8) * 8)
     x = x_MI if rows == M else jnp.pad(x_MI, ((0, rows - M), (0, 0)))
-    given = {"x": x, "w": weight.values, "scales": _by_output(weight.scales, weight)}
+    given = {"x": x, "w": weight.values, "scales": by_output(weight.scales, weight)}
     if packed:  # even inputs and odd ones, as a byte has them
         given["x"] = jnp.moveaxis(x.reshape(rows, I // 2, 2), 2, 0)
     if sizes_E is not None:
@@ -134,24 +134,24 @@ def product(
     if not alone:
         sums_MO = jnp.sum(_launch(given, weight.format, None, jnp.float32, size, f)[:, :M], axis=0)
         if weight.zeros is not None:
-            sums_MO -= _of_zeros(x_MI, weight, given["scales"])
+            sums_MO -= of_zeros(x_MI, weight, given["scales"])
         return finish(sums_MO, bias_O, activation, out_dtype)
     if bias_O is not None:
         given["bias"] = bias_O.astype(jnp.float32)
     return _launch(given, weight.format, activation, out_dtype, size, f)[0, :M]
 
 
-def _of_zeros(x_MI: jax.Array, weight: QuantizedWeight, scales_GO: jax.Array) -> jax.Array:
+def of_zeros(x_MI: jax.Array, weight: QuantizedWeight, scales_GO: jax.Array) -> jax.Array:
     """What zero points take from the sums, [M, O]."""
     G, size = len(scales_GO), weight.block_sizes[1]
     assert weight.zeros is not None
     x_MGB = jnp.pad(x_MI, ((0, 0), (0, G * size - x_MI.shape[1]))).reshape(len(x_MI), G, size)
-    offsets_GO = scales_of(scales_GO, jnp.float32) * _by_output(weight.zeros.astype(jnp.float32), weight)
+    offsets_GO = scales_of(scales_GO, jnp.float32) * by_output(weight.zeros.astype(jnp.float32), weight)
     totals_MG = jnp.sum(x_MGB, axis=2, dtype=jnp.float32)
     return jnp.matmul(totals_MG, offsets_GO, precision=lax.Precision.HIGHEST)
 
 
-def _by_output(blocks_GP: jax.Array, weight: QuantizedWeight) -> jax.Array:
+def by_output(blocks_GP: jax.Array, weight: QuantizedWeight) -> jax.Array:
     *stack, G, _ = blocks_GP.shape
     O = weight.shape[-2]
     each = expand(blocks_GP, (weight.block[0], 1), (O, G)).swapaxes(-1, -2)

@@ -2,9 +2,8 @@
 
 At the few rows of decoding, reading the weights is all that should take time, so they are not made floats: the unit
 multiplies 8-bit values, and activations come in 8-bit pieces (`tpu_rows.py`), int8 where it multiplies those natively,
-else float8. Four-bit codes become bytes by a mask and a shift of whole words: 0 to 15 are int8 as they are, and float8
-too (below its normal numbers, in units of 2 ** -9); e2m1's bits, moved, are float8 in units of 2 ** -6. With many rows,
-bfloat16 activations meet bfloat16 weights, as pieces would cost more than they save.
+else float8. Four-bit codes become bytes by masks and shifts of whole words (`tpu_codes.py`). With many rows, bfloat16
+activations meet bfloat16 weights, as pieces would cost more than they save.
 
 Blocks of inputs are summed apart and scaled in float32 (`apart`). Only packed weights with many rows may be scaled
 before they are multiplied, rounded to bfloat16 there (mxfp4's powers of two round nothing).
@@ -22,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..chips import target_chip
+from ..float8 import NATIVE
 from ..tuned import best
 from .formats import FLOAT8, INTEGERS, PACKED, QuantizedWeight, expand, scales_of
 from .quantize_rows import FORMATS, quantize_rows
@@ -32,7 +32,6 @@ from .tpu_rows import Operand, apart, evens_first, operand, split
 # Not a kernel yet: XLA fuses the dequantisation into its product, which reads weights as they are kept as well.
 from .xla import quantized_matmul_transposed as quantized_matmul_transposed
 
-NATIVE_FLOAT8 = ("7x",)
 DEEP = ("v6e", "7x")  # matrix units of 256, not 128
 # Rows of the unit up to which pieces are faster than weights made bfloat16, by its depth.
 PIECES_ROWS = {128: 96, 256: 192}
@@ -66,15 +65,16 @@ def plan(M: int, x_dtype: jnp.dtype, weight: QuantizedWeight, activation_format:
     deep = 256 if chip in DEEP else 128
     apart_by = -(-deep // size) if grouped else 1
     integers = weight.format in INTEGERS
-    native = FLOAT8 if not integers or (chip in NATIVE_FLOAT8 and packed) else jnp.dtype(jnp.int8)
+    native = FLOAT8 if not integers or (chip in NATIVE and packed) else jnp.dtype(jnp.int8)
     if activation_format is not None:
         taken = Operand(FORMATS[activation_format][1], (1.0,))
     else:
         taken = operand(native, x_dtype)
         many = taken.pieces * M * apart_by > PIECES_ROWS[deep]
-        if x_dtype == jnp.bfloat16 and (many or (native == jnp.int8 and chip in NATIVE_FLOAT8)):
+        if x_dtype == jnp.bfloat16 and (many or (native == jnp.int8 and chip in NATIVE)):
             taken = operand(jnp.dtype(jnp.bfloat16), x_dtype)
-    scaled_first = grouped and packed and taken.dtype == jnp.bfloat16
+    # Of whole bytes only where bfloat16 is computed with: in float32, sums apart are sooner scaled.
+    scaled_first = grouped and (packed or (weight.inputs_first and deep == 256)) and taken.dtype == jnp.bfloat16
     if deep == 128 and size % 128 == 0 and M <= FEW_ROWS:
         scaled_first = False
     blocks = -(-I // MOST_INPUTS)
@@ -117,7 +117,7 @@ def makes_rows(cut: Plan, M: int, I: int, O: int, weight: QuantizedWeight, chip:
         and blocks % CORES.get(chip or "", 1) == 0
         and cut.tile % (256 if cut.tile > 128 else 128) == 0
         # Only there do kernels make float8 numbers.
-        and (cut.operand.dtype != FLOAT8 or chip in NATIVE_FLOAT8 or chip is None)
+        and (cut.operand.dtype != FLOAT8 or chip in NATIVE or chip is None)
         and (not shifts or cut.scaled_first or G == 1 or G % 8 == 0)
     )
 

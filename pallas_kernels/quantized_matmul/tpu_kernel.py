@@ -14,24 +14,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..float8 import to_bfloat16
 from .activations import finish
 from .formats import FLOAT8, PACKED
+from .tpu_codes import UNITS, on_the_way, spread
 from .tpu_inside import outer, prepare
 from .tpu_rows import Operand
 
-# What the matrix unit's weights have to be multiplied by: codes taken as float8's lowest numbers, e2m1 moved up.
-TOP = 0x80808080 - (1 << 32)  # each byte's top bit, as an int32
-HIGH = 0xF0F0F0F0 - (1 << 32)
 OUTPUTS = 256
 CODES_OFF = 8.0
-BFLOAT16, INT8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int8)
-UNITS = {
-    ("int4", FLOAT8): 2.0**9,
-    ("int4", INT8): 2.0**-4,
-    ("int4", BFLOAT16): 2.0**-4,
-    ("mxfp4", FLOAT8): 2.0**6,
-    ("mxfp4", BFLOAT16): 2.0**6,
-}
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,12 @@ class Layout:
 
     @property
     def unit(self) -> float:
-        return UNITS.get((self.format, self.operand.dtype), 1.0)
+        return UNITS[self.format, self.codes] if self.format in PACKED else 1.0
+
+    @property
+    def codes(self) -> jnp.dtype:
+        """What four bits become first."""
+        return FLOAT8 if self.operand.dtype == FLOAT8 else on_the_way(self.format)
 
 
 def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, *refs: Any) -> None:
@@ -190,40 +186,31 @@ def _weights(layout: Layout, w_ref: Any, n: int, scales_ref: Any, shift_ref: Any
             first = pl.program_id(2) * layout.inputs + n * T if layout.steps > 1 else n * T
             inside = first + lax.broadcasted_iota(jnp.int32, values.shape, layout.contract) < layout.end
             values = jnp.where(inside, values.astype(jnp.float32), 0).astype(values.dtype)
-        return values.astype(dtype)
+        values = to_bfloat16(values) if values.dtype == FLOAT8 and dtype == jnp.bfloat16 else values.astype(dtype)
+        if not layout.scaled_first:
+            return values
+        return _scaled(layout, values, _scales(scales_ref[...]), layout.size or layout.inputs, shift_ref)
     words = pltpu.bitcast(w_ref[n * T // 2 : (n + 1) * T // 2], jnp.int32)
-    low, high = _spread(layout, words)
+    low, high = spread(layout.format, words, layout.codes)
     if not layout.scaled_first:
         return jnp.concatenate([low.astype(dtype), high.astype(dtype)], axis=0)
     # [T / 2, O] each, of which size / 2 rows share a scale.
-    scales_GO = _scales(scales_ref[...]) * UNITS.get((layout.format, low.dtype), 1.0)
+    scales_GO = _scales(scales_ref[...]) * layout.unit
     half = (layout.size or layout.inputs) // 2
-    parts = []
-    for codes in (low, high):
-        if layout.narrow_scales:
-            values_GBO = codes.astype(jnp.bfloat16).reshape(-1, half, codes.shape[1])
-            scales_G1O = jnp.broadcast_to(scales_GO.astype(jnp.bfloat16)[:, None], (len(scales_GO), 1, codes.shape[1]))
-            parts.append((values_GBO * scales_G1O).reshape(codes.shape))
-            continue
-        values_GBO = codes.astype(jnp.float32).reshape(-1, half, codes.shape[1])
-        if shift_ref is not None:
-            values_GBO = values_GBO - shift_ref[...][:, None] / UNITS.get((layout.format, low.dtype), 1.0)
-        parts.append((values_GBO * scales_GO[:, None]).reshape(codes.shape).astype(dtype))
+    parts = [_scaled(layout, codes, scales_GO, half, shift_ref) for codes in (low, high)]
     return jnp.concatenate(parts, axis=0)
 
 
-def _spread(layout: Layout, words: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Low and high four bits of each byte, as 8-bit numbers."""
-    if layout.format == "int4":
-        if layout.operand.dtype == FLOAT8:
-            low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
-            return pltpu.bitcast(low, FLOAT8), pltpu.bitcast(high, FLOAT8)
-        # Of 0 to 15 less 8, the bits with the top one turned, as the high half of a byte: 16 times the number.
-        low, high = ((words << 4) & HIGH) ^ TOP, (words & HIGH) ^ TOP
-        return pltpu.bitcast(low, jnp.int8), pltpu.bitcast(high, jnp.int8)
-    low = ((words << 4) & TOP) | ((words << 2) & 0x1C1C1C1C)
-    high = (words & TOP) | ((words >> 2) & 0x1C1C1C1C)
-    return pltpu.bitcast(low, FLOAT8), pltpu.bitcast(high, FLOAT8)
+def _scaled(layout: Layout, values_TO: jax.Array, scales_GO: jax.Array, size: int, shift_ref: Any) -> jax.Array:
+    """Values of which `size` rows share a scale, less what they are shifted by, times it."""
+    if layout.narrow_scales:
+        values_GBO = values_TO.astype(jnp.bfloat16).reshape(-1, size, values_TO.shape[1])
+        scales_G1O = jnp.broadcast_to(scales_GO.astype(jnp.bfloat16)[:, None], (len(scales_GO), 1, values_TO.shape[1]))
+        return (values_GBO * scales_G1O).reshape(values_TO.shape)
+    values_GBO = values_TO.astype(jnp.float32).reshape(-1, size, values_TO.shape[1])
+    if shift_ref is not None:
+        values_GBO = values_GBO - shift_ref[...][:, None] / layout.unit
+    return (values_GBO * scales_GO[:, None]).reshape(values_TO.shape).astype(layout.operand.dtype)
 
 
 def _scales(scales: jax.Array) -> jax.Array:

@@ -4,7 +4,9 @@
 - `app`: routes, the API key, disconnects;
 - `fields`, `body`, `errors`: what a request may say, and the errors for all it may not;
 - `completions`, `chat`, `choices`, `tokenize`: requests to the engine, outputs to answers;
-- `engine_client`, `metrics`, `service`: the way to the engine, and what is measured.
+- `engine_client`, `metrics`, `service`: the way to the engine, and what is measured;
+- `engine_life`, `generation`, `restarts`: an engine process, requests that outlive it, when another one is started;
+- `admin`, `unix`: what an administrator may do, on a socket of its own.
 
 Nothing here imports JAX.
 """

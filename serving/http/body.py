@@ -1,17 +1,48 @@
-"""Request bodies: bounded in size, strict JSON objects, read from a raw ASGI `receive`."""
+"""Request bodies: bounded in size and time, strict JSON objects, read from a raw ASGI `receive`."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from .errors import ApiError, show
+
+_SLOWEST = 1000  # bytes a second
 
 
 class ClientGone(Exception):
     """The client closed the connection before its request was complete."""
+
+
+class InTime:
+    """An ASGI `receive` whose body must come without a pause of `seconds`, and with so many to begin with at
+    `_SLOWEST` bytes a second: a byte now and then holds no connection for ever. Raises ApiError (408)."""
+
+    def __init__(self, receive: Receive, seconds: float) -> None:
+        self._receive, self._seconds = receive, seconds
+        self._begin: float | None = None
+        self._size = 0
+        self._whole = False
+
+    async def __call__(self) -> Message:
+        if self._whole:
+            return await self._receive()
+        now = asyncio.get_running_loop().time()
+        self._begin = now if self._begin is None else self._begin
+        end = min(now, self._begin + self._size / _SLOWEST) + self._seconds
+        try:
+            async with asyncio.timeout_at(end):
+                message = await self._receive()
+        except TimeoutError:
+            text = f"Of the body {self._size} bytes came, and nothing more in time: it may pause for less than "
+            text += f"{self._seconds:g} s, and must come at {_SLOWEST} bytes a second or more. Send it again."
+            raise ApiError(408, text, code="request_timeout") from None
+        self._size += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        return message
 
 
 async def read_json(scope: Scope, receive: Receive, limit: int) -> dict[str, Any]:
@@ -21,6 +52,12 @@ async def read_json(scope: Scope, receive: Receive, limit: int) -> dict[str, Any
     if kind != "application/json" and not kind.endswith("+json"):
         # Also keeps web pages of other origins from posting here without the browser asking first.
         message = f"The body must be sent with the header 'Content-Type: application/json', got {show(kind)}."
+        raise ApiError(415, message, code="unsupported_media_type")
+    if b"upgrade" in headers:  # after which the parser reads no body
+        raise ApiError(400, "This server speaks HTTP/1.1 only; send no header 'Upgrade'.", code="upgrade_unsupported")
+    coding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+    if coding != "identity":
+        message = f"The body must be sent as it is, not with 'Content-Encoding: {coding[:40]}'."
         raise ApiError(415, message, code="unsupported_media_type")
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > limit:

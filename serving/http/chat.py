@@ -2,86 +2,134 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from ...checkpoints.chat_template import ChatTemplateError
-from ..request import Output, Request
-from . import fields
+from ..request import Grammar, Output, Request
+from . import fields, output_format
 from .choices import Choice, TokenEntry, chat_logprobs
-from .errors import bad, nearest, show
-from .fields import Field, no_op, string
+from .errors import bad
 from .jobs import Job, check_count, new_id
-from .service import Service, include_usage, off_loop, sampling_params, usage
-
-ROLES = ("system", "developer", "user", "assistant")
-_NO_TOOLS = "this server does not parse tool calls"
+from .messages import check_messages, size_of, with_written_arguments
+from .service import Service, include_usage, off_loop, sampling_params, scheduling, usage
+from .tools import ToolAnswer, ToolUse, tool_use
 
 
 class ChatJob(Job):
-    """Each of the `n` choices is one engine request with the same prompt."""
+    """Each of the `n` choices is one engine request with the same prompt.
 
-    def __init__(self, service: Service, values: dict[str, Any], prompt_ids: list[int], arrival: float) -> None:
+    `grammar`: what the answers must be texts of. `use`: what may be called, where something may.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        values: dict[str, Any],
+        prompt_ids: list[int],
+        arrival: float,
+        grammar: Grammar | None,
+        use: ToolUse | None,
+    ) -> None:
         self.id = new_id("chatcmpl")
         self.stream = values["stream"]
         self._include_usage = include_usage(values)
         self._service = service
         self._logprobs = _logprobs(values)
+        self._return_ids = values["return_token_ids"]
         self._service_tier = values["service_tier"]
         self._created = int(time.time())
-        self._prompt_tokens = len(prompt_ids)
+        self._prompt_ids = prompt_ids
         asked, asked_name = _max_tokens(values)
         max_tokens = service.new_tokens(len(prompt_ids), asked, None, ("messages", asked_name))
         check_count(service, values["n"], "n")
         self.requests = []
         for i in range(values["n"]):
-            params = sampling_params(values, max_tokens=max_tokens, seed_offset=i, logprobs=self._logprobs)
-            request = Request(f"{self.id}-{i}", prompt_ids, params, arrival, values["cache_salt"])
+            params = sampling_params(
+                values, max_tokens=max_tokens, seed_offset=i, logprobs=self._logprobs, grammar=grammar
+            )
+            request = Request(f"{self.id}-{i}", prompt_ids, params, arrival, values["cache_salt"], **scheduling(values))
             service.check_request(request, {"prompt": "messages", "max_tokens": asked_name, "logprobs": "top_logprobs"})
             self.requests.append(request)
         self._choices = {
-            request.id: Choice(i, service.tokenizer, self._logprobs is not None)
+            request.id: Choice(
+                i, service.tokenizer, self._logprobs is not None, self._return_ids, values["skip_special_tokens"]
+            )
             for i, request in enumerate(self.requests)
         }
+        self._answers = {request.id: ToolAnswer(use) for request in self.requests} if use else {}
+        # Where the answer is a call, there is no content.
+        self._first = {"role": "assistant", "content": None if use and use.forced else "", "refusal": None}
 
     def first_events(self) -> Iterator[dict[str, Any]]:
         for choice in self._choices.values():
-            yield self._chunk(choice.index, {"role": "assistant", "content": "", "refusal": None}, [], None)
+            chunk = self._chunk(choice.index, self._first, [], None)
+            yield chunk | ({"prompt_token_ids": self._prompt_ids} if self._return_ids else {})
 
     def events(self, output: Output) -> Iterator[dict[str, Any]]:
         choice = self._choices[output.request_id]
         delta = choice.feed(output)
-        if delta.text or delta.entries:
-            yield self._chunk(choice.index, {"content": delta.text}, delta.entries, None)
-        if delta.finish_reason is not None:
-            yield self._chunk(choice.index, {}, None, delta.finish_reason)
+        answer, reason = self._answers.get(output.request_id), delta.finish_reason
+        changes: list[dict[str, Any]] = [{"content": delta.text}] if delta.text else []
+        if answer is not None:
+            changes = list(answer.feed(delta.text, reason is not None))
+            reason = answer.finish_reason(reason)
+        if not changes and (delta.entries or delta.token_ids):
+            changes = [{"content": ""} if answer is None else {}]
+        entries, token_ids = delta.entries, delta.token_ids
+        for change in changes:
+            yield self._chunk(choice.index, change, entries, None, token_ids)
+            entries, token_ids = [], []  # they went with the first
+        if reason is not None:
+            yield self._chunk(choice.index, {}, None, reason)
 
     def last_events(self) -> Iterator[dict[str, Any]]:
         if self._include_usage:
             yield self._body("chat.completion.chunk", [], self._usage())
 
     def feed(self, output: Output) -> None:
-        self._choices[output.request_id].feed(output)
+        delta = self._choices[output.request_id].feed(output)
+        answer = self._answers.get(output.request_id)
+        if answer is not None:
+            for _ in answer.feed(delta.text, delta.finish_reason is not None):
+                continue
 
     def body(self) -> dict[str, Any]:
         choices = [
             {
                 "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": self._message(name, choice),
                 "logprobs": self._format(choice.entries),
-                "finish_reason": choice.finish_reason,
+                "finish_reason": self._reason(name, choice),
+                **({"token_ids": choice.token_ids} if self._return_ids else {}),
             }
-            for choice in self._choices.values()
+            for name, choice in self._choices.items()
         ]
-        return self._body("chat.completion", choices, self._usage())
+        ids = {"prompt_token_ids": self._prompt_ids} if self._return_ids else {}
+        return self._body("chat.completion", choices, self._usage()) | ids
+
+    def _message(self, name: str, choice: Choice) -> dict[str, Any]:
+        if name in self._answers:
+            return self._answers[name].message()
+        return {"role": "assistant", "content": choice.text, "refusal": None}
+
+    def _reason(self, name: str, choice: Choice) -> str | None:
+        reason = choice.finish_reason
+        return self._answers[name].finish_reason(reason) if name in self._answers else reason
 
     def _chunk(
-        self, index: int, delta: dict[str, Any], entries: list[TokenEntry] | None, finish_reason: str | None
+        self,
+        index: int,
+        delta: dict[str, Any],
+        entries: list[TokenEntry] | None,
+        finish_reason: str | None,
+        token_ids: list[int] | None = None,
     ) -> dict[str, Any]:
         logprobs = self._format(entries) if entries else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        if self._return_ids:
+            choice["token_ids"] = token_ids
         return self._body("chat.completion.chunk", [choice], None)
 
     def _format(self, entries: list[TokenEntry]) -> dict[str, Any] | None:
@@ -92,7 +140,7 @@ class ChatJob(Job):
     def _usage(self) -> dict[str, Any]:
         choices = list(self._choices.values())
         completion_tokens = [choice.completion_tokens for choice in choices]
-        return usage([self._prompt_tokens], completion_tokens, choices[0].cached_tokens)
+        return usage([len(self._prompt_ids)], completion_tokens, choices[0].cached_tokens)
 
     def _body(self, kind: str, choices: list[dict[str, Any]], tokens: dict[str, Any] | None) -> dict[str, Any]:
         body = {
@@ -128,98 +176,40 @@ def _max_tokens(values: dict[str, Any]) -> tuple[int | None, str]:
 async def chat_job(service: Service, body: dict[str, Any], arrival: float) -> ChatJob:
     values = fields.parse_object(None, body, fields.CHAT)
     service.check_model(values["model"])
-    prompt_ids = await chat_prompt(service, values["messages"], add_generation_prompt=True)
-    return ChatJob(service, values, prompt_ids, arrival)
+    grammar, param = output_format.chosen(values)
+    use = tool_use(values, service.tokenizer, grammar)
+    if use is not None:
+        grammar, param = use.grammar, "tools"
+        values["skip_special_tokens"] &= not use.shows_special
+    await service.check_grammar(grammar, param)
+    tools = use.offered if use else None
+    prompt_ids = await chat_prompt(service, values["messages"], add_generation_prompt=True, tools=tools)
+    return ChatJob(service, values, prompt_ids, arrival, grammar, use)
 
 
-async def chat_prompt(service: Service, given: Any, *, add_generation_prompt: bool) -> list[int]:
+async def chat_prompt(
+    service: Service, given: Any, *, add_generation_prompt: bool, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
     """The token ids of a conversation. Raises 400 where it is malformed or the template refuses it."""
     tokenizer = service.tokenizer
-    template = tokenizer.chat_template
+    template = tokenizer.template_for(bool(tools))
     if template is None:
         message = "This model has no chat template, so it can't chat. Put a chat_template.jinja beside its "
         message += "tokenizer.json and restart, or use /v1/completions."
         raise bad("messages", message, "no_chat_template")
     messages = check_messages(given, template)
-    size = sum(len(message["content"]) for message in messages)
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        return tokenizer.apply_chat_template(messages, tools, add_generation_prompt=add_generation_prompt)
+
     try:
-        text = await off_loop(
-            size, lambda: tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
-        )
+        text = await off_loop(size_of(messages), lambda: render(messages))
     except ChatTemplateError as error:
-        raise bad("messages", f"{error}.") from None
-    return await service.encode(text, add_bos=False)
-
-
-# -- messages ---------------------------------------------------------------------------------------------------------
-
-
-def _role(param: str, value: Any) -> str:
-    role = string(param, value)
-    if role in ("tool", "function"):
-        raise bad(param, f"'{param}' is {show(role)}, but {_NO_TOOLS}.", "unsupported_parameter")
-    if role not in ROLES:
-        raise bad(param, f"'{param}' must be one of {', '.join(ROLES)}, got {show(role)}.{nearest(role, ROLES)}")
-    return role
-
-
-def _content(param: str, value: Any) -> str:
-    """A string, or a list of text parts, which are joined."""
-    if isinstance(value, str):
-        return string(param, value)
-    if not isinstance(value, list) or not value:
-        raise bad(param, f"'{param}' must be a string or a list of text parts, got {show(value)}.", "invalid_type")
-    return "".join(_part(f"{param}[{i}]", part) for i, part in enumerate(value))
-
-
-def _part(param: str, value: Any) -> str:
-    if isinstance(value, dict) and value.get("type") != "text":
-        kind = value.get("type")
-        message = f"'{param}.type' must be 'text', got {show(kind)}: this model reads text only."
-        raise bad(f"{param}.type", message, "unsupported_parameter" if isinstance(kind, str) else "invalid_value")
-    return fields.parse_object(param, value, _PART)["text"]
-
-
-_PART = {
-    "type": Field(string, required=True),
-    "text": Field(string, required=True),
-    "prompt_cache_breakpoint": Field(no_op(why="the lifetime of cached prompts can't be promised")),
-}
-_MESSAGE = {"role": Field(_role, required=True), "content": Field(_content), "name": Field(string)}
-_ASSISTANT = _MESSAGE | {
-    "audio": Field(no_op(why="the model reads text only")),
-    "function_call": Field(no_op(why=_NO_TOOLS)),
-    "refusal": Field(no_op(why="chat templates have no place for a refusal; send it as content")),
-    "tool_calls": Field(no_op([], why=_NO_TOOLS)),
-    # Sent back by clients that return our own answers as they got them.
-    "annotations": Field(no_op([], why="the model reads text only")),
-}
-
-
-def check_messages(value: Any, template: str) -> list[dict[str, str]]:
-    """The messages as the template gets them: role, content as one string, and the name where the template uses it."""
-    if not isinstance(value, list):
-        raise bad("messages", f"'messages' must be a list of messages, got {show(value)}.", "invalid_type")
-    if not value:
-        raise bad("messages", "'messages' is empty; send at least one message.")
-    return [_message(f"messages[{i}]", message, template) for i, message in enumerate(value)]
-
-
-def _message(param: str, value: Any, template: str) -> dict[str, str]:
-    is_assistant = isinstance(value, dict) and value.get("role") == "assistant"
-    if isinstance(value, dict) and isinstance(value.get("role"), str):
-        _role(f"{param}.role", value["role"])  # before the fields that only other roles have
-    message = fields.parse_object(param, value, _ASSISTANT if is_assistant else _MESSAGE)
-    if message["content"] is None:
-        raise bad(f"{param}.content", f"'{param}.content' is required.", "missing_required_parameter")
-    role = message["role"]
-    # By its definition a developer message is what a system message was; few templates know the new name.
-    if role == "developer" and "developer" not in template:
-        role = "system"
-    out = {"role": role, "content": message["content"]}
-    if message["name"] is not None:
-        if not re.search(r"\bname\b", template):
-            text = f"'{param}.name' is not supported: this model's chat template has no place for names."
-            raise bad(f"{param}.name", text, "unsupported_parameter")
-        out["name"] = message["name"]
-    return out
+        written = with_written_arguments(messages)  # as templates of DeepSeek want them
+        if written == messages:
+            raise bad("messages", f"{error}.") from None
+        try:
+            text = await off_loop(size_of(messages), lambda: render(written))
+        except ChatTemplateError:
+            raise bad("messages", f"{error}.") from None
+    return await service.encode_prompt("messages", text, add_bos=False)

@@ -31,14 +31,15 @@ class Delta:
     text: str
     entries: list[TokenEntry]
     finish_reason: str | None
+    token_ids: list[int]
 
 
 class _TokenStream:
     """Finds where the text of each token begins. `length`: characters decoded so far."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._stream = tokenizer.stream()
+        self._stream = tokenizer.stream(skip_special)
         self.length = 0
 
     def entry(self, token: int, item: TokenLogprob | None) -> TokenEntry:
@@ -54,14 +55,18 @@ class _TokenStream:
 @dataclass
 class Choice:
     """Accumulates a choice. Text and log-probabilities are released together: the engine holds back text that may be
-    the beginning of a stop string, and the tokens of that text are held back with it, and dropped with it."""
+    the beginning of a stop string, and the tokens of that text are held back with it, and dropped with it. `token_ids`
+    are those tokens, without an echoed prompt's, where they are wanted."""
 
     index: int
     tokenizer: Tokenizer
     want_logprobs: bool
+    want_ids: bool = False
+    skip_special: bool = True  # special tokens have no text
     drop_output: bool = False  # max_tokens 0 with echo: the engine generates one token that nobody asked for
     text: str = ""
     entries: list[TokenEntry] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -69,7 +74,7 @@ class Choice:
     total_logprob: float = 0.0
 
     def __post_init__(self) -> None:
-        self._tokens = _TokenStream(self.tokenizer)
+        self._tokens = _TokenStream(self.tokenizer, self.skip_special)
         self._released = 0  # characters of text the engine has given out
         self._held: deque[TokenEntry] = deque()
 
@@ -83,18 +88,22 @@ class Choice:
         self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
         if self.drop_output:
             self.finish_reason = "length"
-            return Delta("", [], "length")
+            return Delta("", [], "length", [])
         self.completion_tokens = output.completion_tokens
         self.finish_reason = output.finish_reason
         self.text += output.text
         self._released += len(output.text)
-        for item in output.logprobs or ():
-            self.total_logprob += item.logprob
-            if self.want_logprobs:
-                self._held.append(self._tokens.entry(item.id, item))
+        self.total_logprob += sum(item.logprob for item in output.logprobs or ())
+        if self.want_logprobs:
+            self._held += [self._tokens.entry(item.id, item) for item in output.logprobs or ()]
+        elif self.want_ids:
+            self._held += [self._tokens.entry(token, None) for token in output.token_ids]
         entries = self._release(output)
+        ids = [entry.id for entry in entries] if self.want_ids else []
+        entries = entries if self.want_logprobs else []
         self.entries += entries
-        return Delta(output.text, entries, output.finish_reason)
+        self.token_ids += ids
+        return Delta(output.text, entries, output.finish_reason, ids)
 
     def _release(self, output: Output) -> list[TokenEntry]:
         done = output.finish_reason is not None

@@ -12,7 +12,7 @@ from . import fields
 from .choices import Choice, TokenEntry, completion_logprobs, prompt_entries
 from .errors import bad
 from .jobs import Job, check_count, new_id
-from .service import Service, include_usage, off_loop, sampling_params, usage
+from .service import Service, include_usage, off_loop, sampling_params, scheduling, usage
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -37,14 +37,16 @@ class CompletionJob(Job):
         self._best_of = _best_of(values)
         self._echo = values["echo"]
         self._logprobs: int | None = values["logprobs"]
+        self._return_ids = values["return_token_ids"]
         self._created = int(time.time())
         check_count(service, len(prompts) * self._best_of, "prompt" if len(prompts) > 1 else "n")
         self.requests = [
             self._request(values, i, j, arrival) for i in range(len(prompts)) for j in range(self._best_of)
         ]
-        drop = values["max_tokens"] == 0
+        options = {"want_ids": self._return_ids, "skip_special": values["skip_special_tokens"]}
+        options["drop_output"] = values["max_tokens"] == 0
         self._choices = {
-            request.id: Choice(index, service.tokenizer, self._logprobs is not None, drop_output=drop)
+            request.id: Choice(index, service.tokenizer, self._logprobs is not None, **options)
             for index, request in enumerate(self.requests)
         }
 
@@ -66,8 +68,11 @@ class CompletionJob(Job):
             seed_offset=j,
             logprobs=0 if logprobs is None and self._best_of > self._n else logprobs,
             prompt_logprobs=logprobs if self._echo else None,
+            grammar=values["structured_outputs"],
         )
-        request = Request(f"{self.id}-{i * self._best_of + j}", prompt.ids, params, arrival, self._cache_salt)
+        request = Request(
+            f"{self.id}-{i * self._best_of + j}", prompt.ids, params, arrival, self._cache_salt, **scheduling(values)
+        )
         self._service.check_request(request, {"prompt": field})
         return request
 
@@ -75,11 +80,15 @@ class CompletionJob(Job):
 
     def events(self, output: Output) -> Iterator[dict[str, Any]]:
         choice = self._choices[output.request_id]
+        prompt = self._prompt_of(choice) if self._return_ids and not choice.prompt_tokens else None
         text, entries = self._begin(choice, output)
         delta = choice.feed(output)
         text, entries = text + delta.text, entries + delta.entries
-        if text or entries or delta.finish_reason is not None:
-            yield self._body([self._choice(choice.index, text, entries, delta.finish_reason)], None)
+        if text or entries or delta.token_ids or prompt or delta.finish_reason is not None:
+            found = self._choice(choice.index, text, entries, delta.finish_reason)
+            if self._return_ids:
+                found |= {"prompt_token_ids": prompt and prompt.ids, "token_ids": delta.token_ids}
+            yield self._body([found], None)
 
     def last_events(self) -> Iterator[dict[str, Any]]:
         if self._include_usage:
@@ -98,14 +107,20 @@ class CompletionJob(Job):
             if self._best_of > self._n:
                 group = sorted(group, key=lambda choice: choice.mean_logprob, reverse=True)[: self._n]
             for choice in group:
-                choices.append(self._choice(len(choices), choice.text, choice.entries, choice.finish_reason))
+                found = self._choice(len(choices), choice.text, choice.entries, choice.finish_reason)
+                if self._return_ids:
+                    found |= {"prompt_token_ids": self._prompts[i].ids, "token_ids": choice.token_ids}
+                choices.append(found)
         return self._body(choices, self._usage())
+
+    def _prompt_of(self, choice: Choice) -> _Prompt:
+        return self._prompts[choice.index // self._best_of]
 
     def _begin(self, choice: Choice, output: Output) -> tuple[str, list[TokenEntry]]:
         """The echo that comes with a choice's first output."""
         if not self._echo or choice.prompt_tokens:
             return "", []
-        prompt = self._prompts[choice.index // self._best_of]
+        prompt = self._prompt_of(choice)
         entries = []
         if self._logprobs is not None:
             entries = prompt_entries(self._service.tokenizer, prompt.ids, output.prompt_logprobs)
@@ -153,6 +168,7 @@ def _best_of(values: dict[str, Any]) -> int:
 async def completion_job(service: Service, body: dict[str, Any], arrival: float) -> CompletionJob:
     values = fields.parse_object(None, body, fields.COMPLETIONS)
     service.check_model(values["model"])
+    await service.check_grammar(values["structured_outputs"], "structured_outputs")
     prompts = await _prompts(service, values, is_null="prompt" in body)
     return CompletionJob(service, values, prompts, arrival)
 
@@ -167,10 +183,12 @@ async def _prompts(service: Service, values: dict[str, Any], is_null: bool) -> l
         if tokenizer.bos_id is None:
             raise bad("prompt", "A null 'prompt' begins a new document, but this model has no token for that.")
         return [_Prompt([tokenizer.bos_id], "")]
+    check_count(service, len(given), "prompt")  # before they are tokenized for nothing
     out = []
-    for item in given:
+    for i, item in enumerate(given):
         if isinstance(item, str):
-            out.append(_Prompt(await service.encode(item, add_bos=tokenizer.adds_bos), item))
+            field = "prompt" if len(given) == 1 else f"prompt[{i}]"
+            out.append(_Prompt(await service.encode_prompt(field, item, add_bos=tokenizer.adds_bos), item))
         elif values["echo"]:
             vocab_size = service.engine.info.vocab_size
             ids = [token for token in item if token < vocab_size]  # others are refused when the request is checked

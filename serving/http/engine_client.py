@@ -1,53 +1,42 @@
-"""The HTTP process's side of the engine: sends requests, routes its outputs, notices its death."""
+"""The HTTP process's side of the engine: keeps one running, sends requests, routes its outputs."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
-import signal
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TypeVar
+import time
+from collections.abc import AsyncIterator, Callable
 
+import msgspec
+
+from ...checkpoints.tokenizer import Tokenizer
 from .. import wire
 from ..request import Output, Request
-from .errors import ApiError, engine_down, queue_full, unavailable
+from .engine_life import MOST_BACKLOG, Death, EngineLife
+from .errors import ApiError, engine_down, grammar_failed, queue_full, unavailable
+from .generation import Generation
 from .launch import LaunchedEngine
 from .metrics import Metrics
+from .restarts import WINDOW_SECONDS, RestartPolicy
 
-T = TypeVar("T")
-
-TAIL_LINES = 30
 _EXIT_SECONDS = 5.0
 
 
 class EngineError(OSError):
-    """The engine process could not start, or died. The message says why and shows its last words."""
-
-
-class Generation:
-    """The outputs of one group of requests, in the order they come; ends when each of them has finished."""
-
-    def __init__(self, ids: Sequence[str]) -> None:
-        self.unfinished = set(ids)
-        self.queue: asyncio.Queue[Output | ApiError] = asyncio.Queue()
-
-    async def __aiter__(self) -> AsyncIterator[Output]:
-        while self.unfinished:
-            item = await self.queue.get()
-            if isinstance(item, ApiError):
-                raise item
-            if item.finish_reason is not None:
-                self.unfinished.discard(item.request_id)
-            yield item
+    """There is no engine and there will be none. The message says why and shows the last one's last words."""
 
 
 class EngineClient:
-    """One engine process. `start`, then `generate` any number of times, then `stop`.
+    """`run` keeps an engine running until `stop`; meanwhile `generate` any number of times.
 
-    - `ready` is None until the engine takes requests; `failure` is None while it lives.
-    - `draining` makes new requests fail with 503; those in flight go on.
+    When the engine dies another one is started, and is given the requests that were in flight (`Generation` says how
+    they go on). New ones wait for it in the same queue: a restart takes seconds, and the queue has a limit and its 429.
+
+    - `ready` is None until the first engine takes requests; `failure` is None until there will be none any more;
+    - `is_up`: an engine takes requests now;
+    - `draining` makes new requests fail with 503, `paused` keeps them in the queue; those in flight go on.
     """
 
     def __init__(
@@ -56,200 +45,283 @@ class EngineClient:
         settings: wire.EngineSettings,
         metrics: Metrics,
         *,
+        launch: Callable[[], LaunchedEngine] = LaunchedEngine,
+        max_restarts: int,
+        hang_seconds: float,
         on_progress: Callable[[wire.Progress], None] | None = None,
         on_log: Callable[[str], None] | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.ready: wire.Ready | None = None
         self.failure: str | None = None
         self.draining = False
+        self.paused = self.held = False
+        self.is_up = False
+        self.started = asyncio.Event()
         self.progress = wire.Progress("starting")
-        self.died = asyncio.Event()
+        self.settings = settings
+        self.last_death: str | None = None
         self._launched = launched
-        self._settings = settings
-        self._metrics = metrics
+        self._launch = launch
+        self.metrics = metrics
+        self._restarts = RestartPolicy(max_restarts)
+        self._hang_seconds = hang_seconds
         self._on_progress = on_progress
         self._on_log = on_log
-        self._is_ready = asyncio.Event()
-        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._generations: dict[str, Generation] = {}
-        self._admissions: dict[int, asyncio.Future[wire.Admitted | wire.Rejected]] = {}
-        self._group = 0
-        self._writer: asyncio.StreamWriter | None = None
-        self._exit: asyncio.Task[int] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._stopping = False
-        self._failed: wire.Failed | None = None
+        self._say = say
+        self._life: EngineLife | None = None
+        self._since = time.monotonic()
+        self._groups: dict[int, Generation] = {}  # those that have not ended, oldest first
+        self._owners: dict[str, Generation] = {}  # of each request that has not ended
+        self._calls: dict[int, asyncio.Future[str]] = {}
+        self._numbers = itertools.count(1)
+        self._stopping = asyncio.Event()
+        self._tokenizer: Tokenizer | None = None
 
     @property
     def in_flight(self) -> int:
-        return len(self._generations)
+        return len(self._owners)
+
+    @property
+    def state(self) -> tuple[str, str | None]:
+        """`ok`, `loading` or `restarting` (with the stage), `paused`, `stopping` or `dead`."""
+        if self.failure is not None:
+            return "dead", None
+        if self.draining:
+            return "stopping", None
+        if not self.is_up:
+            return "loading" if self.ready is None else "restarting", describe(self.progress)
+        return "paused" if self.paused else "ok", None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process; None between two of them."""
+        return None if self._life is None else self._life.pid
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    async def start(self) -> wire.Ready:
-        """Talk to the process and wait until it is ready. Raises EngineError."""
-        connected: asyncio.Future[asyncio.StreamReader] = asyncio.get_running_loop().create_future()
-
-        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if connected.done():
-                writer.close()
+    async def run(self) -> None:
+        """Until `stop`. Raises EngineError when the first engine does not start, or too many have died."""
+        launched = self._launched
+        while True:
+            death = await self._live(launched)
+            if self._stopping.is_set() or (self.draining and not self.in_flight):
                 return
-            self._writer = writer
-            connected.set_result(reader)
+            delay = self._died(death)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay)
+            if self._stopping.is_set():  # also when `stop` came between two engines and found none
+                return
+            launched = None
 
-        self._exit = asyncio.create_task(asyncio.to_thread(self._launched.process.wait))
-        logs = asyncio.create_task(self._read_logs())
-        self._tasks += [logs, asyncio.create_task(self._watch(self._exit, logs))]
-        server = await asyncio.start_unix_server(accept, sock=self._launched.listener)
+    async def _live(self, launched: LaunchedEngine | None) -> Death:
         try:
-            reader = await self._unless_died(connected)
+            launched = launched or self._launch()
+        except OSError as error:  # no memory, perhaps: what killed the last one
+            return Death(f"the engine process could not be started: {error}")
+        self._life = EngineLife(
+            launched,
+            self.settings,
+            hang_seconds=self._hang_seconds,
+            expects=lambda: not self.held and any(group.sent for group in self._groups.values()),
+            on_message=self._handle,
+            on_log=self._on_log,
+        )
+        try:
+            return await self._life.run()
         finally:
-            server.close()
-        self._tasks.append(asyncio.create_task(self._read_messages(reader, self._exit)))
-        self._send(wire.Start(self._settings))
-        await self._unless_died(asyncio.ensure_future(self._is_ready.wait()))
-        assert self.ready is not None
-        return self.ready
+            self._life, self.is_up = None, False
+            self.metrics.stats = wire.Stats()
+
+    def _died(self, death: Death) -> float:
+        """How long to wait before the next start. Raises EngineError when there is none."""
+        first = self.ready is None
+        self.last_death = death.message
+        delay = None if first or death.user_error else self._restarts.delay(time.monotonic())
+        self._fail_calls(unavailable("The engine died meanwhile.", "engine_restarted"))
+        if delay is None:
+            self.failure = death.message
+            if not first and not death.user_error and self._restarts.most:
+                most, minutes = self._restarts.most, WINDOW_SECONDS / 60
+                self.failure = (
+                    f"the engine died {most + 1} times within {minutes:g} minutes and is not started again "
+                    f"(max_restarts={most}); the last time {death.message}"
+                )
+            message = "The engine died while it worked on this request; the server is going down."
+            self.fail_all(unavailable(message, "engine_dead"))
+            raise EngineError(self.failure)
+        replayed = 0
+        for group in list(self._groups.values()):
+            count = len(group.left) if group.sent else 0
+            try:
+                group.engine_died()
+                replayed += count
+            except ApiError as error:
+                self._fail(group, error)
+        self.metrics.restarts += 1
+        self.metrics.replays += replayed
+        self.progress = wire.Progress("restarting")
+        soon = f" in {delay:g} s" if delay else ""
+        what = death.message.splitlines()[0]  # the log has its last words
+        self._say(f"{what}; starting it again{soon}, with {replayed} requests of the old one")
+        self._since = time.monotonic()
+        return delay
 
     async def stop(self) -> None:
-        """Ask the process to leave, and insist after a while. Safe to call in any state, and twice."""
-        self._stopping = True
+        """End the requests in flight and the engine; `run` returns within seconds. Safe to call in any state, twice."""
+        self._stopping.set()
         self.fail_all(unavailable("The server is shutting down.", "shutting_down"))
-        if self._exit is not None and not self._exit.done():
-            # Before it is ready the process has no loop that could answer; it holds nothing worth saving either.
-            if self.ready is not None:
-                self._send(wire.Shutdown())
-                await asyncio.wait([self._exit], timeout=_EXIT_SECONDS)
-            if not self._exit.done():
-                self._launched.process.kill()
-                await self._exit
-        if self._writer is not None:
-            self._writer.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _unless_died(self, future: asyncio.Future[T]) -> T:
-        died = asyncio.create_task(self.died.wait())
-        try:
-            await asyncio.wait([future, died], return_when=asyncio.FIRST_COMPLETED)
-            if not future.done():
-                raise EngineError(self.failure)
-            return future.result()
-        finally:
-            died.cancel()
-            future.cancel()
-
-    async def _watch(self, exited: asyncio.Task[int], logs: asyncio.Task[None]) -> None:
-        code = await asyncio.shield(exited)
-        with contextlib.suppress(TimeoutError):  # a grandchild may hold the pipe open
-            await asyncio.wait_for(asyncio.shield(logs), 1.0)
-        if self._failed is not None and self._failed.user_error:
-            self.failure = self._failed.message
-        else:
-            self.failure = f"the engine process {_how_it_ended(code)}"
-            if self._failed is not None:
-                self.failure += f": {self._failed.message}"
-            if self._tail:
-                self.failure += "\nIts last lines:\n" + "\n".join(f"  {line}" for line in self._tail)
-        self.died.set()
-        if not self._stopping:
-            self.fail_all(engine_down("The engine died while it worked on this request; the server is going down."))
-
-    async def _read_logs(self) -> None:
-        reader, rest = asyncio.StreamReader(), b""
-        loop = asyncio.get_running_loop()
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self._launched.process.stdout)
-        while chunk := await reader.read(1 << 16):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                self._log(line)
-        if rest:
-            self._log(rest)
-
-    def _log(self, line: bytes) -> None:
-        text = line.decode("utf-8", "replace").rstrip()
-        self._tail.append(text[:2000])
-        if self._on_log is not None:
-            self._on_log(text)
+        life = self._life
+        if life is not None:
+            life.leave()
+            for _ in range(int(_EXIT_SECONDS / 0.02)):
+                if self._life is not life:
+                    return
+                await asyncio.sleep(0.02)
+            life.kill()
 
     # -- messages -----------------------------------------------------------------------------------------------------
-
-    def _send(self, message: wire.ToEngine) -> None:
-        assert self._writer is not None
-        if not self._writer.is_closing():
-            self._writer.write(wire.frame(message))
-
-    async def _read_messages(self, reader: asyncio.StreamReader, exited: asyncio.Task[int]) -> None:
-        try:
-            while (message := await wire.receive(reader)) is not None:
-                self._handle(message)
-        except wire.WireError as error:
-            self._tail.append(f"(the HTTP process: {error})")
-        # The stream ended: the process is leaving, or is beyond talking to.
-        await asyncio.wait([exited], timeout=_EXIT_SECONDS)
-        if not exited.done():
-            self._launched.process.kill()
 
     def _handle(self, message: wire.FromEngine) -> None:
         match message:
             case wire.Step():
-                self._metrics.stats = message.stats
+                self.metrics.stats = message.stats
                 for output in message.outputs:
                     self._route(output)
-            case wire.Admitted() | wire.Rejected():
-                future = self._admissions.pop(message.group, None)
-                if future is not None and not future.done():
-                    future.set_result(message)
+            case wire.Admitted():
+                group = self._groups.get(message.group)
+                if group is not None and not group.admitted.done():
+                    group.admitted.set_result(None)
+            case wire.Rejected():
+                group = self._groups.get(message.group)
+                if group is not None:
+                    error = ApiError(400, message.message, param=message.param, code="invalid_value")
+                    self._fail(group, self._queue_full() if message.queue_full else error, rejected=True)
             case wire.Progress():
-                self.progress = message
-                if self._on_progress is not None:
-                    self._on_progress(message)
+                if message != self.progress:
+                    self.progress = message
+                    if self._on_progress is not None:
+                        self._on_progress(message)
             case wire.Ready():
-                self.ready = message
-                self._is_ready.set()
+                self._is_ready(message)
+            case wire.Done():
+                future = self._calls.pop(message.call, None)
+                if future is not None and not future.done():
+                    if message.error is None:
+                        future.set_result(message.text)
+                    else:
+                        future.set_exception(ApiError(409, message.error, code="refused"))
             case wire.Failed():
-                self._failed = message
+                pass  # its death, which comes next, tells
+
+    def _is_ready(self, ready: wire.Ready) -> None:
+        first, self.ready, self.is_up = self.ready is None, ready, True
+        self.started.set()
+        if not first:
+            seconds = time.monotonic() - self._since
+            self._say(f"ready again in {seconds:.1f} s ({self._restarts.total} restarts so far)")
+        if self.held:
+            self._send(wire.Hold(True))
+        self._send_waiting()
 
     def _route(self, output: Output) -> None:
-        generation = self._generations.get(output.request_id)
-        if generation is None:  # cancelled meanwhile
+        group = self._owners.get(output.request_id)
+        if group is None:  # cancelled meanwhile
             return
-        self._metrics.output(output)
+        running = output.finish_reason is None
+        try:
+            if output.finish_reason == "error" and output.error_kind == "grammar":
+                raise grammar_failed(output.error or "The grammar can't be followed.")
+            if output.finish_reason == "error":
+                raise engine_down(output.error or "The engine failed on this request.")
+            if output.finish_reason == "cancelled":
+                raise unavailable("The request was cancelled by the server.", "cancelled")
+            if not group.feed(output):
+                return
+        except ApiError as error:
+            self._fail(group, error)
+            return
+        self.metrics.output(output)
         if output.finish_reason is not None:
-            del self._generations[output.request_id]
-        if output.finish_reason == "error":
-            generation.queue.put_nowait(engine_down(output.error or "The engine failed on this request."))
-        elif output.finish_reason == "cancelled":
-            generation.queue.put_nowait(unavailable("The request was cancelled by the server.", "cancelled"))
-        else:
-            generation.queue.put_nowait(output)
+            self._restarts.useful()
+            del self._owners[output.request_id]
+            if running:
+                self._send(wire.Cancel([output.request_id], complete=True))
+            if not group.left:
+                del self._groups[group.number]
+
+    def _send(self, message: wire.ToEngine) -> None:
+        if self._life is not None and self.is_up:
+            self._life.send(message)
+
+    def _send_waiting(self) -> None:
+        """Give the engine what it has not got, in the order of arrival."""
+        if not self.is_up or self.paused:
+            return
+        for group in self._groups.values():
+            if not group.sent:
+                group.sent = True
+                self._send(wire.Add(group.number, group.left))
+
+    def _forget(self, group: Generation) -> list[str]:
+        """Out of all tables; names of the requests that had not ended."""
+        self._groups.pop(group.number, None)
+        return [name for name in group.ids if self._owners.pop(name, None) is not None]
+
+    def _fail(self, group: Generation, error: ApiError, *, rejected: bool = False) -> None:
+        """End all of it, here and in the engine."""
+        left = self._forget(group)
+        for name in left:
+            if rejected:
+                self.metrics.forget(name)
+            else:
+                self.metrics.aborted(name)
+        if group.sent and left and not rejected:
+            self._send(wire.Cancel(left))
+        group.fail(error)
+
+    def _fail_calls(self, error: ApiError) -> None:
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(error)
+        self._calls.clear()
 
     def fail_all(self, error: ApiError) -> None:
         """End every request in flight with `error`."""
-        for future in self._admissions.values():
-            if not future.done():
-                future.set_exception(error)
-        self._admissions.clear()
-        for generation in set(self._generations.values()):
-            generation.queue.put_nowait(error)
+        for group in list(self._groups.values()):
+            self._fail(group, error)
+        self._fail_calls(error)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
     @property
     def info(self) -> wire.Ready:
-        """What the engine said of itself. Raises a 503 before it has, and after its death."""
+        """What the engine said of itself. Raises a 503 before it has, and after the last one's death."""
         if self.failure is not None:
             raise unavailable("The engine died; the server is going down.", "engine_dead")
         if self.ready is None:
             raise unavailable(f"The model is loading ({describe(self.progress)}).", "loading", retry_after=5)
         return self.ready
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's. Raises a 503 before the engine has reported it."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.from_files(self.info.tokenizer_files, where=self.settings.model)
+        return self._tokenizer
+
     def check_open(self) -> wire.Ready:
         """`info`, or the 503 that says why no new request is taken now."""
-        if self.draining or self._stopping:
+        if self.draining or self._stopping.is_set():
             raise unavailable("The server is shutting down.", "shutting_down", retry_after=10)
         return self.info
+
+    def check_room(self, count: int = 1) -> None:
+        """Raises what `check_open` does, and 429 when there is no room for so many more requests."""
+        ready = self.check_open()
+        backlog = 0 if self._life is None else self._life.backlog
+        if self.in_flight + count > ready.max_running + ready.max_waiting or backlog > MOST_BACKLOG:
+            raise self._queue_full()
 
     @contextlib.asynccontextmanager
     async def generate(self, requests: list[Request]) -> AsyncIterator[Generation]:
@@ -257,55 +329,64 @@ class EngineClient:
 
         Raises ApiError: 429 when the queue is full, 400 when a request can never run, 5xx when the engine is gone.
         """
-        ready = self.check_open()
-        if self.in_flight + len(requests) > ready.max_running + ready.max_waiting:
-            raise self._queue_full(ready)
-        generation = Generation([request.id for request in requests])
-        future: asyncio.Future[wire.Admitted | wire.Rejected] = asyncio.get_running_loop().create_future()
-        self._group += 1
-        group = self._group
-        self._admissions[group] = future
+        self.check_room(len(requests))
+        group = Generation(next(self._numbers), requests, self.tokenizer)
+        self._groups[group.number] = group
         for request in requests:
-            self._generations[request.id] = generation
-            self._metrics.start(request)
+            self._owners[request.id] = group
+            self.metrics.start(request)
         try:
-            self._send(wire.Add(group, requests))
-            answer = await future
-            if isinstance(answer, wire.Rejected):
-                for request in requests:
-                    self._generations.pop(request.id, None)
-                    self._metrics.forget(request.id)
-                if answer.queue_full:
-                    raise self._queue_full(ready)
-                raise ApiError(400, answer.message, param=answer.param, code="invalid_value")
-            yield generation
+            self._send_waiting()
+            await group.admitted
+            yield group
         finally:
-            self._admissions.pop(group, None)
-            # Asked of the table and not of the generation: its reader may be behind.
-            left = [request.id for request in requests if self._generations.pop(request.id, None) is not None]
-            if left:
-                for request_id in left:
-                    self._metrics.aborted(request_id)
-                if self.failure is None:
-                    self._send(wire.Cancel(left))
+            left = self._forget(group)
+            for name in left:
+                self.metrics.aborted(name)
+            if left and group.sent:
+                self._send(wire.Cancel(left))
 
-    def _queue_full(self, ready: wire.Ready) -> ApiError:
+    def _queue_full(self) -> ApiError:
         # How long until a place is free, were all requests as long as the last ones.
-        seconds = self._metrics.mean_seconds / ready.max_running
+        seconds = self.metrics.mean_seconds / self.info.max_running
         retry_after = min(max(math.ceil(seconds), 1), 60)
         message = f"The queue is full ({self.in_flight} requests running or waiting). Try again in {retry_after} s."
         return queue_full(retry_after, message)
+
+    # -- administration -----------------------------------------------------------------------------------------------
+
+    def pause(self, hold: bool) -> None:
+        """Send no more requests to the engine; `hold`: it does not work on those that it has either."""
+        self.paused, self.held = True, hold
+        self._send(wire.Hold(hold))
+
+    def resume(self) -> None:
+        self.paused = self.held = False
+        self._send(wire.Hold(False))
+        self._send_waiting()
+
+    async def reload(self, path: str) -> str:
+        """Other weights for the same model, also in engines to come. Raises ApiError (409: all is as it was)."""
+        text = await self._call(lambda call: wire.Reload(call, path))
+        self.settings = msgspec.structs.replace(self.settings, model=path)
+        return text
+
+    async def profile(self, folder: str, seconds: float) -> str:
+        """A profile of the engine's next seconds, into `folder`. Raises ApiError."""
+        return await self._call(lambda call: wire.Profile(call, folder, seconds))
+
+    async def _call(self, message: Callable[[int], wire.ToEngine]) -> str:
+        if not self.is_up:
+            raise unavailable("There is no engine now; ask /status, and try again when it is up.", "engine_restarted")
+        call = next(self._numbers)
+        future = self._calls[call] = asyncio.get_running_loop().create_future()
+        self._send(message(call))
+        try:
+            return await future
+        finally:
+            self._calls.pop(call, None)
 
 
 def describe(progress: wire.Progress) -> str:
     """`warming up 3/12`."""
     return progress.stage + (f" {progress.done}/{progress.total}" if progress.total else "")
-
-
-def _how_it_ended(code: int) -> str:
-    if code >= 0:
-        return f"exited with status {code}"
-    with contextlib.suppress(ValueError):
-        name = signal.Signals(-code).name
-        return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return f"was killed by signal {-code}"

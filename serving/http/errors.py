@@ -57,6 +57,16 @@ def engine_down(message: str) -> ApiError:
     return ApiError(500, message, code="engine_error")
 
 
+def grammar_failed(message: str) -> ApiError:
+    """A grammar that could be compiled, and then could not be followed."""
+    return ApiError(400, message, code="grammar_failed")
+
+
+def engine_restarted(message: str) -> ApiError:
+    """The engine died, and what it did of this request is lost."""
+    return ApiError(503, message, code="engine_restarted")
+
+
 def unavailable(message: str, code: str, retry_after: int | None = None) -> ApiError:
     return ApiError(503, message, code=code, retry_after=retry_after)
 

@@ -1,159 +1,40 @@
-"""Every field of the two OpenAI endpoints, and what this server does with each: honour it, or answer 400.
+"""Every field of the OpenAI endpoints, and what this server does with each: honour it, or answer 400.
 
-A field is a parser `(param, value) -> value`. Parsers either return the value the server will use or raise ApiError;
-none ignores what it does not understand. Fields that ask for something this server lacks accept exactly the values
-that ask for nothing (`no_op`). The tables are compared with the installed `openai` client's types by a test, so a field
-added to the API shows up as a failing test.
+The tables are compared with the installed `openai` client's types by a test, so a field added to the API shows up as a
+failing test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
-
-from .errors import ApiError, bad, nearest, show
-
-Parser = Callable[[str, Any], Any]
-
-MAX_N = 128
-MAX_STOPS = 16
-MAX_TOP_LOGPROBS = 20
-SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
-
-
-@dataclass(frozen=True)
-class Field:
-    """`parse` sees every value but null; null and absence mean `default`, unless the field is `required`."""
-
-    parse: Parser
-    default: Any = None
-    required: bool = False
-
-
-# -- parsers ----------------------------------------------------------------------------------------------------------
-
-
-def boolean(param: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise bad(param, f"'{param}' must be true or false, got {show(value)}.", "invalid_type")
-    return value
-
-
-def string(param: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise bad(param, f"'{param}' must be a string, got {show(value)}.", "invalid_type")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise bad(param, f"'{param}' holds a lone surrogate, which is not valid Unicode text.") from None
-    return value
-
-
-def integer(low: int, high: int | None = None) -> Parser:
-    def parse(param: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise bad(param, f"'{param}' must be an integer, got {show(value)}.", "invalid_type")
-        if value < low or (high is not None and value > high):
-            rule = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise bad(param, f"'{param}' must be {rule}, got {show(value)}.")
-        return value
-
-    return parse
-
-
-def number(low: float, high: float, *, exclude_low: bool = False) -> Parser:
-    def parse(param: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise bad(param, f"'{param}' must be a number, got {show(value)}.", "invalid_type")
-        if not low <= value <= high or (exclude_low and value == low):  # NaN is not in any range
-            rule = f"above {low:g}" if exclude_low else f"at least {low:g}"
-            raise bad(param, f"'{param}' must be a number {rule} and at most {high:g}, got {show(value)}.")
-        return float(value)
-
-    return parse
-
-
-def stop(param: str, value: Any) -> list[str]:
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list):
-        raise bad(param, f"'{param}' must be a string or a list of strings, got {show(value)}.", "invalid_type")
-    if len(values) > MAX_STOPS:
-        raise bad(param, f"'{param}' takes at most {MAX_STOPS} strings, got {len(values)}.")
-    for i, item in enumerate(values):
-        if not string(f"{param}[{i}]", item):
-            raise bad(f"{param}[{i}]", f"'{param}[{i}]' is empty: it would stop before the first token.")
-    return values
-
-
-def logit_bias(param: str, value: Any) -> dict[int, float]:
-    if not isinstance(value, dict):
-        raise bad(param, f"'{param}' must be an object from token id to bias, got {show(value)}.", "invalid_type")
-    parse, out = number(-100, 100), {}
-    for key, bias in value.items():
-        if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise bad(f"{param}.{key}", f"'{param}' keys must be token ids in decimal, got {show(key)}.")
-        if int(key) in out:
-            raise bad(f"{param}.{key}", f"'{param}' names token {int(key)} twice.")
-        out[int(key)] = parse(f"{param}.{key}", bias)
-    return out
-
-
-def token_ids(param: str, value: Any) -> list[int]:
-    if not isinstance(value, list):
-        raise bad(param, f"'{param}' must be a list of token ids, got {show(value)}.", "invalid_type")
-    parse = integer(0, 2**31 - 1)
-    return [parse(f"{param}[{i}]", item) for i, item in enumerate(value)]
-
-
-def prompts(param: str, value: Any) -> list[str | list[int]]:
-    """A string, a list of strings, a list of ids, or a list of lists of ids -> the list of prompts."""
-    if isinstance(value, str):
-        return [string(param, value)]
-    kinds = "a string, a list of strings, a list of token ids or a list of lists of token ids"
-    if not isinstance(value, list):
-        raise bad(param, f"'{param}' must be {kinds}, got {show(value)}.", "invalid_type")
-    if not value:
-        raise bad(param, f"'{param}' is an empty list; give at least one prompt ({kinds}).")
-    if all(isinstance(item, str) for item in value):
-        return [string(f"{param}[{i}]", item) for i, item in enumerate(value)]
-    if all(isinstance(item, list) for item in value):
-        return [token_ids(f"{param}[{i}]", item) for i, item in enumerate(value)]
-    if isinstance(value[0], str | list | dict):
-        raise bad(param, f"'{param}' must be {kinds}, got {show(value)}.", "invalid_type")
-    return [token_ids(param, value)]
-
-
-def stream_options(param: str, value: Any) -> dict[str, bool]:
-    fields = {
-        "include_usage": Field(boolean, False),
-        "include_obfuscation": Field(no_op(False, why="stream obfuscation is not implemented"), False),
-    }
-    return parse_object(param, value, fields)
-
-
-def no_op(*accepted: Any, why: str) -> Parser:
-    """Accept only the values that ask for nothing; all others are answered with `why` the server can't."""
-
-    def parse(param: str, value: Any) -> Any:
-        for choice in accepted:
-            if value == choice and isinstance(value, bool) == isinstance(choice, bool):
-                return value
-        choices = " or ".join(["null", *(show(choice) for choice in accepted)])
-        message = f"'{param}' is not supported: {why}. Leave it out (or send {choices}), got {show(value)}."
-        raise bad(param, message, "unsupported_parameter")
-
-    return parse
-
-
-def hint(param: str, value: Any) -> str:
-    """A string that by its definition does not change the answer (who asks, which cache to prefer)."""
-    return string(param, value)
-
-
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-_NO_TOOLS = "this server does not parse tool calls"
+from ..request import MAX_DEADLINE_SECONDS, MAX_PRIORITY, MAX_STAGES
+from .output_format import response_format, structured_outputs
+from .parsers import (
+    MAX_N,
+    MAX_TOP_LOGPROBS,
+    SEED_MAX,
+    SEED_MIN,
+    Field,
+    boolean,
+    decimal,
+    expires_after,
+    hint,
+    inputs,
+    integer,
+    logit_bias,
+    metadata,
+    no_op,
+    number,
+    one_of,
+    prompts,
+    stop,
+    stream_options,
+    string,
+    texts,
+    token_ids,
+)
+from .parsers import parse_object as parse_object  # what the tables are for
+from .parsers import schema_of_object as schema_of_object
+from .tools import tool_choice, tools
 
 COMMON: dict[str, Field] = {
     "model": Field(string, required=True),
@@ -176,9 +57,18 @@ COMMON: dict[str, Field] = {
     "ignore_eos": Field(boolean, False),
     "min_tokens": Field(integer(0), 0),
     "cache_salt": Field(string, ""),
+    "priority": Field(integer(-MAX_PRIORITY, MAX_PRIORITY), 0),
+    "deadline_seconds": Field(number(0, MAX_DEADLINE_SECONDS, exclude_low=True)),
+    "stages_left": Field(integer(1, MAX_STAGES), 1),
+    "return_token_ids": Field(boolean, False),
+    "skip_special_tokens": Field(boolean, True),
+    "structured_outputs": Field(structured_outputs),
 }
 
-EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens", "cache_salt")
+EXTENSIONS = (
+    "top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens", "cache_salt",
+    "priority", "deadline_seconds", "stages_left", "return_token_ids", "skip_special_tokens", "structured_outputs",
+)  # fmt: skip
 
 COMPLETIONS: dict[str, Field] = COMMON | {
     "prompt": Field(prompts),
@@ -196,50 +86,68 @@ CHAT: dict[str, Field] = COMMON | {
     "logprobs": Field(boolean, False),
     "top_logprobs": Field(integer(0, MAX_TOP_LOGPROBS)),
     "audio": Field(no_op(why="the model writes text only")),
-    "function_call": Field(no_op("none", why=_NO_TOOLS)),
-    "functions": Field(no_op([], why=_NO_TOOLS)),
+    "function_call": Field(no_op("none", why="it is the old name; use 'tool_choice'")),
+    "functions": Field(no_op([], why="it is the old name; use 'tools'")),
     "metadata": Field(no_op({}, why="nothing is stored that it could be attached to")),
     "modalities": Field(no_op(["text"], why="the model writes text only")),
     "moderation": Field(no_op(why="there is no moderation model")),
-    "parallel_tool_calls": Field(boolean),  # says how tools are called; without tools neither value means anything
+    "parallel_tool_calls": Field(boolean),
     "prediction": Field(no_op(why="predicted outputs are not implemented")),
     "prompt_cache_key": Field(hint),
     "prompt_cache_options": Field(no_op({}, why="the lifetime of cached prompts can't be promised")),
     "prompt_cache_retention": Field(no_op("in_memory", why="prompts are cached in memory only")),
     "reasoning_effort": Field(no_op("none", why="the model has no reasoning mode")),
-    "response_format": Field(no_op({"type": "text"}, why="output can't be constrained to a format")),
+    "response_format": Field(response_format),
     "safety_identifier": Field(hint),
     "service_tier": Field(no_op("auto", "default", why="there is one service tier")),
     "store": Field(no_op(False, why="completions are not stored")),
-    "tool_choice": Field(no_op("none", why=_NO_TOOLS)),
-    "tools": Field(no_op([], why=_NO_TOOLS)),
+    "tool_choice": Field(tool_choice),
+    "tools": Field(tools, []),
     "verbosity": Field(no_op("medium", why="the model has no verbosity setting")),
     "web_search_options": Field(no_op(why="there is no web search")),
 }
 
+_POOLED: dict[str, Field] = {
+    "pooling": Field(one_of("last", "mean"), "last"),
+    "cache_salt": Field(string, ""),
+}
 
-def parse_object(param: str | None, value: Any, fields: dict[str, Field]) -> dict[str, Any]:
-    """Check an object against a table; unknown names are errors that suggest the nearest known one."""
-    where = f"'{param}'" if param else "The request body"
-    if not isinstance(value, dict):
-        raise bad(param, f"{where} must be a JSON object, got {show(value)}.", "invalid_type")
-    prefix = f"{param}." if param else ""
-    unknown = _first_unknown(value, fields)
-    if unknown is not None:
-        message = f"Unknown field '{prefix}{unknown}'.{nearest(unknown, fields)}"
-        raise ApiError(400, message, param=prefix + unknown, code="unknown_parameter")
-    out = {}
-    for name, field in fields.items():
-        given = value.get(name)
-        if given is None:
-            if field.required:
-                raise bad(prefix + name, f"'{prefix}{name}' is required.", "missing_required_parameter")
-            out[name] = field.default
-        else:
-            out[name] = field.parse(prefix + name, given)
-    return out
+EMBEDDINGS: dict[str, Field] = _POOLED | {
+    "model": Field(string, required=True),
+    "input": Field(inputs, required=True),
+    "dimensions": Field(integer(1)),
+    "encoding_format": Field(one_of("float", "base64"), "float"),
+    "user": Field(hint),
+    "normalize": Field(boolean, True),
+}
 
+EMBEDDING_EXTENSIONS = ("pooling", "cache_salt", "normalize")
 
-def _first_unknown(value: dict[str, Any], fields: Iterable[str]) -> str | None:
-    known = set(fields)
-    return next((name for name in value if name not in known), None)
+SCORE: dict[str, Field] = _POOLED | {
+    "model": Field(string),
+    "text_1": Field(texts, required=True),
+    "text_2": Field(texts, required=True),
+}
+
+UPLOAD: dict[str, Field] = {
+    "file": Field(lambda param, value: value, required=True),
+    "purpose": Field(one_of("batch"), required=True),
+    "expires_after": Field(expires_after),
+}
+
+LIST_FILES: dict[str, Field] = {
+    "after": Field(string),
+    "limit": Field(decimal(integer(1, 10_000)), 10_000),
+    "order": Field(one_of("asc", "desc"), "desc"),
+    "purpose": Field(string),
+}
+
+BATCH: dict[str, Field] = {
+    "completion_window": Field(one_of("24h"), required=True),
+    "endpoint": Field(string, required=True),
+    "input_file_id": Field(string, required=True),
+    "metadata": Field(metadata),
+    "output_expires_after": Field(expires_after),
+}
+
+LIST_BATCHES: dict[str, Field] = {"after": Field(string), "limit": Field(decimal(integer(1, 100)), 20)}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from types import TracebackType
+from typing import IO
 
 _LONGEST_SOCKET_PATH = 100  # the kernel's limit is 108 bytes
 
@@ -17,10 +18,11 @@ _LONGEST_SOCKET_PATH = 100  # the kernel's limit is 108 bytes
 class LaunchedEngine:
     """The process, the socket it will connect to, and the private folder that holds the socket.
 
-    Leaving the context kills the process if it still runs, and removes the folder.
+    `close`, or leaving the context, kills the process if it still runs, and removes the folder.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "twinax.serving.engine_process") -> None:
+        self._module = module
         self._folder = _private_folder()
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -35,7 +37,7 @@ class LaunchedEngine:
         environment = {name: value for name, value in os.environ.items() if name != "TWINAX_API_KEY"}
         return subprocess.Popen(
             # -P: the working folder must not shadow modules of the engine.
-            [sys.executable, "-P", "-m", "twinax.serving.engine_process", "--socket", path],
+            [sys.executable, "-P", "-m", self._module, "--socket", path],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -48,6 +50,16 @@ class LaunchedEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def take_output(self) -> IO[bytes]:
+        """What the process prints; whoever takes it closes it (two owners would close each other's descriptors)."""
+        output, self.process.stdout = self.process.stdout, None
+        assert output is not None
+        return output
+
+    def close(self) -> None:
+        """Safe to call twice."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()

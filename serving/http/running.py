@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import signal
 import socket
@@ -16,23 +17,33 @@ import uvicorn
 import uvloop
 
 from .. import wire
+from .admin import create_admin
 from .app import create_app
 from .config import ServeConfig
 from .engine_client import EngineClient, EngineError, describe
 from .errors import unavailable
+from .file_routes import keep
+from .keys import ApiKeys
 from .launch import LaunchedEngine
 from .metrics import Metrics
+from .protocol import Protocol
 from .service import Service
 
 _LAST_SECONDS = 3.0  # for answers that say why they end, after the drain is over
 
 
 def run(
-    config: ServeConfig, listener: socket.socket, engine: LaunchedEngine, begin: float, out: TextIO, err: TextIO
+    config: ServeConfig,
+    listener: socket.socket,
+    admin: socket.socket | None,
+    engine: LaunchedEngine,
+    begin: float,
+    out: TextIO,
+    err: TextIO,
 ) -> None:
-    """`serve`, on a listening socket, with an engine process that has been started. `begin`: when the start began."""
+    """`serve`, on listening sockets, with an engine process that has been started. `begin`: when the start began."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_Server(config, begin, out, err).run(listener, engine))
+        runner.run(_Server(config, begin, out, err).run(listener, admin, engine))
 
 
 def engine_settings(config: ServeConfig) -> wire.EngineSettings:
@@ -46,28 +57,32 @@ class _Server:
         self._begin = begin
         self._out = out
         self._err = err
-        self._signals = 0
+        self._signals: list[float] = []  # when each came
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
 
     def _say(self, text: str) -> None:
         print(f"twinax: {text}", file=self._err, flush=True)
 
-    async def run(self, listener: socket.socket, launched: LaunchedEngine) -> None:
+    async def run(self, listener: socket.socket, admin: socket.socket | None, launched: LaunchedEngine) -> None:
         config = self._config
         metrics = Metrics()
         engine = EngineClient(
             launched,
             engine_settings(config),
             metrics,
+            max_restarts=config.max_restarts,
+            hang_seconds=config.hang_seconds,
+            say=self._say,
             on_progress=lambda progress: self._say(describe(progress)),
             on_log=lambda line: print(line, file=self._err, flush=True),
         )
         service = Service(engine, metrics, config.model_id, config.max_body_bytes)
+        kept = keep(service, config)
         web = _Web(
             uvicorn.Config(
-                create_app(service, config.resolved_api_key),
-                http="httptools",
+                create_app(service, ApiKeys(config.tenants()), config.stall_seconds, kept),
+                http=Protocol,
                 ws="none",
                 lifespan="off",
                 log_level=config.log_level,
@@ -80,45 +95,71 @@ class _Server:
         self._warn_if_open()
         with self._handle_signals():
             serving = asyncio.create_task(web.serve(sockets=[listener]))
+            supervision = asyncio.create_task(engine.run())
+            tasks = [serving, supervision]
+            batches = None if kept is None else asyncio.create_task(kept.batches.run())
+            if batches is not None:
+                tasks.append(batches)
+            if admin is not None:
+                tasks.append(asyncio.create_task(_admin_web(engine, self._stop).serve(sockets=[admin])))
             try:
-                await self._until_stopped(engine, listener, serving)
-                await self._drain(engine, web)
+                await self._until_stopped(engine, supervision, listener, serving)
+                if batches is not None:
+                    batches.cancel()  # the next server goes on with them
+                await self._drain(engine, supervision, web)
+                if supervision.done():
+                    supervision.result()
             finally:
                 # Also on the way out with an error: let answers in flight say what happened.
                 web.should_exit = True
                 await asyncio.wait([serving], timeout=_LAST_SECONDS)
-                serving.cancel()
                 await engine.stop()
-                await asyncio.gather(serving, return_exceptions=True)
+                for task in tasks:
+                    if task is not supervision:
+                        task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _until_stopped(self, engine: EngineClient, listener: socket.socket, serving: asyncio.Task[None]) -> None:
-        """Returns on a signal; raises EngineError when the engine does not start or dies."""
-        stop, died = asyncio.create_task(self._stop.wait()), asyncio.create_task(engine.died.wait())
-        start = asyncio.create_task(engine.start())
+    async def _until_stopped(
+        self,
+        engine: EngineClient,
+        supervision: asyncio.Task[None],
+        listener: socket.socket,
+        serving: asyncio.Task[None],
+    ) -> None:
+        """Returns on a signal; raises EngineError when the engine does not start, or has died too often."""
+        stop, started = asyncio.create_task(self._stop.wait()), asyncio.create_task(engine.started.wait())
         try:
-            await asyncio.wait([start, stop, serving], return_when=asyncio.FIRST_COMPLETED)
-            if start.done():
-                ready = start.result()
-                self._ready(listener, ready)
-                await asyncio.wait([stop, died, serving], return_when=asyncio.FIRST_COMPLETED)
-                if died.done() and not stop.done():
-                    raise EngineError(engine.failure)
+            await asyncio.wait([supervision, stop, started, serving], return_when=asyncio.FIRST_COMPLETED)
+            if started.done():
+                # What is here now stays; to look at it again and again would hold up answers for a tenth of a second.
+                gc.collect()
+                gc.freeze()
+                self._ready(listener, engine.info)
+                await asyncio.wait([supervision, stop, serving], return_when=asyncio.FIRST_COMPLETED)
+            if supervision.done() and not stop.done():
+                supervision.result()
             if serving.done():
                 serving.result()
                 raise EngineError("the HTTP server ended by itself")
         finally:
-            for task in (stop, died, start):
+            for task in (stop, started):
                 task.cancel()
-            await asyncio.gather(stop, died, start, return_exceptions=True)
+            await asyncio.gather(stop, started, return_exceptions=True)
 
-    async def _drain(self, engine: EngineClient, web: uvicorn.Server) -> None:
+    async def _drain(self, engine: EngineClient, supervision: asyncio.Task[None], web: uvicorn.Server) -> None:
+        """After a signal for `drain_seconds` at most; asked for on the admin socket, until all is done or a signal."""
         engine.draining = True
+        engine.resume()
+        if not self._signals:
+            web.config.timeout_graceful_shutdown = None
         web.should_exit = True  # closes the listening socket and idle connections
         if engine.in_flight:
             seconds = self._config.drain_seconds
-            self._say(f"stopping; {engine.in_flight} requests may go on for {seconds:g} s (signal again to cut them)")
-            deadline = time.monotonic() + seconds
-            while engine.in_flight and time.monotonic() < deadline and not self._force.is_set():
+            limit = f" for {seconds:g} s (signal again to cut them)" if self._signals else " until they end"
+            self._say(f"stopping; {engine.in_flight} requests may go on{limit}")
+            while engine.in_flight and not supervision.done() and not self._force.is_set():
+                if self._signals and time.monotonic() >= self._signals[0] + seconds:
+                    break
                 await asyncio.sleep(0.02)
             if engine.in_flight:
                 self._say(f"cancelling {engine.in_flight} requests")
@@ -143,7 +184,7 @@ class _Server:
             local = ipaddress.ip_address(host).is_loopback
         except ValueError:
             local = host == "localhost"
-        if not local and self._config.resolved_api_key is None:
+        if not local and not self._config.tenants():
             self._say(f"warning: {host} is reachable from other machines and there is no API key; set TWINAX_API_KEY")
 
     @contextlib.contextmanager
@@ -153,8 +194,8 @@ class _Server:
             return
 
         def handle() -> None:
-            self._signals += 1
-            (self._stop if self._signals == 1 else self._force).set()
+            self._signals.append(time.monotonic())
+            (self._stop if len(self._signals) == 1 else self._force).set()
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -164,6 +205,11 @@ class _Server:
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+
+
+def _admin_web(engine: EngineClient, drain: asyncio.Event) -> uvicorn.Server:
+    app = create_admin(engine, drain.set)
+    return _Web(uvicorn.Config(app, http="httptools", ws="none", lifespan="off", log_level="warning", access_log=False))
 
 
 class _Web(uvicorn.Server):

@@ -1,4 +1,4 @@
-"""`serve`: one model behind an OpenAI-style HTTP server, until a signal or the death of the engine.
+"""`serve`: one model behind an OpenAI-style HTTP server, until a signal, or until its engine has died too often.
 
 Imports little: `serve` starts the engine process first, and the rest of the server is imported while that one starts.
 """
@@ -15,6 +15,7 @@ from typing import TextIO
 
 from .config import ServeConfig
 from .launch import LaunchedEngine
+from .unix import listen_unix
 
 
 class PortInUse(OSError):
@@ -28,20 +29,26 @@ def serve(config: ServeConfig, *, out: TextIO | None = None, err: TextIO | None 
 
     Raises:
       PortInUse, OSError: the address can't be listened on (checked before the model is loaded).
-      EngineError: the model can't be loaded, or the engine died.
+      EngineError: the model can't be loaded, or the engine died too often (`max_restarts`).
     """
     if not Path(config.model).expanduser().exists():
         message = f"there is no model at {config.model}; give a checkpoint, a run folder or a Hugging Face folder"
         raise FileNotFoundError(message)
     begin = time.perf_counter()
-    with contextlib.closing(listen(config.host, config.port)) as listener, LaunchedEngine() as engine:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(contextlib.closing(listen(config.host, config.port, config.stall_seconds)))
+        admin = None if config.admin_socket is None else stack.enter_context(listen_unix(config.admin_socket))
+        engine = stack.enter_context(LaunchedEngine())
         from .running import run
 
-        run(config, listener, engine, begin, out or sys.stdout, err or sys.stderr)
+        run(config, listener, admin, engine, begin, out or sys.stdout, err or sys.stderr)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket. Raises PortInUse, or OSError for an address that is not of this machine."""
+def listen(host: str, port: int, stall_seconds: float = 60.0) -> socket.socket:
+    """A listening TCP socket. Raises PortInUse, or OSError for an address that is not of this machine.
+
+    The kernel closes connections whose other end takes nothing for `stall_seconds`, or has vanished.
+    """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -51,6 +58,8 @@ def listen(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, kind, proto)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # those that are accepted inherit it
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall_seconds * 1000))
         sock.bind(address)
         sock.listen(2048)
     except OSError as error:

@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
+
 from ...checkpoints.tokenizer import Tokenizer
-from ..request import InvalidRequest, Request, SamplingParams
-from .engine_client import EngineClient
+from ..request import SCHEDULING, Grammar, InvalidRequest, Request, SamplingParams
+from .engine_client import EngineClient, Generation
 from .errors import ApiError, bad, nearest, show
+from .grammar_check import GrammarCheck
 from .metrics import Metrics
 
 T = TypeVar("T")
 
 # Longer texts are tokenized in a thread, so that one client's novel does not hold up the others' tokens.
 _LONG_TEXT = 20_000
+_CHARACTERS_A_TOKEN = 16  # few texts have more
+# How often those who are not in a hurry look whether there is room.
+_ROOM_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: `tenant`, whose API key it is, and when: `arrival`, by the monotonic clock.
+
+    `offline`: nobody waits for the answer, so his requests come in only while few of others wait. `priority`: of his
+    requests, where the scheduler knows it; None: what they say.
+    """
+
+    tenant: str = ""
+    arrival: float = field(default_factory=time.monotonic)
+    offline: bool = False
+    priority: int | None = None
 
 
 class Service:
@@ -26,15 +48,13 @@ class Service:
         self.model_id = model_id
         self.max_body_bytes = max_body_bytes
         self.created = int(time.time())
-        self._tokenizer: Tokenizer | None = None
+        self._grammars = GrammarCheck()
         metrics.set_model(model_id)
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises 503 before the engine has reported it."""
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer.from_files(self.engine.info.tokenizer_files, where=self.model_id)
-        return self._tokenizer
+        return self.engine.tokenizer
 
     @property
     def context(self) -> int:
@@ -58,6 +78,22 @@ class Service:
         tokenizer = self.tokenizer
         return await off_loop(len(text), lambda: tokenizer.encode(text, add_bos=add_bos))
 
+    async def encode_prompt(self, param: str, text: str, *, add_bos: bool) -> list[int]:
+        """The ids of a text that is to fit the context. Raises 400 for the field `param` where it is far from that.
+
+        To tokenize ten megabytes takes ten seconds. So of a long text a part is tried first, and a larger one while
+        that has few tokens: twice the context in a part is too much for the whole, wherever the last word is cut.
+        """
+        size = _CHARACTERS_A_TOKEN * self.context
+        while size < len(text):
+            count = len(await self.encode(text[:size], add_bos=add_bos))
+            if count > 2 * self.context:
+                message = f"This model's context holds {self.context} tokens, but the first {size} characters alone "
+                message += f"have {count} (of {len(text)} characters). Shorten it."
+                raise bad(param, message, "context_length_exceeded")
+            size *= 4
+        return await self.encode(text, add_bos=add_bos)
+
     def new_tokens(self, prompt_length: int, asked: int | None, default: int | None, names: tuple[str, str]) -> int:
         """How many tokens to generate. `names` are the fields that hold the prompt and the number asked for.
 
@@ -77,6 +113,35 @@ class Service:
             raise bad(names[1], message, "context_length_exceeded")
         return asked
 
+    def check_room(self, caller: Caller) -> None:
+        """Raises 429 or 503 for what would be refused later, before there is work in it; not for who can wait."""
+        if not caller.offline:
+            self.engine.check_room()
+
+    @asynccontextmanager
+    async def generate(self, requests: Sequence[Request], caller: Caller) -> AsyncIterator[Generation]:
+        """`EngineClient.generate` for a caller: every request goes this way, so that none is without its tenant."""
+        change: dict[str, Any] = {"tenant": caller.tenant}
+        if caller.priority is not None and "priority" in self.engine.info.honours:
+            change["priority"] = caller.priority
+        own = [msgspec.structs.replace(request, **change) for request in requests]
+        if caller.offline:
+            most = self.engine.info.max_running
+            while self.engine.in_flight and self.engine.in_flight + len(own) > most + most // 4:
+                await asyncio.sleep(_ROOM_SECONDS)
+        async with self.engine.generate(own) as outputs:
+            yield outputs
+
+    async def check_grammar(self, grammar: Grammar | None, param: str) -> None:
+        """Raises ApiError for a grammar, asked for by the field `param`, that is wrong or costs too much."""
+        if grammar is None:
+            return
+        try:
+            grammar.validate()
+        except InvalidRequest as error:
+            raise bad(param, f"'{param}' can't be used: {error}.", "invalid_grammar") from None
+        await self._grammars.check(grammar, param, self.engine.info)
+
     def check_request(self, request: Request, rename: dict[str, str]) -> None:
         """The engine's own rules, with its field names put as the client wrote them."""
         ready = self.engine.info
@@ -91,6 +156,14 @@ async def off_loop(size: int, work: Callable[[], T]) -> T:
     return work() if size < _LONG_TEXT else await asyncio.to_thread(work)
 
 
+Answer = Callable[[Service, dict[str, Any], Caller], Awaitable[dict[str, Any]]]
+
+
+def scheduling(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a request that its scheduler looks at, from checked fields."""
+    return {name: values[name] for name in SCHEDULING}
+
+
 def sampling_params(
     values: dict[str, Any],
     *,
@@ -98,6 +171,7 @@ def sampling_params(
     seed_offset: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """From checked fields. Choice i of a seeded request is seeded with seed + i (modulo 2^64, as a signed number)."""
     seed = values["seed"]
@@ -120,6 +194,8 @@ def sampling_params(
         ignore_eos=values["ignore_eos"],
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
+        skip_special_tokens=values["skip_special_tokens"],
     )
 
 

@@ -1,20 +1,25 @@
 """The page that nobody has used for the longest time goes first."""
 
-from . import CachedPage
+from . import CachedPage, Use
 
 
 class Policy:
-    """`note` is the time of the last use, counted in uses."""
+    """One queue."""
 
-    def __init__(self) -> None:
-        self._now = 0
+    def __init__(self, num_pages: int) -> None:
+        """Room makes no difference."""
 
-    def used(self, page: CachedPage) -> None:
-        self._now += 1
-        page.note = self._now
+    def put(self, page: CachedPage) -> None:
+        """Nothing is counted."""
 
-    def priority(self, page: CachedPage) -> float:
-        return page.note
+    def taken(self, page: CachedPage) -> None:
+        """Nothing is counted."""
 
-    def evicted(self, priority: float) -> None:
-        """Time is all that counts."""
+    def left(self, page: CachedPage, use: Use) -> int:
+        return 0
+
+    def worth(self, page: CachedPage) -> float:
+        return 0.0
+
+    def evicted(self, page: CachedPage) -> None:
+        """Nothing is counted."""

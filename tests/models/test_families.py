@@ -28,11 +28,14 @@ def logits_of(model: LoadedModel, tokens: np.ndarray, lengths: np.ndarray) -> np
     decoder = functional(model.config, dtype=jnp.float32)
     place = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     segments = (place < lengths[:, None]).astype(np.int32)
+
+    @jax.jit
+    def forward(params, tokens, context):
+        return decoder.unembed(params, decoder.hidden(params, tokens, context)[0])
+
     with jax.default_matmul_precision("highest"):
-        hidden, *_ = decoder.hidden(
-            model.params, jnp.asarray(tokens), PackedContext(jnp.asarray(segments), jnp.asarray(place))
-        )
-        return np.asarray(decoder.unembed(model.params, hidden)) * segments[:, :, None]
+        logits = forward(model.params, jnp.asarray(tokens), PackedContext(jnp.asarray(segments), jnp.asarray(place)))
+    return np.asarray(logits) * segments[:, :, None]
 
 
 def test_every_family_has_golden_files():

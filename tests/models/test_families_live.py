@@ -110,14 +110,16 @@ def test_the_engine_generates_its_tokens_and_logprobs(model):
     theirs.generation_config.eos_token_id = None  # or it would end there, or be forbidden
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, logprobs=0)
     done = engine.generate(prompts, [params] * len(prompts))
-    for prompt, one in zip(prompts, done, strict=True):
+    lengths = np.array([len(prompt) + count for prompt in prompts])
+    rows = np.zeros((len(prompts), max(lengths)), np.int32)
+    for row, prompt, one in zip(rows, prompts, done, strict=True):
+        row[: len(prompt) + count] = prompt + one.token_ids
+    logprobs = np.asarray(jax.nn.log_softmax(logits_of(load_model(folder), rows, lengths)))
+    for own, prompt, one in zip(logprobs, prompts, done, strict=True):
         with torch.no_grad():
             ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)
-        expected = ids[0, len(prompt) :].tolist()
-        assert one.token_ids == expected
-        ids = np.array([prompt + one.token_ids], np.int32)
-        logits = logits_of(load_model(folder), ids, np.array([ids.shape[1]]))[0, len(prompt) - 1 : -1]
-        full = np.asarray(jax.nn.log_softmax(logits))[np.arange(count), one.token_ids]
+        assert one.token_ids == ids[0, len(prompt) :].tolist()
+        full = own[len(prompt) - 1 :][np.arange(count), one.token_ids]
         np.testing.assert_allclose([token.logprob for token in one.logprobs or ()], full, rtol=0, atol=2e-5)
 
 

@@ -14,6 +14,7 @@
 Layouts, swizzles and the shapes of instructions are not checked here: the compiler does that.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,17 +49,38 @@ def _inner(eqn: Any) -> tuple[Any, list[Any]]:
 
 
 def _outer(jaxpr: Any, consts: list[Any], args: list[Any], rng: np.random.Generator) -> list[Any]:
-    env = _Environment(jaxpr, consts, args)
-    for eqn in jaxpr.eqns:
-        values = env.read(eqn.invars)
-        if eqn.primitive.name in CONTROL:
-            outs = _outer(*_inner(eqn), values, rng)
-        elif eqn.primitive.name == "mpmd_map":
-            outs = _kernel(eqn, values, rng)
-        else:
-            outs = _bind(eqn, values)
-        env.write(eqn.outvars, outs)
+    env = _Environment([*jaxpr.constvars, *jaxpr.invars], [*consts, *args])
+    for special, eqns in itertools.groupby(jaxpr.eqns, _has_kernel):
+        if not special:
+            _together(list(eqns), env, rng)
+            continue
+        for eqn in eqns:
+            values = env.read(eqn.invars)
+            kernel = eqn.primitive.name == "mpmd_map"
+            env.write(eqn.outvars, _kernel(eqn, values, rng) if kernel else _outer(*_inner(eqn), values, rng))
     return env.read(jaxpr.outvars)
+
+
+def _has_kernel(eqn: Any) -> bool:
+    if eqn.primitive.name in CONTROL:
+        return any(map(_has_kernel, _inner(eqn)[0].eqns))
+    return eqn.primitive.name == "mpmd_map"
+
+
+def _together(eqns: list[Any], env: "_Environment", rng: np.random.Generator) -> None:
+    """As one program: each by itself, they would be compiled one by one."""
+    made = list(dict.fromkeys(v for eqn in eqns for v in eqn.outvars))
+    needed = list(dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, Var) and v not in made))
+
+    def run(values: list[Any]) -> list[Any]:
+        inside = _Environment(needed, values)
+        for eqn in eqns:
+            values = inside.read(eqn.invars)
+            control = eqn.primitive.name in CONTROL
+            inside.write(eqn.outvars, _outer(*_inner(eqn), values, rng) if control else _bind(eqn, values))
+        return inside.read(made)
+
+    env.write(made, jax.jit(run)(env.read(needed)))
 
 
 def _broadcast(x: Any, shape: Any, broadcast_dimensions: Any, **_: Any) -> np.ndarray:
@@ -127,10 +149,8 @@ def _bind(eqn: Any, values: list[Any]) -> list[Any]:
 
 
 class _Environment:
-    def __init__(self, jaxpr: Any, consts: list[Any], args: list[Any]) -> None:
-        self.values: dict[Any, Any] = {}
-        self.write(jaxpr.constvars, consts)
-        self.write(jaxpr.invars, args)
+    def __init__(self, variables: list[Any], values: list[Any]) -> None:
+        self.values: dict[Any, Any] = dict(zip(variables, values, strict=True))
 
     def read(self, variables: Any) -> list[Any]:
         return [v.val if isinstance(v, Literal) else self.values[v] for v in variables]
@@ -221,7 +241,7 @@ class _Warpgroup(TensorCore):
         self.group = 0
 
     def run(self, jaxpr: Any, args: list[Any], consts: Any = ()) -> Iterator[Callable[[], bool]]:
-        env = _Environment(jaxpr, list(consts), args)
+        env = _Environment([*jaxpr.constvars, *jaxpr.invars], [*consts, *args])
         products: dict[Any, np.ndarray] = {}  # of float32s, not rounded
         of_warps: set[Any] = set()  # values that warps need not agree on
         for eqn in jaxpr.eqns:

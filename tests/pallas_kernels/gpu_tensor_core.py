@@ -11,11 +11,22 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from .gpu_memory import Ref, part_of, pick, product, unflatten
 
 INLINED: dict[str, Callable[..., Any]] = {"vote_of_warp": lambda _, x: [np.int32(np.any(x))]}
+
+
+def _float8_left(_: Any, p: np.ndarray) -> list[np.ndarray]:
+    """16 columns as [half, 4, 2] become [4, half, 2]: what `turned` does to the keys of values."""
+    rows = p.reshape(len(p), -1, 2, 4, 2).swapaxes(2, 3)
+    return [rows.reshape(p.shape).astype(jnp.float8_e4m3fn)]
+
+
+INLINED["float8_left"] = _float8_left
+INLINED["in_fours"] = lambda _, x: [x.astype(jnp.float8_e4m3fn)]
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> bool:

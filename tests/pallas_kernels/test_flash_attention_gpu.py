@@ -45,6 +45,14 @@ CASES = {
     "latent": (1, 130, 130, 1, 1, 192, 128, {"softcap": 5.0}),
     "wide": (1, 130, 130, 1, 1, 256, 256, {}),
     "steep": (1, 300, 400, 1, 1, 32, 32, {"causal": False, "scale": 1.5}),
+    "bias of every row, softcap": (2, 140, 150, 2, 1, 16, 16, {"bias": (1, 2), "softcap": 2.0, "q_offset": 10}),
+    "bias of every head": (2, 130, 130, 2, 2, 16, 16, {"bias": (2, 1), "segments": True, "sinks": True, "window": 90}),
+    "bias of all": (1, 20, 200, 4, 2, 32, 16, {"bias": (1, 1), "causal": False}),
+}
+FLOAT8 = {
+    "causal, grouped": (1, 140, 200, 4, 2, 64, 32, {"q_offset": 60}),
+    "sinks, softcap, heads of 80": (2, 130, 130, 2, 1, 80, 80, {"sinks": True, "softcap": 3.0, "window": 70}),
+    "bias, segments": (1, 150, 150, 1, 1, 32, 96, {"segments": True, "bias": (1, 1)}),
 }
 QUICK = {
     ("hopper", "one token"),
@@ -52,12 +60,13 @@ QUICK = {
     ("hopper", "a window, offsets by row"),
     ("blackwell", "a window, offsets by row"),
     ("triton", "causal, grouped, a rest"),
+    ("hopper", "bias, segments"),
 }
 
 
 def make(case):
     """Inputs in bfloat16, and the options as candidates get them."""
-    B, T, S, H, K, D, E, options = CASES[case]
+    B, T, S, H, K, D, E, options = CASES[case] if case in CASES else FLOAT8[case]
     rng = np.random.default_rng(len(case))
     shapes = ((B, T, H, D), (B, S, K, D), (B, S, K, E), (B, T, H, E))
     *inputs, d_out = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
@@ -71,7 +80,13 @@ def make(case):
         ids = jnp.asarray(ids, jnp.int32)
     if isinstance(options["q_offset"], tuple):
         options["q_offset"] = jnp.asarray(options["q_offset"], jnp.int32)
-    checked = _check_options(tuple(inputs), q_segment_ids_BT=ids, kv_segment_ids_BS=ids, bias_BHTS=None, **options)
+    bias = None
+    if "bias" in options:
+        bias = rng.standard_normal((*options.pop("bias"), T, S))
+        bias = np.where(rng.random(bias.shape) < 0.1, -np.inf, bias)
+        bias[:, :, T // 2] = -np.inf  # a row that sees nothing
+        bias = jnp.asarray(bias, jnp.bfloat16 if B > 1 else jnp.float32)
+    checked = _check_options(tuple(inputs), q_segment_ids_BT=ids, kv_segment_ids_BS=ids, bias_BHTS=bias, **options)
     return tuple(inputs), d_out, NOTHING | checked | {"sinks_H": sinks}
 
 
@@ -98,6 +113,12 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(triton.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
 
 
+def skip_unless_for_this_gpu(kernel):
+    chips = {"hopper": gpu.HOPPER, "blackwell": gpu.BLACKWELL}
+    if GPU and gpu.target_chip() not in chips.get(kernel, gpu.target_chip()):
+        pytest.skip("a kernel for another GPU")
+
+
 def close(got, wanted, what):
     """Within the rounding to bfloat16 of a result, of probabilities and of their gradients: 2**-8 of the largest."""
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted)
@@ -113,28 +134,60 @@ def close(got, wanted, what):
     ],
 )
 def test_output_and_gradients(kernel, case):
+    skip_unless_for_this_gpu(kernel)
     inputs, d_out, options = make(case)
-    chips = {"hopper": gpu.HOPPER, "blackwell": gpu.BLACKWELL}
-    if GPU and gpu.target_chip() not in chips.get(kernel, gpu.target_chip()):
-        pytest.skip("a kernel for another GPU")
+    learned = {"bias_BHTS": options.pop("bias_BHTS")}
     reference = OPERATION.load("reference")
     with jax.enable_x64(True):
-        wide = tuple(x.astype(jnp.float64) for x in inputs)
-        of_reference = {**options, "bias_BHTS": None}
-        (out, lse), pull = jax.vjp(lambda *x: reference(*x, **of_reference), *wide)
-        wanted = pull((d_out.astype(jnp.float64), jnp.zeros_like(lse)))
+        wide, wide_d_out = jax.tree.map(lambda x: x.astype(np.float64), jax.device_get(((inputs, learned), d_out)))
+
+        @jax.jit
+        def plain(wide, d_out):
+            (out, lse), pull = jax.vjp(lambda x, more: reference(*x, **options, **more), *wide)
+            return out, lse, pull((d_out, jnp.zeros_like(lse)))
+
+        out, lse, wanted = plain(wide, wide_d_out)
     static = {name: x for name, x in options.items() if not isinstance(x, jax.Array)}
     arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
 
-    def both(inputs, d_out, arrays):
-        (out, lse), pull = jax.vjp(lambda *x: KERNELS[kernel](*x, **static, **arrays), *inputs)
-        return out, lse, *pull((d_out, jnp.zeros_like(lse)))
+    def both(inputs, learned, d_out, arrays):
+        (out, lse), pull = jax.vjp(lambda x, more: KERNELS[kernel](*x, **static, **arrays, **more), inputs, learned)
+        return out, lse, pull((d_out, jnp.zeros_like(lse)))
 
-    got_out, got_lse, *grads = run(kernel, both)(inputs, d_out, arrays)
+    got_out, got_lse, (grads, d_learned) = run(kernel, both)(inputs, learned, d_out, arrays)
     close(got_out, out, "out")
     np.testing.assert_allclose(got_lse, lse, rtol=1e-5, atol=1e-5)
-    for name, grad, want in zip(("dq", "dk", "dv"), grads, wanted, strict=True):
+    for name, grad, want in zip(("dq", "dk", "dv"), grads, wanted[0], strict=True):
         close(grad, want, name)
+    if learned["bias_BHTS"] is not None:
+        close(d_learned["bias_BHTS"], wanted[1]["bias_BHTS"], "d bias")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [
+        pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
+        for pair in itertools.product(KERNELS, FLOAT8)
+    ],
+)
+def test_float8(kernel, case):
+    """Its probabilities have 3 bits after the first (bfloat16's 7, where Triton multiplies): 2**-4 of each at most."""
+    skip_unless_for_this_gpu(kernel)
+    inputs, _, options = make(case)
+    inputs, H = tuple(x.astype(jnp.float8_e4m3fn) for x in inputs), inputs[0].shape[2]
+    options |= {"qk_scale_H": jnp.linspace(0.5, 2.0, H), "v_scale_H": jnp.linspace(3.0, 1.0, H)}
+    static = {name: x for name, x in options.items() if not isinstance(x, jax.Array)}
+    arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
+    reference = partial(OPERATION.load("reference"), **static)
+    out, lse = jax.jit(lambda inputs, arrays: reference(*inputs, **arrays))(inputs, arrays)
+    got_out, got_lse = run(kernel, lambda inputs, arrays: KERNELS[kernel](*inputs, **static, **arrays))(inputs, arrays)
+    assert got_out.dtype == jnp.bfloat16
+    largest = float(jnp.abs(out).max())
+    error = np.abs(np.asarray(got_out, np.float64) - np.asarray(out, np.float64))
+    assert error.max() <= (2**-7 if kernel == "triton" else 2**-4) * largest
+    assert np.sqrt((error**2).mean()) <= 2**-6 * largest
+    np.testing.assert_allclose(got_lse, lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -153,38 +206,48 @@ def test_blackwell_in_any_order(case):
             close(x, np.asarray(first, np.float64), case)
 
 
-def build(target, D, E, kernel=None, segments=False, **options):
-    """For `benchmarks.static`: forward and backward of 8 heads of a row, by the kernel that is chosen or the named."""
-    B, T, H, K = 1, 512, 8, 4
-    arrays = {"ids": target.array((B, T), "int32")} if segments else {}
+def build(target, D, E, B=1, T=512, S=None, H=8, K=4, dtype="bfloat16", bias=None, **options):
+    """For `benchmarks.static`: forward and backward, of float8 forward, by the kernels that are chosen for the chip."""
+    S = T if S is None else S
+    q, k, v = target.array((B, T, H, D), dtype), target.array((B, S, K, D), dtype), target.array((B, S, K, E), dtype)
+    given = {}
+    if options.pop("segments", False):
+        given["q_segment_ids_BT"], given["kv_segment_ids_BS"] = (target.array((B, n), "int32") for n in (T, S))
+    if options.pop("sinks", False):
+        given["sinks_H"] = target.array((H,), "float32")
+    if options.pop("offsets", False):
+        given["q_offset"] = target.array((B,), "int32")
+    learned = {} if bias is None else {"bias_BHTS": target.array((B, H, T, S), bias)}
 
-    def loss(q, k, v, ids=None):
-        if kernel is None:
-            return flash_attention(q, k, v, q_segment_ids_BT=ids, implementation="gpu", **options).sum()
-        checked = _check_options(
-            (q, k, v),
-            **{"causal": True, "window": None, "q_offset": 0, "scale": None, "softcap": None, **options},
-            q_segment_ids_BT=ids,
-            kv_segment_ids_BS=ids,
-            bias_BHTS=None,
-        )
-        return KERNELS[kernel](q, k, v, **NOTHING, **checked)[0].sum()
+    def loss(q, k, v, learned, given):
+        return flash_attention(q, k, v, implementation="gpu", **given, **learned, **options).sum()
 
-    inputs = target.array((B, T, H, D)), target.array((B, T, K, D)), target.array((B, T, K, E))
-    return Program(jax.grad(loss, (0, 1, 2)), (*inputs, *arrays.values()), 0.0, 1.0)
+    return Program(loss if dtype == "float8_e4m3fn" else jax.grad(loss, range(4)), (q, k, v, learned, given), 0.0, 1.0)
 
 
-COMPILED = [
-    *({"D": D, "E": D} for D in (64, 80, 96, 128, 256)),
-    {"D": 192, "E": 128},
-    {"D": 128, "E": 128, "causal": False},
-    {"D": 128, "E": 128, "segments": True},
-    {"D": 128, "E": 128, "window": 100},
-    {"D": 128, "E": 128, "segments": True, "window": 100, "softcap": 30.0},
-    {"D": 128, "E": 128, "causal": False, "window": 100, "softcap": 30.0},
-    {"D": 64, "E": 64, "segments": True, "window": 100, "softcap": 30.0},
-    {"D": 256, "E": 256, "segments": True, "window": 100, "softcap": 30.0},
-    {"D": 192, "E": 128, "segments": True, "window": 100},
+SIZES = [*({"D": D, "E": D} for D in (64, 80, 96, 128, 256)), {"D": 192, "E": 128}]
+OPTIONS = [
+    {},
+    {"causal": False},
+    {"T": 300, "S": 700},
+    {"window": 100},
+    {"causal": False, "window": 100, "softcap": 30.0},
+    {"segments": True},
+    {"segments": True, "window": 100, "softcap": 30.0},
+    {"softcap": 30.0},
+    {"sinks": True, "window": 128},
+    {"offsets": True, "T": 300, "S": 700},
+    {"offsets": True, "segments": True, "window": 100, "T": 300, "S": 700, "sinks": True},
+    {"bias": "float32"},
+    {"bias": "bfloat16", "causal": False},
+    {"bias": "float32", "segments": True, "window": 100, "softcap": 30.0, "T": 300, "S": 700},
+    {"dtype": "float8_e4m3fn"},
+    {"dtype": "float8_e4m3fn", "segments": True, "window": 100, "softcap": 30.0, "T": 300, "S": 700},
+    {"dtype": "float8_e4m3fn", "bias": "float32", "causal": False, "sinks": True},
+]
+LONG = [{"T": 16384, "H": 16, "K": 16}, {"T": 16384, "H": 16, "K": 16, "causal": False}]
+COMPILED = [{**size, **options} for size in SIZES for options in OPTIONS] + [
+    {"D": 128, "E": 128, **options} for options in LONG
 ]
 
 
@@ -196,7 +259,7 @@ COMPILED = [
     [
         ("h200", COMPILED),
         ("b200", COMPILED),
-        ("a100", [{"D": 128, "E": 128, "segments": True}, {"D": 64, "E": 64, "window": 100}]),
+        ("a100", [{"D": 128, "E": 128, "segments": True}, {"D": 64, "E": 64, "window": 100, "bias": "float32"}]),
     ],
 )
 def test_compiles_without_spills_or_serialised_products(chip, cases):

@@ -13,10 +13,11 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.static import Request, compile_all
+from tests.pallas_kernels.test_quantized_matmul import quantized
 from twinax.pallas_kernels import grouped_matmul as package
 from twinax.pallas_kernels import tuned
 from twinax.pallas_kernels.grouped_matmul import OPERATION, grouped_matmul, grouped_matmul_dweight, grouped_matmul_dx
-from twinax.pallas_kernels.quantized_matmul import dequantize, quantize, with_inputs_first
+from twinax.pallas_kernels.quantized_matmul import dequantize, with_inputs_first
 
 # test_grouped_matmul_gpu.py runs "gpu".
 NAMES = [name for name in OPERATION.names() if name != "gpu"]
@@ -116,8 +117,8 @@ def test_quantised_weights_are_their_floats_and_get_no_gradient(form, block, imp
     rng = np.random.default_rng(4)
     sizes_G = np.asarray([3, 0, 9], np.int32)
     x_NI, dy_NO = (rng.standard_normal((14, n)).astype(np.float32) for n in (64, 6))
-    weight = quantize(rng.standard_normal((3, 6, 64)).astype(np.float32), form, block=block)
-    floats = np.asarray(dequantize(weight), np.float64)
+    weight = quantized(rng.standard_normal((3, 6, 64)).astype(np.float32), form, block, False)
+    floats = np.asarray(jax.jit(dequantize)(weight), np.float64)
 
     @jax.jit
     def function(x, weight, dy):
@@ -153,10 +154,11 @@ def test_a_tpu_reads_quantised_weights_as_they_are_kept(kind, cut, monkeypatch):
     form, block, zeros, inputs_first = QUANTISED[kind]
     sizes, I, O = [70, 0, 3, 55], 512, 256
     rng = np.random.default_rng(1)
-    weight = quantize(rng.standard_normal((4, O, I)).astype(np.float32), form, block=block, zero_points=zeros)
+    weight = quantized(rng.standard_normal((4, O, I)).astype(np.float32), form, block, zeros)
     weight = with_inputs_first(weight) if inputs_first else weight
     monkeypatch.setattr(tpu, "dequantize", None)
-    given, floats = [jnp.asarray(rng.standard_normal((140, n)), jnp.bfloat16) for n in (I, O)], dequantize(weight)
+    given = [jnp.asarray(rng.standard_normal((140, n)), jnp.bfloat16) for n in (I, O)]
+    floats = jax.jit(dequantize)(weight)
     exact = [np.asarray(a, np.float64) for a in (given[0], floats, given[1])]
     wants = by_hand(*exact, sizes)
     sums = by_hand(*map(np.abs, exact), sizes)
@@ -305,7 +307,7 @@ def test_it_compiles(chip):
         {"sizes": [200, 0, 300], "I": 256, "O": 384, "rest": 12, "dtype": "bfloat16"},
         {"sizes": [9, 0, 3], "I": 128, "O": 40, "rest": 5, "dtype": "float32"},
     ]
-    found = compile_all([Request(chip, f"{__file__}:program", kind) for kind in kinds])
+    found = compile_all([Request(chip, f"{__file__}:program", kind) for kind in kinds], profiled=False)
     assert [x.failed for x in found] == [None] * len(kinds)
 
 

@@ -12,7 +12,13 @@ from jax.experimental import pallas as pl
 from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels.gpu_emulator import emulate
 from tests.pallas_kernels.test_grouped_matmul import CASES, LONGEST, by_hand, make, run
-from twinax.pallas_kernels.grouped_matmul import gpu_hopper, gpu_hopper_dweight, gpu_triton, grouped_matmul
+from twinax.pallas_kernels.grouped_matmul import (
+    gpu_blackwell,
+    gpu_hopper,
+    gpu_hopper_dweight,
+    gpu_triton,
+    grouped_matmul,
+)
 from twinax.pallas_kernels.quantized_matmul import dequantize, gpu, quantize
 from twinax.pallas_kernels.quantized_matmul import gpu_hopper as quantized
 from twinax.pallas_kernels.quantized_matmul import gpu_triton as products
@@ -113,6 +119,40 @@ def test_hopper(case, seed):
     want = by_hand(*(np.asarray(a, np.float64) for a in (x, weight, dy)), np.asarray(sizes, np.int32))
     for name, a, b in zip(("y", "dx", "dweight"), got, want, strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-4, err_msg=name)
+
+
+# Rows of each group, rows of none, I, O, and a plan of three processors: columns, stages.
+BLACKWELLS = {
+    "ends inside tiles": ([150, 0, 130, 5], 30, 128, 192, (128, 2)),
+    "few rows, overlapping columns": ([3, 0, 2], 4, 192, 192, (128, 3)),
+    "whole tiles": ([128, 256], 0, 64, 128, (64, 4)),
+    "none": ([0, 0], 70, 64, 64, (64, 2)),
+}
+
+
+@pytest.mark.parametrize("case", [case if "few" in case else pytest.param(case, marks=SLOW) for case in BLACKWELLS])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=SLOW)])
+def test_blackwell(case, seed):
+    """On an emulated GPU, where there is none."""
+    sizes, rest, I, O, plan = BLACKWELLS[case]
+    if GPU and gpu.target_chip() not in gpu.BLACKWELL:
+        pytest.skip("a kernel for Blackwell")
+    rng = np.random.default_rng(len(case))
+    N, plan = sum(sizes) + rest, gpu_blackwell.Plan(*plan, processors=3)
+    shapes = (N, I), (len(sizes), O, I), (N, O)
+    x, weight, dy = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    x, dy = x.at[N - rest :].set(jnp.nan), dy.at[N - rest :].set(jnp.inf)  # would show
+
+    def products(x, weight, dy, sizes):
+        y, dx = (gpu_blackwell.product(a, weight, sizes, c, plan) for a, c in ((x, 1), (dy, 0)))
+        return y, dx, gpu_blackwell.dweight(x, dy, sizes, plan._replace(c=64)) if O >= 128 else None
+
+    run = jax.jit(products) if GPU else emulate(products, seed)
+    got = run(x, weight, dy, jnp.asarray(sizes, jnp.int32))
+    want = by_hand(*(np.asarray(a, np.float64) for a in (x, weight, dy)), np.asarray(sizes, np.int32))
+    for name, a, b in zip(("y", "dx", "dweight"), got, want, strict=True):
+        if a is not None:
+            np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize(

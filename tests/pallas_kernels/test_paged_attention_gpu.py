@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels.test_paged_attention import Case, filled, make, run
-from twinax.pallas_kernels.paged_attention import OPERATION, gpu, init_pages
+from twinax.pallas_kernels.paged_attention import OPERATION, SharedPrefixes, gpu, init_pages
 from twinax.planner.devices import has_cuda_plugin
 
 GPU = jax.default_backend() == "gpu"
@@ -35,6 +35,7 @@ def small(monkeypatch):
     if not GPU:
         monkeypatch.setattr(gpu, "known_platform", lambda: "cuda")
         monkeypatch.setattr(gpu.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+        monkeypatch.setattr(gpu.plgpu, "debug_barrier", lambda: None)  # one program after the other
 
 
 @pytest.mark.parametrize("case", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in CASES])
@@ -85,6 +86,63 @@ def test_options(what, monkeypatch):
     np.testing.assert_allclose(gpu_out, xla_out, rtol=2e-5, atol=2e-5)
 
 
+# Lengths of decodes whose tables begin alike (PART is two pages of 16): leaders, and pages that are shared.
+SHARED = {
+    "three, and one alone": ((70, 66, 40, 81), (0, 0, 2, 0), (4, 4, 0, 4), {}),
+    "more than a tile, window": ((50,) * 9, (0,) * 9, (3,) * 9, {"window": 40}),
+    "two groups, int8, an idle leader": ((0, 90, 70, 90, 65), (0, 0, 2, 0, 2), (4, 4, 3, 4, 3), {"dtype": jnp.int8}),
+}
+
+
+@pytest.mark.parametrize("what", [pytest.param(x, marks=() if "alone" in x else SLOW) for x in SHARED])
+def test_a_shared_prefix_changes_no_bit(what, monkeypatch):
+    lengths, leader, count, options = SHARED[what]
+    monkeypatch.setattr(gpu, "ROWS", 16)
+    R, M, S, K, H, D = len(lengths), 6, 16, 2, 4, 16
+    rng = np.random.default_rng(3)
+    table = np.arange(R * M).reshape(R, M)
+    for r in range(R):
+        table[r, : count[r]] = table[leader[r], : count[r]]
+    dtype = options.get("dtype", jnp.float32)
+    pages = init_pages(1, R * M, S, K, D, dtype, layout="split")
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    fill = lambda x: rng.integers(-90, 90, x.shape) if x.dtype == jnp.int8 else rng.random(x.shape) / (90**whole)  # noqa: E731
+    pages = jax.tree.map(lambda x: jnp.asarray(fill(x), x.dtype), pages)
+    q, k, v = (jnp.asarray(rng.standard_normal((R, n, D)), jnp.float32) for n in (H, K, K))
+    has = np.asarray(lengths) > 0
+
+    def step(name, prefixes):
+        given = (q, k, v, pages)
+        arrays = {"page_table_RM": table, "lengths_R": np.asarray(lengths), "query_start_R": np.arange(R)}
+        static = {"layer": 0, "decode_rows": R, "scale": 0.3, "softcap": None, "window": options.get("window")}
+        arrays = jax.tree.map(jnp.asarray, {**arrays, "query_length_R": has.astype(int)})
+        return OPERATION.load(name)(*given, **arrays, **static, sinks_H=None, prefixes=prefixes)
+
+    prefixes = SharedPrefixes(jnp.asarray(leader), jnp.asarray(count))
+    (out, kept), (alone, kept_alone), (wanted, kept_xla) = step("gpu", prefixes), step("gpu", None), step("xla", None)
+    np.testing.assert_array_equal(out, alone)
+    jax.tree.map(np.testing.assert_array_equal, (kept, kept), (kept_alone, kept_xla))
+    np.testing.assert_allclose(out, wanted, rtol=2e-5, atol=2e-5)
+
+
+@SLOW
+@pytest.mark.parametrize("what", ["shared", "own"])
+def test_shared_pages_are_read_where_the_leader_has_them(what, monkeypatch):
+    """What a follower's own table says of a part that it shares is not looked at: its pages there are nan."""
+    monkeypatch.setattr(gpu, "ROWS", 16)
+    pages = init_pages(1, 8, 16, 1, 16, jnp.float32, layout="split")
+    pages = jax.tree.map(lambda x: jnp.ones_like(x).at[:, 7].set(jnp.nan), pages)
+    table = jnp.asarray([[0, 1, 2], [7, 7, 3]])
+    x = jnp.ones((2, 1, 16))
+    leader = jnp.asarray([0, 0 if what == "shared" else 1])
+    out, _ = OPERATION.load("gpu")(
+        x, x, x, pages, layer=0, page_table_RM=table, lengths_R=jnp.asarray([40, 40]), query_start_R=jnp.arange(2),
+        query_length_R=jnp.ones(2, int), decode_rows=2, window=None, scale=1.0, softcap=None, sinks_H=None,
+        prefixes=SharedPrefixes(leader, jnp.asarray([2, 2 if what == "shared" else 0])),
+    )  # fmt: skip
+    assert bool(jnp.isfinite(out[1]).all()) == (what == "shared")
+
+
 @SLOW
 def test_neighbours_change_no_bit():
     case = CASES["a mix"]
@@ -95,7 +153,7 @@ def test_neighbours_change_no_bit():
     np.testing.assert_array_equal(run(batch, pages, "gpu")[0][mine], out[mine])
 
 
-def build(target, dtype="bfloat16", H=32, K=8, D=128, latent=None, sinks=False, **options):
+def build(target, dtype="bfloat16", H=32, K=8, D=128, latent=None, sinks=False, prefixes=False, **options):
     """For `benchmarks.static`: 8 decodes and 256 tokens of prompts, heads of Llama 3 8B if not told."""
     S, R, M, T = 64, 12, 32, 264
     x, i = partial(target.array, dtype="bfloat16"), partial(target.array, dtype="int32")
@@ -106,7 +164,8 @@ def build(target, dtype="bfloat16", H=32, K=8, D=128, latent=None, sinks=False, 
         ragged = table, lengths, start, length
         softcap, sinks_H = options.get("softcap"), sinks_H if sinks else None
         v = None if latent else v
-        return gpu.attend(q, k, v, pages, 1, *ragged, 8, options.get("window"), 0.1, softcap, sinks_H)
+        shared = SharedPrefixes(length, length) if prefixes else None
+        return gpu.attend(q, k, v, pages, 1, *ragged, 8, options.get("window"), 0.1, softcap, sinks_H, shared)
 
     inputs = (x((T, H, D)), x((T, K, D)), x((T, K, D)), pages, i((R, M)), i((R,)), i((R,)), i((R,)), x((H,)))
     return Program(step, inputs, 0.0, 1.0)
@@ -114,6 +173,9 @@ def build(target, dtype="bfloat16", H=32, K=8, D=128, latent=None, sinks=False, 
 
 COMPILED = [
     {},
+    {"prefixes": True},
+    {"prefixes": True, "dtype": "int8", "sinks": True, "window": 500},
+    {"prefixes": True, "H": 128, "K": 1, "D": 576, "latent": 512},
     {"dtype": "int8", "window": 500, "softcap": 20.0},
     {"dtype": "float8_e4m3fn", "sinks": True, "window": 500},
     {"H": 128, "K": 1, "D": 576, "latent": 512},

@@ -116,6 +116,20 @@ SLOW = {
         Case(((70, 1), (3, 1), (95, 1), (0, 1)), 4, K=2, H=4, sinks=True, options={"window": 33}),
         "on_wait",
     ),
+    "int8 decodes, window": (
+        Case(
+            ((70, 1), (3, 1), (129, 1), (0, 1)),
+            4,
+            S=32,
+            K=2,
+            H=4,
+            kept=jnp.int8,
+            dtype=jnp.bfloat16,
+            sinks=True,
+            options={"window": 97},
+        ),
+        "on_wait",
+    ),
     "one token": (Case(((0, 1),), 1, dtype=jnp.bfloat16), "eager"),
     "nobody": (Case(((0, 0), (0, 0)), 2, spare=2), "on_wait"),
     "a mix": (Case(A_MIX, 5, K=2, H=6, spare=4, sinks=True, options={"softcap": 2.0}), "eager"),
@@ -159,15 +173,25 @@ def test_more_against_the_reference(name):
     check(*SLOW[name])
 
 
-def feed(q, k, v, counts, *, row, neighbours, seed, shared=False):
+@pytest.mark.parametrize(
+    "requests", [((33, 1), (69, 1)), pytest.param(((33, 1), (40, 9), (70, 1)), marks=pytest.mark.slow)]
+)
+def test_float8_is_multiplied_as_it_is_kept(requests, monkeypatch):
+    monkeypatch.setattr(tpu_block, "target_chip", lambda: "7x")
+    case = Case(requests, len(requests), S=32, K=2, H=4, kept=jnp.float8_e4m3fn, dtype=jnp.bfloat16)
+    check(case, "eager")
+
+
+def feed(q, k, v, counts, *, row, neighbours, seed, shared=False, kept=None):
     """One request's tokens through the cache in steps of `counts`, in request row `row` of three; its results.
 
     `shared`: a neighbour's first pages are this request's, and its decodes are in one group with it.
     """
     rng = np.random.default_rng(seed)
-    S, M, R, chunk = 16, 6, 3, 77
+    S, M, R, chunk = (16, 6, 3, 77) if kept is None else (32, 3, 3, 77)
     table = rng.permutation(R * M).reshape(R, M).astype(np.int32)
-    pages = jax.tree.map(lambda x: x * np.nan, init_pages(1, R * M, S, 1, 16, q.dtype, layout="joint"))
+    pages = init_pages(1, R * M, S, 1, 16, kept or q.dtype, layout="joint")
+    pages = jax.tree.map(lambda x: jnp.full_like(x, np.nan), pages)
     lengths, done, outs = np.zeros(R, np.int32), 0, []
     for count in counts:
         T = R + (chunk if count > 1 else 0)
@@ -185,9 +209,10 @@ def feed(q, k, v, counts, *, row, neighbours, seed, shared=False):
         done += count
         if shared and count == 1:
             (other,) = neighbours
-            table[other, :4], lengths[other] = table[row, :4], max(lengths[other], 64)
+            same = 64 // S
+            table[other, :same], lengths[other] = table[row, :same], max(lengths[other], 64)
             leader, alike = np.arange(R, dtype=np.int32), np.zeros(R, np.int32)
-            leader[other], alike[[row, other]] = row, 4
+            leader[other], alike[[row, other]] = row, same
             arrays["prefixes"] = SharedPrefixes(leader, alike)
         lengths += news
         out, pages = step(batch, pages, {**arrays, "lengths_R": lengths.copy()}, R, "tpu", ())
@@ -203,7 +228,8 @@ def tree_over_lanes(x):
 
 @pytest.mark.usefixtures("full_compile")
 @pytest.mark.slow
-def test_a_request_gives_the_same_bits_in_any_company(monkeypatch):
+@pytest.mark.parametrize("kept", [None, jnp.float8_e4m3fn])
+def test_a_request_gives_the_same_bits_in_any_company(kept, monkeypatch):
     """In chunks, decode by decode, beside a neighbour, and in one group with it: decodes and chunks are two kernels.
 
     The CPU that stands in for a TPU rounds rows alike in products with 64 columns and more, but adds up a row in an
@@ -211,17 +237,21 @@ def test_a_request_gives_the_same_bits_in_any_company(monkeypatch):
     """
     monkeypatch.setattr(tpu, "BLOCK_TOKENS", (64, 64))
     monkeypatch.setattr(tpu_block, "over_lanes", tree_over_lanes)
+    monkeypatch.setattr(tpu_block, "target_chip", lambda: "7x")
     rng = np.random.default_rng(7)
-    q, k, v = (rng.standard_normal((68, heads, 16)).astype(np.float32) for heads in (2, 1, 1))
+    dtype = jnp.float32 if kept is None else jnp.bfloat16
+    q, k, v = (np.asarray(jnp.asarray(rng.standard_normal((68, heads, 16)), dtype)) for heads in (2, 1, 1))
+    go = partial(feed, q, k, v, kept=kept)
+    ways = {
+        "decodes": ([66, 1, 1], dict(row=0, neighbours=(), seed=0)),
+        "chunks": ([60, 8], dict(row=2, neighbours=(1,), seed=3)),
+        "beside": ([66, 1, 1], dict(row=2, neighbours=(1,), seed=3)),
+        "shared": ([66, 1, 1], dict(row=0, neighbours=(1,), seed=1, shared=True)),
+    }
     with interpreted("on_wait"):
-        alone = feed(q, k, v, [40, 28], row=0, neighbours=(), seed=0)
-        ways = {
-            "chunks": feed(q, k, v, [60, 8], row=2, neighbours=(1,), seed=3),
-            "decodes": feed(q, k, v, [66, 1, 1], row=0, neighbours=(), seed=0),
-            "beside": feed(q, k, v, [66, 1, 1], row=2, neighbours=(1,), seed=3),
-            "shared": feed(q, k, v, [66, 1, 1], row=0, neighbours=(1,), seed=1, shared=True),
-        }
-    assert np.isfinite(alone).all()
+        alone = go([40, 28], row=0, neighbours=(), seed=0)
+        ways = {name: go(counts, **how) for name, (counts, how) in list(ways.items())[: 4 if kept is None else 1]}
+    assert np.isfinite(np.asarray(alone, np.float32)).all()
     for way, out in ways.items():
         np.testing.assert_array_equal(out, alone, err_msg=way)
 

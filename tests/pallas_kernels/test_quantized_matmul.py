@@ -6,6 +6,7 @@ float64, within what the dtypes of a sum's terms allow.
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -70,13 +71,22 @@ def pairs(by_xla):
     )
 
 
+# One program each: their operations would be compiled one by one.
+floats = jax.jit(dequantize)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def quantized(w, format, block, zero_points):
+    return quantize(w, format, block=block, zero_points=zero_points)
+
+
 def make(case):
     """x in float64 but with its dtype's values, the weight, the bias, and the options."""
     M, I, O, format, block, zeros, activation_format, dtype, activation = CASES[case]
     rng = np.random.default_rng(list(CASES).index(case))
     w = rng.standard_normal((O, I)) + 0.5 * zeros
     w[O // 3] = 0
-    weight = quantize(jnp.asarray(w, jnp.float32), format, block=block, zero_points=zeros)
+    weight = quantized(jnp.asarray(w, jnp.float32), format, block, zeros)
     x = jnp.asarray(rng.standard_normal((M, I)) * np.geomspace(1, 30, M)[:, None], dtype)
     if M > 2:
         x = x.at[1].set(0)
@@ -107,7 +117,7 @@ def tolerance(x_MI, weight, z_MO, y_MO, dtype):
     float32 arithmetic with its argument z, and the result's rounding. No activation is steeper than 1.13.
     """
     zero = offsets(weight)
-    size_OI = np.abs(np.asarray(dequantize(weight), np.float64)) + zero
+    size_OI = np.abs(np.asarray(floats(weight), np.float64)) + zero
     reach_M1 = np.abs(np.asarray(x_MI, np.float64)).max(axis=1, keepdims=True)
     rounding = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-23
     # 16-bit rows may meet weights that were scaled and rounded.
@@ -122,9 +132,9 @@ def offsets(weight):
     """The size of what may be subtracted from a sum instead of from its terms: zero points, int4's eight."""
     if weight.format not in ("int8", "int4"):
         return 0
-    nothing = replace(weight, values=jnp.full_like(weight.values, 0x88 if weight.format == "int4" else 0))
-    eight = replace(weight, values=jnp.zeros_like(weight.values), zeros=None)
-    return 2 * sum(np.abs(np.asarray(dequantize(part), np.float64)) for part in (nothing, eight))
+    nothing = replace(weight, values=np.full_like(weight.values, 0x88 if weight.format == "int4" else 0))
+    eight = replace(weight, values=np.zeros_like(weight.values), zeros=None)
+    return 2 * sum(np.abs(np.asarray(floats(part), np.float64)) for part in (nothing, eight))
 
 
 def by_hand(x, weight, bias, activation_format):
@@ -192,7 +202,7 @@ def test_transposed_is_the_reference(case, implementation):
     dx = run(quantized_matmul_transposed, implementation, dy, weight)
     want = exact(quantized_matmul_transposed, dy, weight)
     zero = offsets(weight)
-    size_OI = np.abs(np.asarray(dequantize(weight), np.float64)) + zero
+    size_OI = np.abs(np.asarray(floats(weight), np.float64)) + zero
     rounding = 2.0**-8 if x.dtype == jnp.bfloat16 else 2.0**-22
     # The dequantised weight may be rounded to the dtype of dy.
     room = rounding * np.abs(np.asarray(dy, np.float64)) @ size_OI + rounding * np.abs(want)
@@ -218,10 +228,10 @@ def test_gradients_of_x_and_bias(case, implementation):
     z = exact(product, x, weight, bias, activation_format=options["activation_format"])
     sigmoid = 1 / (1 + np.exp(-z))
     dz = dy * sigmoid * (1 + z * (1 - sigmoid))
-    want = dz @ np.asarray(dequantize(weight), np.float64)
+    want = dz @ np.asarray(floats(weight), np.float64)
     rounding = 2.0**-7 if x.dtype == jnp.bfloat16 else 2.0**-16
     np.testing.assert_allclose(np.asarray(dbias), dz.sum(0), atol=rounding * np.abs(dz).sum(0).max())
-    room = rounding * np.abs(dz) @ np.abs(np.asarray(dequantize(weight), np.float64)) + rounding
+    room = rounding * np.abs(dz) @ np.abs(np.asarray(floats(weight), np.float64)) + rounding
     assert (np.abs(np.asarray(dx, np.float64) - want) <= room).all()
 
 
@@ -266,7 +276,7 @@ def test_static_scale_takes_the_place_of_the_rows():
     x, weight, _, _ = make("int8 x int8")
     y = quantized_matmul(x.astype(F32), weight, activation_format="int8", activation_scale=0.25)
     rounded = np.clip(np.rint(np.asarray(x, np.float64) / 0.25), -127, 127) * 0.25
-    np.testing.assert_allclose(y, rounded @ np.asarray(dequantize(weight), np.float64).T, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(y, rounded @ np.asarray(floats(weight), np.float64).T, rtol=1e-5, atol=1e-4)
 
 
 def test_no_rows_and_leading_dimensions():

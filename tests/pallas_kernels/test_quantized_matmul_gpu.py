@@ -12,9 +12,10 @@ from jax.experimental import pallas as pl
 
 from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels.gpu_emulator import emulate
-from tests.pallas_kernels.test_quantized_matmul import CASES, check, make, product, run
+from tests.pallas_kernels.test_quantized_matmul import CASES, check, make, product, quantized, run
 from twinax.pallas_kernels.quantized_matmul import (
     gpu,
+    gpu_blackwell,
     gpu_hopper,
     gpu_triton,
     quantize,
@@ -108,7 +109,7 @@ def test_hopper(case, seed):
         pytest.skip("a kernel for Hopper")
     rng = np.random.default_rng(len(case))
     w, x, bias = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((O, I), (M, I), (O,)))
-    weight, x = quantize(w, form, block=block, zero_points=zeros), x.astype(jnp.bfloat16)
+    weight, x = quantized(w, form, block, zeros), x.astype(jnp.bfloat16)
     size = block[1] if len(weight.scales) > 1 else None
     cut = replace(gpu_hopper.cut_of(M, I, O, size, form in ("int4", "mxfp4"), 3), splits=splits)
 
@@ -116,6 +117,32 @@ def test_hopper(case, seed):
         return gpu_hopper.product(x, weight, bias, activation, x.dtype, cut)
 
     y = (jax.jit(product) if GPU else emulate(product, seed))(x, weight, bias)
+    check(x, weight, bias, {"activation": activation, "activation_format": None}, y)
+
+
+BLACKWELLS = {
+    "int8, a few rows": (5, 256, 192, "int8", (1, None), False, "silu", 1),
+    "int8, split, zero points": (5, 512, 192, "int8", (1, None), True, None, 2),
+    "int8, blocks": (40, 256, 128, "int8", (1, 64), False, "relu", 1),
+    "fp8, many rows": (150, 256, 128, "fp8_e4m3", (128, 128), False, None, 1),
+}
+
+
+@pytest.mark.parametrize("case", [case if "few" in case else pytest.param(case, marks=SLOW) for case in BLACKWELLS])
+def test_blackwell(case):
+    """On an emulated GPU of three processors, where there is none."""
+    M, I, O, form, block, zeros, activation, splits = BLACKWELLS[case]
+    if GPU and gpu.target_chip() not in gpu.BLACKWELL:
+        pytest.skip("a kernel for Blackwell")
+    rng = np.random.default_rng(len(case))
+    w, x, bias = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((O, I), (M, I), (O,)))
+    weight, x = quantized(w, form, block, zeros), x.astype(jnp.bfloat16)
+    cut = gpu_blackwell.cut_of(M, I, O, 3)._replace(splits=splits)
+
+    def product(x, weight, bias):
+        return gpu_blackwell.product(x, weight, bias, activation, x.dtype, cut)
+
+    y = (jax.jit(product) if GPU else emulate(product, 0))(x, weight, bias)
     check(x, weight, bias, {"activation": activation, "activation_format": None}, y)
 
 

@@ -12,7 +12,8 @@ import pytest
 from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels import test_quantized_matmul as contract
 from twinax.pallas_kernels import tuned
-from twinax.pallas_kernels.quantized_matmul import quantize, quantized_matmul, tpu, with_inputs_first, xla
+from twinax.pallas_kernels.chips import target_chip
+from twinax.pallas_kernels.quantized_matmul import INPUTS_FIRST, quantize, quantized_matmul, tpu, with_inputs_first, xla
 from twinax.pallas_kernels.quantized_matmul.tpu_rows import evens_first, operand, split
 
 SLOW = pytest.mark.slow
@@ -75,6 +76,23 @@ def test_inputs_first_change_nothing(chip, format, sizes, activation_format, mon
     np.testing.assert_array_equal(y, contract.run(contract.product, "tpu", x, weight, bias, **options))
 
 
+@pytest.mark.parametrize(
+    ("chip", "format", "block", "zeros"),
+    [
+        ("7x", "fp8_e4m3", (128, 128), False),
+        pytest.param("v6e", "fp8_e4m3", (1, 128), False, marks=SLOW),
+        pytest.param("v6e", "int8", (1, 64), True, marks=SLOW),
+    ],
+)
+def test_many_rows_meet_weights_that_were_scaled(chip, format, block, zeros, monkeypatch):
+    monkeypatch.setattr(tpu, "target_chip", lambda: chip)
+    monkeypatch.setattr(contract, "CASES", {"only": (200, 300, 140, format, block, zeros, None, "bfloat16", None)})
+    x, weight, bias, options = contract.make("only")
+    weight = with_inputs_first(weight)
+    assert tpu.plan(len(x), x.dtype, weight, None, chip).scaled_first
+    contract.check(x, weight, bias, options, contract.run(contract.product, "tpu", x, weight, bias, **options))
+
+
 def test_rows_that_are_not_finite_are_no_numbers(monkeypatch):
     monkeypatch.setattr(tpu, "target_chip", lambda: "v6e")
     x = jnp.ones((4, 256)).at[1, 7].set(jnp.inf).at[2, 200].set(jnp.nan).at[3, 0].set(3e38)
@@ -129,7 +147,8 @@ def test_refusals_say_why():
 
 def program(target, M, I, O, format, block, activation_format=None):
     block = tuple(block)
-    turn = with_inputs_first if target.chip.name in ("v6e", "tpu7x") else lambda weight: weight
+    with target.context():
+        turn = with_inputs_first if target_chip() in INPUTS_FIRST else lambda weight: weight
     made = jax.eval_shape(
         lambda w: turn(quantize(w, format, block=block, zero_points=format == "int4")),
         jax.ShapeDtypeStruct((O, I), "float32"),
@@ -166,5 +185,5 @@ def test_compiles_every_format(chip):
         {"M": 17, "I": 1000, "O": 256, "format": "fp8_e4m3", "block": (128, 128), "activation_format": "fp8"},
         {"M": 40, "I": 1024, "O": 256, "format": "int8", "block": (1, 64)},
     ]
-    found = compile_all([Request(chip, f"{__file__}:program", kind) for kind in kinds])
+    found = compile_all([Request(chip, f"{__file__}:program", kind) for kind in kinds], profiled=False)
     assert [x.failed for x in found] == [None] * len(kinds)

@@ -1,10 +1,12 @@
 """Block sizes from files: what a kernel is answered, by key, chip and within `using`."""
 
+import importlib
 import json
 
 import pytest
 
 from twinax.pallas_kernels import tuned
+from twinax.pallas_kernels.chips import TPUS
 
 
 @pytest.fixture
@@ -48,7 +50,18 @@ def test_a_name_tells_keys_apart():
     assert tuned.name_of({"a": 1}) != tuned.name_of({"a": True})
 
 
-def test_every_file_in_the_package_can_be_read():
+def test_every_file_in_the_package_is_asked_for_and_chosen_from():
+    """Its keys are names of keys, its blocks such as the operation offers for them."""
     for file in tuned.file_of("x", "y").parent.parent.parent.glob("*/tuned/*.json"):
-        for entry in json.loads(file.read_text()).values():
-            assert isinstance(entry["blocks"], dict) and entry["microseconds"] < entry["closed_form"], file
+        operation, chip = file.parent.parent.name, file.stem
+        space = importlib.import_module(f"twinax.pallas_kernels.{operation}.tpu").tuning_space
+        assert chip in TPUS.values()
+        for name, entry in json.loads(file.read_text()).items():
+            key = {part: _value(text) for part, text in (one.split("=") for one in name.split())}
+            offered = json.loads(json.dumps(space(chip, key)))
+            assert entry["blocks"] in offered and entry["microseconds"] < entry["closed_form"], (file, name)
+            assert tuned.best(operation, chip, key) == entry["blocks"]
+
+
+def _value(text):
+    return text == "true" if text in ("true", "false") else int(text) if text.isdigit() else text

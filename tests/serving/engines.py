@@ -1,8 +1,10 @@
 """What tests of the engine over several kinds of models share."""
 
+import dataclasses
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tests.quick import full_compile
@@ -13,6 +15,7 @@ from twinax.models.config import DecoderConfig
 from twinax.models.decoder import functional, init_params
 from twinax.serving.engine import Engine, EngineConfig
 from twinax.serving.request import SamplingParams
+from twinax.serving.scheduler import Scheduler
 
 TOKENIZER = Tokenizer.bytes()
 
@@ -27,6 +30,21 @@ def engine_of(config: DecoderConfig, **limits) -> Engine:
         engine = Engine(loaded(config), EngineConfig(**limits))
         engine.warmup()
     return engine
+
+
+def twin(engine: Engine, **limits) -> Engine:
+    """Another engine that runs the programs of a warm one, so that nothing compiles.
+
+    `limits`: changes of its scheduler's config, none of them larger, as the programs' shapes are those of the first.
+    """
+    other = Engine(engine.loaded, engine.config)
+    other.scheduler = Scheduler(dataclasses.replace(engine.scheduler.config, **limits))
+    mine, theirs = other.runner, engine.runner
+    mine._programs = theirs._programs
+    # With whatever the first one left in them: the programs consume their own.
+    mine._cache, mine._state = jax.tree.map(jnp.copy, (theirs._cache, theirs._state))
+    other._compiles.reset()
+    return other
 
 
 def prompts(count: int) -> list[list[int]]:

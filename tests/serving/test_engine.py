@@ -1,6 +1,8 @@
 """The engine against the full forward, against itself alone, and against a client that goes away."""
 
+import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +10,22 @@ import numpy as np
 import pytest
 
 from tests.quick import full_compile
+from tests.serving.engines import twin
 from twinax.checkpoints.load import LoadedModel
 from twinax.checkpoints.tokenizer import Tokenizer
 from twinax.layers.contexts import PackedContext
 from twinax.models.config import DecoderConfig
 from twinax.models.decoder import functional, init_params
 from twinax.serving.engine import Engine, EngineConfig
-from twinax.serving.request import InvalidRequest, QueueFull, Request, SamplingParams
+from twinax.serving.grammar import GrammarError
+from twinax.serving.request import (
+    MAX_GRAMMAR_BYTES,
+    Grammar,
+    InvalidRequest,
+    QueueFull,
+    Request,
+    SamplingParams,
+)
 
 TOKENIZER = Tokenizer.bytes()
 CONFIG = DecoderConfig(
@@ -31,8 +42,8 @@ CONFIG = DecoderConfig(
 PARAMS = init_params(CONFIG, 0)
 
 
-def loaded(params=PARAMS) -> LoadedModel:
-    return LoadedModel(CONFIG, params, TOKENIZER, "llama", {}, pathlib.Path("here"), "hugging_face")
+def loaded() -> LoadedModel:
+    return LoadedModel(CONFIG, PARAMS, TOKENIZER, "llama", {}, pathlib.Path("here"), "hugging_face")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,12 +62,9 @@ def engine() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def small_engine() -> Engine:
+def small_engine(engine) -> Engine:
     """So few pages that requests push each other out."""
-    config = EngineConfig(max_running=4, page_size=16, num_pages=12, chunk_tokens=64, compile_cache="")
-    engine = Engine(loaded(), config)
-    engine.warmup()
-    return engine
+    return twin(engine, max_running=4, num_pages=12)
 
 
 @pytest.fixture(autouse=True)
@@ -179,6 +187,18 @@ def test_stop_strings_end_a_request_and_do_not_show(engine):
     assert done.text == text[: text.index(stop)]
 
 
+def test_streams_of_one_engine_go_on_side_by_side(engine):
+    first, second = (Request(f"side-{n}", prompt, greedy(12)) for n, prompt in enumerate(prompts(2, seed=15)))
+    alone = [engine.generate([request.prompt_ids], request.params)[0].text for request in (first, second)]
+    one, other = engine.stream([first]), engine.stream([second])
+    texts = [next(one).text, next(other).text]
+    texts[1] += "".join(output.text for output in other)  # with the first one's tokens coming meanwhile
+    texts[0] += next(one).text
+    assert texts[1] == alone[1] and alone[0].startswith(texts[0])
+    one.close()
+    assert engine.stats().pages_used == 0
+
+
 def test_stop_tokens_and_end_of_sequence(engine):
     prompt = prompts(1, seed=10)[0]
     tokens = engine.generate([prompt], greedy(10))[0].token_ids
@@ -254,18 +274,147 @@ def test_a_full_queue_says_so_and_loses_nothing(engine):
     assert finished == {f"q{index}" for index in range(engine.config.max_waiting)}
 
 
-def test_damaged_weights_end_the_request_with_an_error_not_the_engine():
+def test_damaged_weights_end_the_request_with_an_error_not_the_engine(engine):
     broken = dict(PARAMS)
     broken["final_norm.weight"] = broken["final_norm.weight"].at[3].set(jnp.nan)
-    engine = Engine(loaded(broken), EngineConfig(max_running=2, page_size=16, chunk_tokens=64, compile_cache=""))
-    engine.warmup()
+    engine = twin(engine)
+    engine.runner.use_params(broken)
     engine.add(Request("nan", [1, 2, 3], greedy(5)))
     last = outputs_of(engine, "nan")[-1]
-    assert last.finish_reason == "error"
+    assert (last.finish_reason, last.error_kind) == ("error", "not_finite")
     assert "not finite" in last.error
     assert engine.stats().pages_used == 0
     with pytest.raises(FloatingPointError, match="not finite"):
         engine.generate([[1, 2, 3]], greedy(5))
+
+
+# -- grammars ---------------------------------------------------------------------------------------------------------
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "maximum": 999}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+GRAMMARS = [
+    Grammar("json_schema", json.dumps(PERSON)),
+    Grammar("regex", r"[a-f]{3,6}-[0-9]{2}(;[x-z]{1,4}){2}"),
+    Grammar("choice", json.dumps(["yes", "no", "ne\u00e9"])),
+    Grammar("lark", 'start: "(" start ")" | /[0-9]+/\n'),
+]
+
+
+def follows(grammar: Grammar, text: str) -> bool:
+    if grammar.kind == "json_schema":
+        value = json.loads(text)
+        return set(value) == {"name", "age"} and len(value["name"]) <= 5 and value["age"] == int(value["age"]) <= 999
+    if grammar.kind == "choice":
+        return text in json.loads(grammar.text)
+    if grammar.kind == "lark":
+        depth = len(text) - len(text.lstrip("("))
+        return re.fullmatch(r"[0-9]+", text[depth : len(text) - depth]) is not None and text.endswith(")" * depth)
+    return re.fullmatch(grammar.text, text) is not None
+
+
+def test_grammars_hold_alone_and_among_neighbours_and_change_nothing_for_them(engine):
+    every = [SamplingParams(max_tokens=100, temperature=1.5, seed=n, grammar=one) for n, one in enumerate(GRAMMARS)]
+    plain = [SamplingParams(max_tokens=30, ignore_eos=True, **one) for one in VARIED[:3]]
+    asked = prompts(7, longest=55, seed=12)
+    mixed = engine.generate(asked, every + plain)
+    for done, params in zip(mixed, every, strict=False):
+        assert done.finish_reason == "stop" or params.grammar.kind == "lark"
+        assert follows(params.grammar, done.text) or done.finish_reason == "length"
+    for index in range(7):
+        alone = engine.generate([asked[index]], (every + plain)[index])[0]
+        assert (alone.token_ids, alone.text) == (mixed[index].token_ids, mixed[index].text)
+    without = engine.generate(asked[4:], plain)
+    assert [done.token_ids for done in without] == [done.token_ids for done in mixed[4:]]
+
+
+def test_preempted_requests_go_on_in_their_grammar(engine, small_engine):
+    grammar = Grammar("regex", r"([a-z]{4} [0-9]{3}, ){20}")
+    params = [SamplingParams(max_tokens=60, seed=n, grammar=grammar) for n in range(6)]
+    before = small_engine.stats().preemptions
+    crowded = small_engine.generate(prompts(6, longest=60, seed=5), params)
+    assert small_engine.stats().preemptions > before
+    roomy = engine.generate(prompts(6, longest=60, seed=5), params)
+    assert [done.token_ids for done in crowded] == [done.token_ids for done in roomy]
+    assert all(re.fullmatch(r"([a-z]{4} [0-9]{3}, )+[a-z]{0,4} ?[0-9]{0,3},?", done.text) for done in crowded)
+
+
+def test_the_end_of_a_grammar_and_the_limits_of_a_request(engine):
+    prompt, eos = prompts(1, seed=13)[0], TOKENIZER.eos_id
+
+    def run(text: str, **more):
+        params = SamplingParams(**{"temperature": 0.0, "max_tokens": 9, "grammar": Grammar("regex", text)} | more)
+        done = engine.generate([prompt], params)[0]
+        return done.text, done.finish_reason, done.token_ids
+
+    to_eos = {"logit_bias": {eos: 100.0}}
+    assert run("ab") == ("ab", "stop", [97, 98])  # complete: no end-of-sequence is needed
+    assert run("a+b?", **to_eos) == ("a", "stop", [97, eos])
+    assert run("a{3}b?", **to_eos) == ("aaa", "stop", [97, 97, 97, eos])  # a bias does not end it early
+    assert run("a{3,}", min_tokens=5, **to_eos) == ("aaaaa", "stop", [97] * 5 + [eos])
+    assert run("a{3,}", ignore_eos=True, **to_eos) == ("a" * 9, "length", [97] * 9)
+    assert run("a{2,3}", ignore_eos=True, **to_eos) == ("aaa", "stop", [97] * 3)
+    assert run("a{2,3}", min_tokens=6) == ("aaa", "stop", [97] * 3)  # nothing is left to wait for
+    assert run("a{20}") == ("a" * 9, "length", [97] * 9)
+    assert run("a{9}")[1] == "stop"
+    assert run("abcdef", stop=["cd"]) == ("ab", "stop", [97, 98, 99, 100])
+    assert run("abcdef", stop_token_ids=[99])[2] == [97, 98, 99]
+    assert run("(ab)?", **to_eos) == ("", "stop", [eos])
+
+
+def test_log_probabilities_are_the_models_own_whatever_a_grammar_allows(engine):
+    params = SamplingParams(temperature=0.0, max_tokens=9, logprobs=3, grammar=Grammar("regex", "[a-c]{4}"))
+    done = engine.generate(prompts(1, seed=14), params)[0]
+    ids = done.prompt_ids + done.token_ids
+    logprobs = np.asarray(jax.nn.log_softmax(full_logits(ids)))[len(done.prompt_ids) - 1 : -1]
+    for own, expected in zip(done.logprobs, logprobs, strict=True):
+        assert own.logprob == pytest.approx(expected[own.id], abs=1e-4)
+        assert [token for token, _ in own.top] == np.argsort(-expected)[:3].tolist()
+        assert own.id == 97 + np.argmax(expected[97:100])
+
+
+def test_a_grammar_that_fails_ends_its_own_request(engine):
+    """One that needs a token that is held back, one that is too costly to go on with, and their neighbour."""
+    held = SamplingParams(grammar=Grammar("regex", "ab"), stop_token_ids=[98], min_tokens=5)
+    costly = SamplingParams(grammar=Grammar("regex", "x(a{1000}){1000}"))
+    fine = SamplingParams(grammar=Grammar("regex", "[0-9]{12}"))
+    each = {"held": held, "costly": costly, "fine": fine}
+    last, text = {}, ""
+    for output in engine.stream([Request(name, prompts(1)[0], params) for name, params in each.items()]):
+        last[output.request_id] = output
+        text += output.text if output.request_id == "fine" else ""
+    assert (last["held"].finish_reason, last["held"].error_kind) == ("error", "grammar")
+    assert "after 1 tokens: no token" in last["held"].error
+    assert (last["costly"].finish_reason, last["costly"].error_kind) == ("error", "grammar")
+    assert (last["fine"].finish_reason, len(text), text.isdecimal()) == ("stop", 12, True)
+    with pytest.raises(GrammarError, match="after 1 tokens: no token"):
+        engine.generate(prompts(1), held)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (Grammar("regex", "(a"), "unclosed group"),
+        (Grammar("regex", r"[^\s\S]"), "no text"),
+        (Grammar("json_schema", '{"type": "objekt"}'), "objekt"),
+        (Grammar("json_schema", '{"$ref": "#"}'), "no text"),
+        (Grammar("json_schema", "[1]"), "is an object"),
+        (Grammar("json_schema", "{"), "written in JSON"),
+        (Grammar("choice", "[]"), "one at least"),
+        (Grammar("lark", "start: foo"), "foo"),
+        (Grammar("lark", "start: a\na[temperature=0.5]: /[a-z]/"), "temperature of its own"),
+        (Grammar("lark", ""), "non-empty"),
+        (Grammar("lark", "a" * (MAX_GRAMMAR_BYTES + 1)), "bytes"),
+        (Grammar("yaml", "a"), "json_schema, regex, lark, choice"),
+    ],
+)
+def test_grammars_that_cannot_be_used_are_refused(engine, grammar, message):
+    with pytest.raises(InvalidRequest, match=message) as error:
+        engine.add(Request("bad", [1], SamplingParams(grammar=grammar)))
+    assert error.value.param == "grammar"
 
 
 @pytest.mark.parametrize(

@@ -54,13 +54,12 @@ DENSE = dataclasses.replace(LATENT, moe=None)
 MODELS = {
     "latent": DENSE,
     "float8": dataclasses.replace(DENSE, quantization=FLOAT8.quantization),
-    "mixture": LATENT,
     "mixture in float8": FLOAT8,
     "mixture in mxfp4": MXFP4,
 }
 
 
-@pytest.fixture(scope="module", params=thorough(MODELS, quick=(0, 4)))
+@pytest.fixture(scope="module", params=thorough(MODELS))
 def served(request):
     return MODELS[request.param], engine_of(MODELS[request.param])
 

@@ -35,7 +35,10 @@ SIGMOID = dataclasses.replace(
 )
 
 
-@pytest.fixture(scope="module", params=[SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(SOFTMAX, id="softmax"), pytest.param(SIGMOID, id="sigmoid", marks=pytest.mark.slow)],
+)
 def served(request):
     """(config, parameters, engine)."""
     config, rng = request.param, np.random.default_rng(0)

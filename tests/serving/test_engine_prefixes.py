@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.serving.engines import TOKENIZER, engine_of, greedy, loaded, logprobs_of
+from tests.serving.engines import TOKENIZER, engine_of, greedy, loaded, logprobs_of, twin
 from tests.serving.test_engine_states import HYBRID
 from twinax.layers.rope_config import DynamicScaling, RopeConfig
 from twinax.models.config import DecoderConfig, LayerKind
+from twinax.serving import shared_prefixes
 from twinax.serving.engine import Engine, EngineConfig
 from twinax.serving.request import InvalidRequest, Request, SamplingParams
 
@@ -28,13 +29,13 @@ def conversations() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def plain():
-    return engine_of(CONFIG, prefix_cache="")
+def cached():
+    return engine_of(CONFIG)
 
 
 @pytest.fixture(scope="module")
-def cached():
-    return engine_of(CONFIG)
+def plain(cached):
+    return twin(cached, prefix_cache=None)
 
 
 def run(engine: Engine, requests: list[Request]) -> dict[str, list]:
@@ -60,6 +61,18 @@ def test_the_bits_are_those_without_a_cache(plain, cached):
     stats = cached.stats()
     assert stats.cached_tokens - found_before > 600 and plain.stats().cached_tokens == 0
     assert stats.pages_used == 0 and stats.running == 0, "what nobody uses is free"
+
+
+def test_what_requests_share_is_read_once_for_all_of_them(plain, cached, monkeypatch):
+    start = np.random.default_rng(6).integers(0, 256, 64).tolist()
+    prompts = [[*start, n, n] for n in range(6)]
+    cached.generate([start], greedy(max_tokens=1))
+    seen = []
+    real = shared_prefixes.groups
+    monkeypatch.setattr(shared_prefixes, "groups", lambda rows: seen.append(real(rows)) or seen[-1])
+    got, want = (engine.generate(prompts, greedy(max_tokens=20)) for engine in (cached, plain))
+    assert [(0, 4)] * 6 in seen, "six requests, four pages of 16"
+    assert [logprobs_of(one) for one in got] == [logprobs_of(one) for one in want]
 
 
 def test_a_request_hears_how_much_was_there(cached):
@@ -100,8 +113,8 @@ def test_another_salt_finds_nothing(cached):
         cached.add(Request("bad", prompt, SamplingParams(), cache_salt=3))
 
 
-def test_a_full_cache_makes_room(plain):
-    crowded = engine_of(CONFIG, max_running=4, num_pages=10)
+def test_a_full_cache_makes_room(plain, cached):
+    crowded = twin(cached, max_running=4, num_pages=10)
     rng = np.random.default_rng(11)
     asked = [rng.integers(0, 256, int(n)).tolist() for n in rng.integers(20, 70, 12)]
     asked += asked[:4]
@@ -120,3 +133,27 @@ def test_models_whose_keys_hang_on_more_than_the_tokens_before_have_none(config)
 def test_an_unknown_policy_lists_the_choices():
     with pytest.raises(ValueError, match="choose one of cost_aware, lru"):
         Engine(loaded(CONFIG), EngineConfig(prefix_cache="fifo", compile_cache=""))
+
+
+def test_choices_of_one_prompt_compute_it_once(plain, cached, monkeypatch):
+    prompt = np.random.default_rng(12).integers(0, 256, 75).tolist()
+    requests = [
+        Request(
+            f"choice {n}", prompt, SamplingParams(temperature=1.0, max_tokens=30, seed=n, logprobs=1, ignore_eos=True)
+        )
+        for n in range(4)
+    ]
+    copied, computed = [], []
+    copy, pack = cached.runner.copy_pages, cached._pack
+    monkeypatch.setattr(cached.runner, "copy_pages", lambda copies: (copied.extend(copies), copy(copies)))
+    monkeypatch.setattr(
+        cached, "_pack", lambda batch, entry, *at: (computed.append(entry.length), pack(batch, entry, *at))
+    )
+    got, want = run(cached, requests), run(plain, requests)
+    for request in requests:
+        mine, theirs = ([(o.token_ids, o.logprobs) for o in found[request.id]] for found in (got, want))
+        assert mine == theirs
+    assert len({tuple(t for o in outputs for t in o.token_ids) for outputs in got.values()}) == 4, "four seeds"
+    assert len(copied) == 3, "each fork has its own copy of the page in which the prompt ends"
+    assert sum(computed) == 75 + 3 + 4 * 29, "the prompt once, its last token for each fork, and what was generated"
+    assert cached.stats().pages_used == 0

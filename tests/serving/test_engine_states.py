@@ -3,7 +3,16 @@
 import jax.numpy as jnp
 import pytest
 
-from tests.serving.engines import TOKENIZER, check_against_training, engine_of, greedy, loaded, logprobs_of, prompts
+from tests.serving.engines import (
+    TOKENIZER,
+    check_against_training,
+    engine_of,
+    greedy,
+    loaded,
+    logprobs_of,
+    prompts,
+    twin,
+)
 from twinax.layers.mixer_config import LightningConfig, Mamba2Config
 from twinax.models.cache import init_cache, page_bytes
 from twinax.models.config import DecoderConfig, LayerKind
@@ -64,11 +73,10 @@ def test_a_request_gives_the_same_bits_alone_among_neighbours_and_in_other_slots
 
 @pytest.mark.slow
 def test_chunks_and_preemption_change_no_bit(served):
-    config, roomy = served
+    _, roomy = served
     asked = prompts(6)
     want = roomy.generate(asked, greedy(max_tokens=30))
-    small = engine_of(config, chunk_tokens=7)  # 64 rows all the same, so that products are the same programs
-    crowded = engine_of(config, max_running=4, num_pages=12)
+    small, crowded = twin(roomy, chunk_tokens=7), twin(roomy, max_running=4, num_pages=12)
     assert [logprobs_of(one) for one in small.generate(asked, greedy(max_tokens=30))] == list(map(logprobs_of, want))
     found = crowded.generate(asked, greedy(max_tokens=30))
     assert crowded.stats().preemptions > 0

@@ -1,5 +1,8 @@
 """The prefix cache by itself: what it finds, who owns which page, what goes first."""
 
+import itertools
+import random
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,6 +17,7 @@ from hypothesis.stateful import (
 
 from twinax.serving import kv_policies
 from twinax.serving.allocator import PageAllocator
+from twinax.serving.kv_policies import Use
 from twinax.serving.prefix_cache import OWNER, PrefixCache
 
 SIZE, PAGES = 2, 12
@@ -25,7 +29,7 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def start(self):
         self.allocator = PageAllocator(PAGES, SIZE)
-        self.cache = PrefixCache(self.allocator, kv_policies.load(self.policy))
+        self.cache = PrefixCache(self.allocator, kv_policies.load(self.policy, PAGES))
         self.held = {}  # request -> (salt, tokens, nodes)
         self.pages = {}  # (salt, tokens so far) -> page, of what must be there: pages that are held
         self.count = 0
@@ -57,7 +61,8 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def done(self, data):
         name = data.draw(st.sampled_from(sorted(self.held)))
-        self.cache.leave(self.held.pop(name)[2])
+        use = Use(data.draw(st.integers(0, 4)), data.draw(st.integers(0, 99)), data.draw(st.booleans()))
+        self.cache.leave(self.held.pop(name)[2], use)
 
     @precondition(lambda self: self.cache.idle)
     @rule(data=st.data())
@@ -88,21 +93,24 @@ def test_random_use(policy):
     run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40, derandomize=True))
 
 
-def fill(cache: PrefixCache, allocator: PageAllocator, tokens: list[int], uses: int = 1, salt: str = "") -> None:
-    """A request that computes all its pages, which `uses - 1` others then take."""
-    for _ in range(uses):
-        nodes = cache.match(tokens, salt)
-        cache.take(nodes)
-        for at in range(len(nodes), len(tokens) // SIZE):
-            (page,) = allocator.allocate(1, "r")
-            before, key = nodes[-1] if nodes else None, tuple(tokens[at * SIZE : at * SIZE + SIZE])
-            nodes.append(cache.put(before, key, page, "r", salt))
-        cache.leave(nodes)
+def fill(cache: PrefixCache, allocator: PageAllocator, tokens: list[int], answer=0, salt="", preempted=False) -> int:
+    """A request that computes what is not there of its pages, making room; the number of those that were there."""
+    nodes = cache.match(tokens, salt)
+    found = len(nodes)
+    cache.take(nodes)
+    for at in range(found, len(tokens) // SIZE):
+        if not allocator.free_pages:
+            cache.evict(1)
+        (page,) = allocator.allocate(1, "r")
+        before, key = nodes[-1] if nodes else None, tuple(tokens[at * SIZE : at * SIZE + SIZE])
+        nodes.append(cache.put(before, key, page, "r", salt))
+    cache.leave(nodes, Use(len(nodes), answer, preempted))
+    return found
 
 
-def made(policy: str) -> tuple[PrefixCache, PageAllocator]:
-    allocator = PageAllocator(PAGES, SIZE)
-    return PrefixCache(allocator, kv_policies.load(policy)), allocator
+def made(policy: str, pages: int = PAGES) -> tuple[PrefixCache, PageAllocator]:
+    allocator = PageAllocator(pages, SIZE)
+    return PrefixCache(allocator, kv_policies.load(policy, pages)), allocator
 
 
 def test_lru_lets_the_oldest_go_from_its_end():
@@ -116,19 +124,58 @@ def test_lru_lets_the_oldest_go_from_its_end():
     assert [len(cache.match(tokens, "")) for tokens in ([1, 1, 2, 2], [3, 3, 4, 4])] == [1, 0]
 
 
-def test_cost_aware_keeps_what_is_used_often():
-    cache, allocator = made("cost_aware")
-    fill(cache, allocator, [1, 1], uses=5)
-    fill(cache, allocator, [2, 2])
-    fill(cache, allocator, [3, 3])
-    cache.evict(2)
-    assert [len(cache.match([n, n], "")) for n in (1, 2, 3)] == [1, 0, 0]
-    # Not for ever: what came later outlives it in the end.
-    for n in range(4, 100):
-        fill(cache, allocator, [n, n])
-        if not allocator.free_pages:
-            cache.evict(1)
-    assert not cache.match([1, 1], "")
+def found_of(policy: str, asked: list[tuple[int, int]], pages: int = 64) -> int:
+    """Pages found by requests of one page, (its number, tokens of the answer), one after another."""
+    cache, allocator = made(policy, pages)
+    return sum(fill(cache, allocator, [number, number], answer) for number, answer in asked)
+
+
+def documents(rounds: int, rng: random.Random, answer: int = 2, other: int = 200) -> list[tuple[int, int]]:
+    """48 documents that are asked short questions in turn, and twice as many that are asked for one long answer."""
+    asked, fresh = [], itertools.count(1000)
+    for _ in range(rounds):
+        order = [(number, answer) for number in rng.sample(range(48), 48)]
+        asked += [one for each in order for one in (each, (next(fresh), other), (next(fresh), other))]
+    return asked
+
+
+def test_cost_aware_learns_which_kind_of_page_is_asked_for_again():
+    """Between two questions about a document some 150 pages come, and there is room for 64: LRU finds few again. With
+    the one-off pages gone at once, all documents have room. That it can be the other way round is learned as well."""
+    rng = random.Random(0)
+    asked = documents(40, rng)
+    turned = asked + documents(40, rng, answer=200, other=2)
+    for traffic in (asked, turned):
+        assert found_of("cost_aware", traffic) > 4 * found_of("lru", traffic)
+
+
+def test_cost_aware_is_lru_where_pages_do_not_differ():
+    rng = random.Random(1)
+    asked = [(int(rng.paretovariate(0.6)) % 400, 5) for _ in range(6000)]
+    lru, ours = found_of("lru", asked), found_of("cost_aware", asked)
+    assert 0.97 * lru < ours
+    assert found_of("cost_aware", [(number, 5) for number in range(3000)]) == 0
+
+
+def test_what_was_preempted_is_kept_before_what_ended():
+    cache, allocator = made("cost_aware", 32)
+    for number in range(100):
+        fill(cache, allocator, [number, number], preempted=True)
+        fill(cache, allocator, [number, number], 9)  # it comes back soon
+    fill(cache, allocator, [-1, -1], preempted=True)
+    for number in (100, 101):
+        fill(cache, allocator, [number, number], 9)
+    cache.evict(cache.idle - 1)
+    assert cache.match([-1, -1], "")
+
+
+def test_no_policy_keeps_notes_without_bound():
+    cache, allocator = made("cost_aware", 16)
+    sizes = []
+    for number in range(2000):
+        fill(cache, allocator, [number, number, number, number])
+        sizes.append(len(cache._policy._went))
+    assert max(sizes) <= 3 * 16 + 16
 
 
 def test_another_salt_finds_nothing_and_shares_nothing():
@@ -141,4 +188,4 @@ def test_another_salt_finds_nothing_and_shares_nothing():
 
 def test_an_unknown_policy_lists_the_choices():
     with pytest.raises(ValueError, match="choose one of cost_aware, lru"):
-        kv_policies.load("fifo")
+        kv_policies.load("fifo", PAGES)

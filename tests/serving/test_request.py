@@ -9,6 +9,7 @@ from twinax.serving.request import (
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
+    Grammar,
     InvalidRequest,
     Output,
     Request,
@@ -34,6 +35,8 @@ BAD = [
     ("stop", ["text", [""], ["a", 5], ["a"] * (MAX_STOP_STRINGS + 1), ["a" * (MAX_STOP_CHARACTERS + 1)], ["\ud800"]]),
     ("stop_token_ids", [5, [VOCAB], [-1], [1.0], [1] * (MAX_STOP_TOKENS + 1)]),
     ("ignore_eos", [1, 0, None, "yes"]),
+    ("skip_special_tokens", [1, None, "yes"]),
+    ("grammar", ["a", Grammar("yaml", "a"), Grammar("regex", ""), Grammar("regex", "\ud800"), Grammar("lark", 1)]),
     ("logprobs", [21, -1, 1.5, True]),
     ("prompt_logprobs", [21, -1, 1.5, True]),
 ]
@@ -52,6 +55,8 @@ GOOD = {
     "stop": [[], ["a"] * MAX_STOP_STRINGS, ["é" * MAX_STOP_CHARACTERS]],
     "stop_token_ids": [[], [0, VOCAB - 1]],
     "ignore_eos": [True, False],
+    "skip_special_tokens": [True, False],
+    "grammar": [None, Grammar("regex", "a"), Grammar("choice", "[]")],  # what is wrong in it is told by the compiler
     "logprobs": [None, 0, 20],
     "prompt_logprobs": [None, 0, 20],
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from twinax.serving import sampling
-from twinax.serving.sampling import SamplingRows, SlotState, filter_logits, sample, top_logprobs
+from twinax.serving.sampling import SamplingRows, SlotState, filter_logits, top_logprobs
 
 V = 50
 DEFAULTS = {
@@ -23,6 +23,11 @@ def rows(*settings: dict) -> SamplingRows:
         dtype = np.int32 if isinstance(default, int) else np.float32
         columns[name] = jnp.asarray(np.array([one.get(name, default) for one in settings], dtype))
     return SamplingRows(**columns)
+
+
+def sample(logits, settings, state, allowed=None) -> jax.Array:
+    nothing = np.zeros((len(logits), sampling.mask_words(logits.shape[1])), np.int32)
+    return sampling.sample(logits, settings, state, jnp.asarray(nothing if allowed is None else allowed))
 
 
 def kept_by_sorting(logits, top_k, top_p, min_p):
@@ -83,6 +88,34 @@ def test_draws_follow_the_distribution():
     assert chi_squared < 20.5  # 5 degrees of freedom, p = 0.001; the seed is fixed
 
 
+def packed(allowed_RV: np.ndarray) -> np.ndarray:
+    """Bits of bools, as numpy packs them."""
+    rows, size = allowed_RV.shape
+    whole = np.zeros((rows, 32 * sampling.mask_words(size)), bool)
+    whole[:, :size] = allowed_RV
+    return np.packbits(whole, axis=-1, bitorder="little").view("<i4")
+
+
+def test_a_grammar_leaves_what_its_bits_say_in_its_row_alone():
+    rng = np.random.default_rng(3)
+    raw = rng.standard_normal((6, V)).astype(np.float32)
+    allowed = rng.random((6, V)) < 0.2
+    allowed[:, 31] = True  # the sign of a word
+    state = SlotState.empty(6, V)
+    state = dataclasses.replace(state, bias_SV=jnp.where(jnp.asarray(allowed), 0.0, 100.0))
+    flags = sampling.GRAMMAR | sampling.BIAS  # a bias brings nothing back
+    greedy = {"temperature": 0.0, "flags": flags}
+    drawn = [{"seed_low": n, "slot": n, "flags": flags, "top_k": 30 * (n % 2), "top_p": 0.9} for n in range(1, 5)]
+    others = {"temperature": 0.0, "slot": 5}
+    tokens = np.asarray(sample(jnp.asarray(raw), rows(greedy, *drawn, others), state, packed(allowed)))
+    assert tokens[0] == np.argmax(np.where(allowed[0], raw[0], -np.inf))
+    assert allowed[np.arange(5), tokens[:5]].all()
+    assert tokens[5] == np.argmax(raw[5])
+    for only in (0, 31, 32, V - 1):
+        one = np.arange(V)[None] == only
+        assert sample(jnp.asarray(raw[:1]), rows(greedy), state, packed(one)).tolist() == [only]
+
+
 @pytest.mark.usefixtures("full_compile")
 def test_a_row_does_not_feel_its_neighbours():
     rng = np.random.default_rng(1)
@@ -90,7 +123,8 @@ def test_a_row_does_not_feel_its_neighbours():
     plain = [{"seed_low": 5, "position": 9}, {"temperature": 0.0, "slot": 1}, {"seed_low": 6, "slot": 2}]
     state = SlotState.empty(3, V)
     state = dataclasses.replace(state, counts_SV=state.counts_SV.at[2].set(3))
-    loud = dict(plain[2], flags=sampling.PENALTIES | sampling.BIAS, top_k=3, top_p=0.5, frequency=1.0, repetition=2.0)
+    flags = sampling.PENALTIES | sampling.BIAS | sampling.GRAMMAR
+    loud = dict(plain[2], flags=flags, top_k=3, top_p=0.5, frequency=1.0, repetition=2.0)
     alone = sample(logits, rows(*plain), state)
     beside = sample(logits, rows(*plain[:2], loud), state)
     np.testing.assert_array_equal(alone[:2], beside[:2])

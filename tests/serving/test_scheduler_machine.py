@@ -19,12 +19,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from twinax.serving import kv_policies
+from twinax.serving import kv_policies, schedulers
 from twinax.serving.prefix_cache import OWNER
 from twinax.serving.request import InvalidRequest, QueueFull, Request, SamplingParams
 from twinax.serving.scheduler import Scheduler, SchedulerConfig
 
 SETTINGS = settings(max_examples=100, stateful_step_count=40, derandomize=True, deadline=None, database=None)
+IN_TURN = ("first_come", "sarathi")  # policies under which nobody is overtaken
+GIVE_WAY = ("fair", "priority")  # under which one that runs is preempted for one that waits
 STOP = 0  # one of the tokens that the simulated device samples ends a request
 
 
@@ -65,8 +67,12 @@ class Live:
 class SchedulerMachine(RuleBasedStateMachine):
     scheduler_class = Scheduler
     prefix_cache = None
+    policy = "first_come"
+    swap_pages = 0
+    swaps = 0
     examples_that_preempted = 0
     tokens_found = 0
+    copies = 0
 
     @initialize(
         # Mostly crowded: several requests run, of which two fill the pages.
@@ -79,7 +85,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         depth=st.sampled_from([1, 1, 2, 3]),
     )
     def start(self, depth, **config):
-        self.config = SchedulerConfig(**config, prefix_cache=self.prefix_cache)
+        more = {"prefix_cache": self.prefix_cache, "policy": self.policy, "swap_pages": self.swap_pages}
+        self.config = SchedulerConfig(**config, **more)
         self.scheduler = self.scheduler_class(self.config)
         self.depth = depth  # so many plans may be in flight
         self.in_flight = deque()
@@ -93,30 +100,46 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompts=st.lists(st.integers(1, 3) | st.integers(1, 24), min_size=1, max_size=4),
         max_tokens=st.sampled_from([10, 24, 16, 3, 1]),
         steps=st.sampled_from([0, 4, 8]),
+        alike=st.sampled_from([False, False, False, True]),
     )
-    def add(self, prompts, max_tokens, steps):
+    def add(self, prompts, max_tokens, steps, alike):
+        number = self.added
         for prompt in prompts:
-            self.add_one(prompt, max_tokens)
+            if alike:
+                self.add_one(prompts[0], max_tokens, number)
+            else:
+                self.add_one(prompt, max_tokens, self.added)
             self.check()
         self.run_ahead(steps)
 
-    def add_one(self, prompt, max_tokens):
+    def add_one(self, prompt, max_tokens, number):
         config = self.config
         # With a prefix cache most begin alike.
-        first = self.added if self.prefix_cache is None or self.added % 4 == 3 else 0
-        salt = "other" if self.prefix_cache and self.added % 5 == 4 else ""
+        first = number if self.prefix_cache is None or number % 4 == 3 else 0
+        salt = "other" if self.prefix_cache and number % 5 == 4 else ""
         params = SamplingParams(max_tokens=max_tokens)
-        request = Request(f"r{self.added}", list(range(first, first + prompt)), params, cache_salt=salt)
+        ids = list(range(first, first + prompt))
+        request = Request(f"r{self.added}", ids, params, float(self.added), salt, **self.asks())
         positions = prompt + min(max_tokens, config.max_model_len - prompt) - 1
         if prompt >= config.max_model_len or positions > config.num_pages * config.page_size:
             with pytest.raises(InvalidRequest):
                 self.scheduler.add(request)
-        elif len(self.scheduler.waiting) >= config.max_waiting:
+        elif self.scheduler.num_waiting >= config.max_waiting:
             with pytest.raises(QueueFull):
                 self.scheduler.add(request)
         else:
             self.live[request.id] = Live(self.added, self.scheduler.add(request))
             self.added += 1
+
+    def asks(self):
+        """What tells this request from others, to the policies that look at it."""
+        number = self.added
+        asks = {"tenant": "" if self.prefix_cache else "abc"[number * number % 3]}
+        if self.policy == "priority":
+            asks["priority"] = number * number % 5 - 2
+        if self.policy == "deadline" and number % 4:
+            asks |= {"deadline_seconds": 1.0 + 7 * number % 50, "stages_left": 1 + number % 2}
+        return asks
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), cancel=st.booleans())
@@ -149,16 +172,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.in_flight) < self.depth)
     @rule()
     def schedule(self):
-        oldest = next(iter(self.live.values()), None)
         plan = self.scheduler.schedule()
-        entries = [] if plan is None else plan.entries
-        if oldest is not None:
-            sequence = oldest.sequence
-            exempt = (
-                len(oldest.tokens) - len(sequence.prompt_ids) == sequence.max_output  # only to be committed
-                or (sequence.slot < 0 and sequence.in_flight > 0)  # preempted, and its token not yet known
-            )
-            assert exempt or any(e.sequence is sequence for e in entries), "the oldest request always progresses"
+        self.check_progress([] if plan is None else plan.entries)
         if plan is None:
             return
         for sequence in plan.preempted:
@@ -166,7 +181,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence in plan.admitted:
             self.live[sequence.id].computed = sequence.num_cached
             assert sequence.num_cached < len(self.live[sequence.id].tokens), "the last one is computed, to sample"
-            assert sequence.num_cached % self.config.page_size == 0
+            copied = any(to in sequence.pages for _, to in plan.copies)
+            swapped = any(sequence is other for other, *_ in plan.swapped_in)
+            whole = swapped or sequence.num_cached % self.config.page_size == 0
+            assert (sequence.num_cached == len(sequence.prompt_ids) - 1 and not whole) if copied else whole
+            type(self).copies += copied
             type(self).tokens_found += sequence.num_cached
         self.check_plan(plan)
         self.in_flight.append((plan, self.run(plan)))
@@ -198,6 +217,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         def where(entry, position):
             return entry.sequence.pages[position // page_size], position % page_size
 
+        for sequence, pages in plan.swapped_out:
+            sequence.host = [[self.cache.get((page, slot)) for slot in range(page_size)] for page in pages]
+        for sequence, first, count in plan.swapped_in:
+            for page, kept in list(zip(sequence.pages, sequence.host, strict=False))[first:count]:
+                self.cache |= {(page, slot): value for slot, value in enumerate(kept)}
+            sequence.host = None
+            type(self).swaps += 1
+        before = dict(self.cache)
+        for page, to in plan.copies:
+            for slot in range(page_size):
+                self.cache[to, slot] = before.get((page, slot))
         for entry in plan.entries:
             for position in range(entry.start, entry.start + entry.length):
                 self.cache[where(entry, position)] = self.kept(entry.sequence, position)
@@ -222,12 +252,27 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # Checks
 
+    def check_progress(self, entries):
+        """The running request that ranks first progresses; nothing runs where nothing has room; the oldest does both
+        where it is that which comes first."""
+        order = [*self.scheduler.running, *self.scheduler.waiting]
+        first = next(iter(self.live.values())).sequence if self.live and self.policy in IN_TURN else None
+        for sequence in [first, *order[:1]]:
+            if sequence is not None:
+                made = len(self.live[sequence.id].tokens) - len(sequence.prompt_ids)
+                exempt = (
+                    made == sequence.max_output  # only to be committed
+                    or (sequence.slot < 0 and sequence.in_flight > 0)  # preempted, and its token not yet known
+                    or (sequence.slot < 0 and sequence.original is not None)  # was held back, and overtaken meanwhile
+                )
+                assert exempt or any(e.sequence is sequence for e in entries), "the first request always progresses"
+
     def check_plan(self, plan):
         scheduler, config = self.scheduler, self.config
-        numbers = {id: live.number for id, live in self.live.items()}
-        order = [numbers[e.sequence.id] for e in plan.chunks]
-        assert order == sorted(order), "chunks go to the oldest first"
-        assert all(e.is_last_chunk for e in plan.chunks[:-1]), "the budget is spent on the oldest first"
+        if self.policy in IN_TURN:
+            order = [self.live[e.sequence.id].number for e in plan.chunks]
+            assert order == sorted(order), "chunks go to the oldest first"
+        assert all(e.is_last_chunk for e in plan.chunks[:-1]), "the budget is spent on the first"
         assert all(e.length == 1 and e.is_last_chunk for e in plan.decodes)
         assert all(e.length > 1 for e in plan.chunks)
         assert plan.chunk_tokens == sum(e.length for e in plan.chunks) <= config.chunk_tokens
@@ -242,7 +287,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert entry.is_last_chunk == (entry.start + entry.length == len(live.tokens))
         for sequence in plan.admitted:
             assert sequence.slot >= 0
-        assert not (plan.admitted and plan.preempted)
+        assert not set(plan.admitted) & set(plan.preempted)
+        assert not (plan.admitted and plan.preempted) or self.policy in GIVE_WAY
         served = {e.sequence.id for e in plan.entries}
         for sequence in scheduler.running:
             ready = len(self.live[sequence.id].tokens) - len(sequence.prompt_ids) < sequence.max_output
@@ -276,6 +322,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sequence.num_tokens == len(live.tokens)
             least, most = allocator.pages_for(live.computed), allocator.pages_for(len(live.tokens) + 1)
             assert least <= len(sequence.pages) <= min(most, sequence.max_pages)
+        held = [fork for sequence in running + waiting for fork in sequence.forks]
+        assert not any(fork.forks for fork in held)
+        waiting += held
         for sequence in waiting:
             assert (sequence.pages, sequence.slot, sequence.num_computed, sequence.num_scheduled) == ([], -1, 0, 0)
         for sequence in running + waiting:
@@ -285,14 +334,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots = [sequence.slot for sequence in running]
         assert len(set(slots)) == len(slots)
         assert set(slots) <= set(range(config.max_running))
-        assert [s.id for s in running + waiting] == list(self.live), "running before waiting, each oldest first"
+        if self.policy in IN_TURN:
+            in_turn = [s.id for s in running + waiting if s.original is None]
+            forks = {s.id for s in waiting if s.original is not None}
+            assert in_turn == [id for id in self.live if id not in forks], "running before waiting, each oldest first"
+        assert {s.id for s in running + waiting} == set(self.live)
+        if not scheduler.waiting.moves:
+            ranks = [[sequence.rank for sequence in some] for some in (running, scheduler.waiting)]
+            assert ranks == [sorted(some) for some in ranks]
+        assert scheduler.host_pages.used == sum(sequence.host_pages for sequence in waiting) <= config.swap_pages
+        assert not any(sequence.host_pages for sequence in running)
         stats = scheduler.stats()
         assert (stats.running, stats.waiting) == (len(running), len(waiting))
         assert (stats.pages_used, stats.pages_total) == (len(used), config.num_pages)
         assert scheduler.has_work == bool(self.live)
 
     def teardown(self):
-        """Every request finishes: the oldest one computes a position in each step, so the steps are bounded."""
+        """Every request finishes: one computes a position in each step, so the steps are bounded."""
         if not hasattr(self, "scheduler"):
             return
         bound = (len(self.live) + 1) * self.config.max_model_len
@@ -318,9 +376,26 @@ def test_random_use_keeps_every_invariant():
 @pytest.mark.parametrize("policy", kv_policies.names())
 def test_random_use_with_a_prefix_cache(policy):
     machine = type("CachedMachine", (SchedulerMachine,), {"prefix_cache": policy, "examples_that_preempted": 0})
-    machine.tokens_found = 0
-    run_state_machine_as_test(machine, settings=SETTINGS)
-    assert machine.examples_that_preempted > 10 and machine.tokens_found > 500
+    machine.tokens_found = machine.copies = 0
+    run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=150))
+    assert machine.examples_that_preempted > 10 and machine.tokens_found > 500 and machine.copies > 5
+
+
+@pytest.mark.parametrize("policy", [name for name in schedulers.names() if name not in ("first_come", "sarathi")])
+def test_random_use_under_each_policy(policy, monkeypatch):
+    monkeypatch.setattr("twinax.serving.schedulers.fair.LEAD", 3)
+    monkeypatch.setattr("twinax.serving.schedulers.prepacking.MOST_PASSED", 2)
+    machine = type("Machine", (SchedulerMachine,), {"policy": policy, "examples_that_preempted": 0})
+    run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=50))
+    assert machine.examples_that_preempted > 3
+
+
+@pytest.mark.parametrize("cache", [None, "lru"])
+def test_random_use_with_room_on_the_host(cache):
+    more = {"swap_pages": 8, "prefix_cache": cache, "examples_that_preempted": 0, "swaps": 0, "policy": "priority"}
+    machine = type("SwappingMachine", (SchedulerMachine,), more)
+    run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=60))
+    assert machine.swaps > 10
 
 
 # The checks must be able to fail: each scheduler below has one bug that they are to find.
@@ -342,8 +417,8 @@ class ForgetsToRecompute(Scheduler):
 
 class PreemptedGoToTheBack(Scheduler):
     def _preempt(self, plan, sequence):
+        sequence.rank = (1.0, sequence.number)
         super()._preempt(plan, sequence)
-        self.waiting.rotate(-1)
 
 
 class SharesAPage(Scheduler):
@@ -359,6 +434,14 @@ class OverspendsItsBudget(Scheduler):
         super()._admit(plan, budget + 1)
 
 
+class KeepsTooFewPages(Scheduler):
+    """Of the host's, one less than the tokens fill."""
+
+    def _swap_in(self, plan, sequence):
+        super()._swap_in(plan, sequence)
+        plan.swapped_in = [(sequence, first, count - 1) for sequence, first, count in plan.swapped_in]
+
+
 class LosesTokensOfPreempted(Scheduler):
     def commit(self, plan, sampled):
         grown = super().commit(plan, sampled)
@@ -369,8 +452,8 @@ class LosesTokensOfPreempted(Scheduler):
 
 
 class NeverReturnsSlots(Scheduler):
-    def _stop_running(self, sequence):
-        super()._stop_running(sequence)
+    def _stop_running(self, sequence, preempted=False):
+        super()._stop_running(sequence, preempted)
         self._free_slots.remove(min(self._free_slots))
 
 
@@ -378,9 +461,10 @@ class Overtakes(Scheduler):
     def _admit(self, plan, budget):
         super()._admit(plan, budget)
         if self.waiting and not plan.admitted:
-            self.waiting.rotate(-1)
+            head = self.waiting.first(budget)
+            self.waiting._queue.drop(head)
             super()._admit(plan, budget)
-            self.waiting.rotate(1)
+            self.waiting._queue.push(head)
 
 
 @pytest.mark.parametrize(
@@ -391,13 +475,15 @@ class Overtakes(Scheduler):
         PreemptedGoToTheBack,
         SharesAPage,
         OverspendsItsBudget,
+        KeepsTooFewPages,
         LosesTokensOfPreempted,
         NeverReturnsSlots,
         Overtakes,
     ],
 )
 def test_a_planted_bug_is_found(buggy):
-    machine = type("Machine", (SchedulerMachine,), {"scheduler_class": buggy})
+    more = {"swap_pages": 8} if buggy is KeepsTooFewPages else {}
+    machine = type("Machine", (SchedulerMachine,), {"scheduler_class": buggy, **more})
     # The first failure is enough: it is neither shrunk nor explained.
     quick = settings(SETTINGS, phases=[Phase.generate], report_multiple_bugs=False)
     with pytest.raises(AssertionError):

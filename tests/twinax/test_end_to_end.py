@@ -98,6 +98,71 @@ def test_generate_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]):
     assert "max_tokens must be a whole number from 1 to 64, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("full_compile")
+def test_a_file_of_requests_is_answered_and_gone_on_with(work: Path, repository: Path, capsys):
+    import twinax
+
+    prompts = {f"r{n}": f"{n % 3} times {n}" for n in range(7)}
+    lines = [
+        {"custom_id": name, "method": "POST", "url": "/v1/completions",
+         "body": {"model": "any", "prompt": prompt, "max_tokens": 6, "temperature": 0}}
+        for name, prompt in prompts.items()
+    ]  # fmt: skip
+    (work / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["generate", "runs/tiny", "--input", "requests.jsonl", "--output", "answers.jsonl", "--max-running", "4"]
+    command += ["--compile-cache", str(repository / ".cache" / "serving")]
+    assert main(command) == 0
+    assert "7 answers in answers.jsonl" in capsys.readouterr().err
+    answers = [json.loads(line) for line in (work / "answers.jsonl").read_text().splitlines()]
+    model = twinax.load("runs/tiny")
+    texts = {answer["custom_id"]: answer["response"]["body"]["choices"][0]["text"] for answer in answers}
+    assert texts == {name: model.generate(prompt, max_tokens=6, temperature=0) for name, prompt in prompts.items()}
+
+    # Killed while it wrote: two whole lines and a part of the third are there. And one more request has come.
+    whole = (work / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (work / "answers.jsonl").write_bytes(whole[0] + whole[1] + whole[2][:50])
+    bad = {**lines[0], "custom_id": "bad", "body": {"model": "any", "prompt": "x", "temperature": -1}}
+    with (work / "requests.jsonl").open("a") as file:
+        file.write(json.dumps(bad) + "\n")
+    assert main(command) == 1
+    assert "8 answers in answers.jsonl, 1 of them errors" in capsys.readouterr().err
+    again = [json.loads(line) for line in (work / "answers.jsonl").read_text().splitlines()]
+    assert again[:2] == answers[:2] and len(again) == 8
+    found = {answer["custom_id"]: answer["response"] for answer in again}
+    assert found["bad"]["status_code"] == 400 and found["bad"]["body"]["error"]["param"] == "temperature"
+    assert all(found[name]["body"]["choices"][0]["text"] == text for name, text in texts.items())
+    # Nothing left to do starts no engine.
+    assert main(command) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "words", "message"),
+    [
+        ('{"custom_id": "a", "method": "POST", "url": "/v1/nowhere", "body": {}}', [], "line 1: 'url' must be"),
+        ("nonsense", [], "line 1:"),
+        ("", [], "has no requests"),
+        ('{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}\n' * 2, [], "line 2: 'custom_id'"),
+        ("", ["--temperature", "1"], "--temperature is said in the body of each request"),
+        ("", ["a prompt"], "leave these out"),
+    ],
+)
+def test_a_file_that_is_no_file_of_requests_runs_nothing(lines, words, message, tmp_path, capsys):
+    (tmp_path / "requests.jsonl").write_text(lines)
+    command = ["generate", "runs/tiny", *words, "--input", str(tmp_path / "requests.jsonl")]
+    assert main([*command, "--output", str(tmp_path / "out.jsonl")]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_flags_that_go_together(capsys):
+    assert main(["generate", "runs/tiny", "--input", "x"]) == 2
+    assert main(["generate", "runs/tiny"]) == 2
+    assert main(["generate", "runs/tiny", "x", "--max-running", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "go together" in said and "PROMPT must be given" in said and "--max-running goes with --input" in said
+
+
 def test_a_run_that_does_not_fit_its_checkpoint_is_refused(capsys: pytest.CaptureFixture[str]):
     assert main(["train", "recipe.py", "--quiet", "--model.hidden_size", "64"]) == 1
     assert "model.hidden_size is 32 in the checkpoint and 64 here" in capsys.readouterr().err

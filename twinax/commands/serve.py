@@ -5,17 +5,28 @@ PATH is a run folder (its newest good step), one of its steps, or a Hugging Face
 examples:
   twinax serve runs/demo
   twinax serve runs/demo --port 0 --max-running 16      # port 0: a free one, named when ready
+  twinax serve runs/demo --config serve.json            # what `twinax tune serve` found
   TWINAX_API_KEY=secret twinax serve hf-folder --host 0.0.0.0
   curl localhost:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "demo", "prompt": "def ", "max_tokens": 32, "stream": true}'
 
 Ctrl-C or SIGTERM lets the requests in flight finish, then stops. Needs the extra `serve`: pip install 'twinax[serve]'.
+
+An engine that dies or hangs is started again, and is given the requests that were in flight: a stream goes on where it
+was. Requests that come meanwhile wait; /health says "restarting". After --max-restarts in ten minutes the server ends
+with status 1. What an administrator may do is on a socket of its own, of this user alone (--admin-socket a.sock):
+  curl --unix-socket a.sock http://a/status
+  curl --unix-socket a.sock -X POST 'http://a/pause?hold=true'      # new requests wait; hold: those that run do too
+  curl --unix-socket a.sock -X POST http://a/resume
+  curl --unix-socket a.sock -X POST http://a/drain                  # take nothing new, end when all is done
+  curl --unix-socket a.sock -X POST 'http://a/reload?path=/run/new' # other weights of the same model, without a break
+  curl --unix-socket a.sock -X POST 'http://a/profile?folder=/tmp/p&seconds=5'
 """
 
 from argparse import Namespace
 
 from ..overrides import apply, existing
-from ..parser import Parser
+from ..parser import Parser, read_settings
 
 USAGE = "twinax serve PATH [--host ADDRESS] [--port N] [--api-key KEY] ..."
 
@@ -24,6 +35,8 @@ def add_arguments(parser: Parser) -> None:
     from ..serving.http.server import ServeConfig
 
     parser.add_argument("path", metavar="PATH", help="run folder, step folder or Hugging Face folder")
+    help_ = "JSON file of the settings below, as `twinax tune serve` writes it; options given beside it win"
+    parser.add_argument("--config", metavar="FILE", default=None, help=help_)
     parser.add_dataclass(ServeConfig, skip=("model",), dashes=True)
 
 
@@ -31,4 +44,5 @@ def run(options: Namespace, given: set[str]) -> None:
     from ..serving.http.server import ServeConfig, serve
 
     path = existing(options.path, "The model")
-    serve(apply(ServeConfig(model=str(path)), {name: getattr(options, name) for name in given}))
+    settings = {} if options.config is None else read_settings(options.config, ServeConfig, skip=("model",))
+    serve(apply(ServeConfig(model=str(path)), settings | {name: getattr(options, name) for name in given}))

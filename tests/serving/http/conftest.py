@@ -24,8 +24,11 @@ CONTEXT = 2048
 MAX_RUNNING = 4
 MAX_WAITING = 12
 CHAT_TEMPLATE = (
+    "{% if tools %}tools: {{ tools | tojson }}, called by <tool_call></tool_call>\n{% endif %}"
     "{% for message in messages %}{% if message.content == 'forbidden' %}{{ raise_exception('not that word') }}"
-    "{% endif %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% endif %}{{ message.role }}: {{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>"
+    "{{ '' + call.function.arguments if message.content == 'as text' else call.function | tojson }}</tool_call>"
+    "{% endfor %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 # What the command line does with `serve`, without the command line.
@@ -201,9 +204,9 @@ def start_server(
 
 
 @pytest.fixture(scope="session")
-def server(start_server: Callable[..., Server]) -> Iterator[Server]:
+def server(start_server: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server that most tests share; they leave it idle."""
-    server = start_server()
+    server = start_server(files=str(tmp_path_factory.mktemp("kept")))
     yield server
     metrics = server.metrics()
     assert server.stop() == 0, server.output()

@@ -38,8 +38,11 @@ FIELDS = [
     (CHAT, "max_completion_tokens", 0, "max_completion_tokens", "invalid_value"),
     (CHAT, "top_logprobs", 2, "top_logprobs", "invalid_value"),
     (CHAT, "logprobs", 2, "logprobs", "invalid_type"),
-    (CHAT, "tools", [{"type": "function"}], "tools", "unsupported_parameter"),
-    (CHAT, "response_format", {"type": "json_object"}, "response_format", "unsupported_parameter"),
+    (CHAT, "tools", [{"type": "function"}], "tools[0].function", "missing_required_parameter"),
+    (CHAT, "tool_choice", "auto", "tool_choice", "invalid_value"),
+    (CHAT, "response_format", {"type": "jsonl"}, "response_format.type", "invalid_value"),
+    (CHAT, "structured_outputs", {"regex": "(a"}, "structured_outputs", "invalid_grammar"),
+    (COMPLETIONS, "structured_outputs", {"json": {"type": "objekt"}}, "structured_outputs", "invalid_grammar"),
     (CHAT, "store", True, "store", "unsupported_parameter"),
     (CHAT, "prompt", "a", "prompt", "unknown_parameter"),
     (COMPLETIONS, "max_tokens", 0, "max_tokens", "invalid_value"),
@@ -172,8 +175,8 @@ def test_a_body_that_is_too_large(server: Server):
 
 
 def test_unknown_routes_and_methods(server: Server):
-    check_error(server.post("/v1/embeddings", {}), 404, None, "not_found")
-    check_error(server.get("/"), 404, None, "not_found")
+    check_error(server.post("/v1/moderations", {}), 404, None, "not_found")
+    check_error(server.get("/nothing"), 404, None, "not_found")
     check_error(server.post(COMPLETIONS + "/", GOOD[COMPLETIONS]), 404, None, "not_found")
     response = server.get(COMPLETIONS)
     check_error(response, 405, None, "method_not_allowed")
@@ -187,6 +190,15 @@ def test_tokenize_and_detokenize(server: Server):
     check_error(server.post("/tokenize", {"prompt": "a", "model": "x"}), 404, "model", "model_not_found")
     check_error(server.post("/detokenize", {}), 400, "tokens", "missing_required_parameter")
     check_error(server.post("/detokenize", {"tokens": [999]}), 400, "tokens[0]", "invalid_value")
+    messages = {"messages": [{"role": "user", "content": "a"}]}
+    for body, param in (
+        (messages | {"prompt": "a"}, "prompt"),
+        (messages | {"add_special_tokens": True}, "add_special_tokens"),
+        ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+        (messages | {"continue_final_message": True}, "continue_final_message"),
+        (messages | {"chat_template": "{{ messages }}"}, "chat_template"),
+    ):
+        assert server.post("/tokenize", body).json()["error"]["param"] == param
 
 
 def test_what_is_not_http_is_answered_and_forgotten(server: Server):

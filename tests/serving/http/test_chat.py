@@ -102,6 +102,18 @@ def test_logprobs(client):
     assert streamed == [token.logprob for token in content]
 
 
+def test_token_ids(server: Server, client):
+    options = {"seed": 1, "max_tokens": 12, "extra_body": {"return_token_ids": True, "ignore_eos": True}}
+    whole = chat(client, **options)
+    assert bytes(whole.prompt_token_ids).decode() == RENDERED
+    text = server.post("/detokenize", {"tokens": whole.choices[0].token_ids}).json()["prompt"]
+    assert text == whole.choices[0].message.content
+    chunks = list(chat(client, **options, stream=True))
+    assert chunks[0].prompt_token_ids == whole.prompt_token_ids
+    ids = [token for chunk in chunks for token in chunk.choices[0].token_ids or []]
+    assert ids == whole.choices[0].token_ids and len(ids) == 12
+
+
 def test_fields_without_effect_are_taken(client):
     answer = chat(
         client,

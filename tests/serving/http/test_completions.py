@@ -206,6 +206,25 @@ def _inside(whole: str) -> str:
     )
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_token_ids_are_those_of_the_text(server: Server, client, logprobs):
+    prompt = [PROMPT, "other"]
+    options = {"seed": 1, "n": 2, "max_tokens": 25, "logprobs": logprobs, "extra_body": {"return_token_ids": True}}
+    whole = complete(client, prompt, **options).choices
+    for choice in whole:
+        assert choice.prompt_token_ids == list(prompt[choice.index // 2].encode())
+        assert server.post("/detokenize", {"tokens": choice.token_ids}).json()["prompt"] == choice.text
+        assert logprobs is None or len(choice.logprobs.tokens) == len(choice.token_ids)
+    streamed = [[] for _ in whole]
+    prompts = [[] for _ in whole]
+    for chunk in complete(client, prompt, **options, stream=True):
+        [choice] = chunk.choices
+        streamed[choice.index] += choice.token_ids
+        prompts[choice.index] += choice.prompt_token_ids or []
+    assert streamed == [choice.token_ids for choice in whole]
+    assert prompts == [choice.prompt_token_ids for choice in whole]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_stop_strings_never_leak(client, seed):
     options = {"seed": seed, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
@@ -214,6 +233,9 @@ def test_stop_strings_never_leak(client, seed):
     expected = whole[: whole.index(stop)]
     [choice] = complete(client, **options, stop=["never there", stop], logprobs=0).choices
     assert (choice.text, choice.finish_reason) == (expected, "stop")
+    ids = {"return_token_ids": True, **options["extra_body"]}
+    [with_ids] = complete(client, **(options | {"extra_body": ids}), stop=stop).choices
+    assert len(with_ids.token_ids) == len(choice.logprobs.tokens)
     assert all(offset < len(expected) for offset in choice.logprobs.text_offset)
     pieces = [chunk.choices[0].text for chunk in complete(client, **options, stop=stop, stream=True)]
     assert "".join(pieces) == expected
@@ -262,7 +284,30 @@ def test_tokenize(server: Server):
     }
 
 
+def test_tokenize_as_other_clients_send_it(server: Server):
+    messages = [{"role": "user", "content": "a"}]
+    off = {"continue_final_message": False, "add_special_tokens": False, "tools": None, "chat_template": None}
+    answer = server.post("/tokenize", {"messages": messages, "add_generation_prompt": False, **off}).json()
+    assert bytes(answer["tokens"]) == b"user: a\n"
+    assert answer["tokens"] == server.post("/tokenize", {"prompt": "user: a\n"}).json()["tokens"]
+    ids = [*b"a", 256, *b"b"]
+    assert server.post("/detokenize", {"tokens": ids}).json() == {"prompt": "ab"}
+    whole = server.post("/detokenize", {"tokens": ids, "skip_special_tokens": False}).json()["prompt"]
+    assert whole.startswith("a<") and whole.endswith(">b")
+
+
 def test_models(client):
     [model] = client.models.list().data
     assert (model.id, model.object, model.owned_by) == (MODEL, "model", "twinax")
     assert client.models.retrieve(MODEL).id == MODEL
+
+
+def test_special_tokens_show_where_they_are_asked_for(client):
+    """With the places of their log-probabilities in the text."""
+    options = {"max_tokens": 4, "seed": 1, "logprobs": 0, "logit_bias": {"258": 100}}  # <|pad|>, which ends nothing
+    for skip, text in ((True, ""), (False, "<|pad|>" * 4)):
+        extra = {"skip_special_tokens": skip}
+        [choice] = client.completions.create(model=MODEL, prompt="a", **options, extra_body=extra).choices
+        assert choice.text == text
+        assert choice.logprobs.tokens == ["<|pad|>"] * 4
+        assert choice.logprobs.text_offset == [0 if skip else 7 * n for n in range(4)]

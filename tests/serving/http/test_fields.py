@@ -10,10 +10,10 @@ from openai.types import completion_create_params as completion_types
 from openai.types.chat import completion_create_params as chat_types
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 
-from twinax.serving.http import fields
+from twinax.serving.http import fields, parsers
 from twinax.serving.http.body import parse_json
-from twinax.serving.http.chat import check_messages
 from twinax.serving.http.errors import ApiError
+from twinax.serving.http.messages import check_messages
 from twinax.serving.http.service import sampling_params
 from twinax.serving.request import MAX_LOGPROBS, MAX_STOP_STRINGS, InvalidRequest, Request, SamplingParams
 
@@ -40,8 +40,8 @@ def test_every_stream_option_is_known():
 
 def test_extensions_and_limits_are_those_of_the_engine():
     engine = {*SamplingParams.__struct_fields__, *Request.__struct_fields__}
-    assert set(fields.EXTENSIONS) <= engine
-    assert (fields.MAX_TOP_LOGPROBS, fields.MAX_STOPS) == (MAX_LOGPROBS, MAX_STOP_STRINGS)
+    assert set(fields.EXTENSIONS) - {"return_token_ids", "structured_outputs"} <= engine
+    assert (fields.MAX_TOP_LOGPROBS, parsers.MAX_STOPS) == (MAX_LOGPROBS, MAX_STOP_STRINGS)
 
 
 @pytest.mark.parametrize("name", sorted(fields.CHAT))
@@ -63,7 +63,6 @@ NO_OPS = {
     "prompt_cache_options": {},
     "prompt_cache_retention": "in_memory",
     "reasoning_effort": "none",
-    "response_format": {"type": "text"},
     "safety_identifier": "s",
     "service_tier": "auto",
     "store": False,
@@ -83,11 +82,8 @@ UNSUPPORTED = {
     "prompt_cache_options": {"ttl": "30m"},
     "prompt_cache_retention": "24h",
     "reasoning_effort": "high",
-    "response_format": {"type": "json_object"},
     "service_tier": "flex",
     "store": True,
-    "tool_choice": "auto",
-    "tools": [{"type": "function", "function": {"name": "f"}}],
     "verbosity": "low",
     "web_search_options": {},
 }
@@ -281,6 +277,62 @@ def test_names_go_to_templates_that_use_them():
     assert _refused(check_messages, messages, "{{ message.content }} {{ filename }}").param == "messages[0].name"
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+
+
+def test_calls_and_their_results_go_to_the_template():
+    messages = [
+        {"role": "assistant", "content": None, "tool_calls": [CALL | {"index": 0}], "refusal": None},
+        {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "sunny"}]},
+    ]
+    call = CALL | {"function": {"name": "f", "arguments": {"a": 1}}}
+    assert check_messages(messages, "{{ tool_calls }}") == [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "1"},
+    ]
+
+
+BAD_FIELDS = [
+    ("response_format", "json", "response_format"),
+    ("response_format", {}, "response_format.type"),
+    ("response_format", {"type": "jsonl"}, "response_format.type"),
+    ("response_format", {"type": "text", "schema": {}}, "response_format.schema"),
+    ("response_format", {"type": "json_schema"}, "response_format.json_schema"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {}}}, "response_format.json_schema.name"),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["\ud800"]}}},
+        "response_format.json_schema.schema",
+    ),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"minimum": math.nan}}},
+        "response_format.json_schema.schema",
+    ),
+    ("structured_outputs", {"regex": "a", "choice": ["a"]}, "structured_outputs"),
+    ("structured_outputs", {"choice": []}, "structured_outputs.choice"),
+    ("structured_outputs", {"regexp": "a"}, "structured_outputs.regexp"),
+    ("tools", {}, "tools"),
+    ("tools", [{"type": "custom", "custom": {}}], "tools[0].custom"),
+    ("tools", [{"type": "function", "function": {"name": "a b"}}], "tools[0].function.name"),
+    ("tools", [{"type": "function", "function": {"name": "f"}}] * 2, "tools[1].function.name"),
+    ("tools", [{"type": "function", "function": {"name": "f"}}] * 129, "tools"),
+    (
+        "tools",
+        [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}],
+        "tools[0].function.parameters",
+    ),
+    ("tool_choice", "always", "tool_choice"),
+    ("tool_choice", {"type": "function"}, "tool_choice.function"),
+    ("parallel_tool_calls", 1, "parallel_tool_calls"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "param"), BAD_FIELDS, ids=[str(i) for i in range(len(BAD_FIELDS))])
+def test_formats_and_tools_are_checked_by_field(name, value, param):
+    assert _refused(fields.parse_object, None, {"model": "m", "messages": [], name: value}, fields.CHAT).param == param
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
@@ -293,11 +345,18 @@ def test_names_go_to_templates_that_use_them():
         ({"role": "user", "content": "\udfff"}, "messages[0].content"),
         ({"role": "usr", "content": "a"}, "messages[0].role"),
         ({"role": ["user"], "content": "a"}, "messages[0].role"),
-        ({"role": "tool", "content": "a", "tool_call_id": "x"}, "messages[0].role"),
+        ({"role": "tool", "content": "a", "tool_call_id": "x"}, "messages[0].role"),  # no place for it in the template
+        ({"role": "tool", "content": "a"}, "messages[0].tool_call_id"),
         ({"role": "function", "content": "a", "name": "f"}, "messages[0].role"),
         ({"role": "user", "content": "a", "colour": "red"}, "messages[0].colour"),
         ({"role": "user", "content": "a", "tool_calls": []}, "messages[0].tool_calls"),
-        ({"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls[0].type"),
+        ({"role": "assistant", "tool_calls": [CALL]}, "messages[0].tool_calls"),  # as above
+        ({"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}, "messages[0].tool_calls[0].type"),
+        (
+            {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "[1]"}}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
         ({"role": "assistant", "content": "a", "refusal": "no"}, "messages[0].refusal"),
         ({"role": "assistant", "audio": {"id": "x"}}, "messages[0].audio"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0].type"),

@@ -19,11 +19,14 @@ from twinax.serving.request import Request, SamplingParams
 from .conftest import MAX_RUNNING, MODEL, Server
 
 KEY = "sk-test-key"
+TENANTS = {"ann": "sk-of-ann", "bob": "sk-of-bob"}
 
 
 @pytest.fixture(scope="module")
-def locked(start_server) -> Iterator[Server]:
-    server = start_server(max_waiting=1, environment={"TWINAX_API_KEY": KEY})
+def locked(start_server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("".join(f"{name} {key}\n" for name, key in TENANTS.items()))
+    server = start_server(max_waiting=1, environment={"TWINAX_API_KEY": KEY}, api_keys=str(keys))
     yield server
     server.stop()
 
@@ -67,10 +70,27 @@ def test_with_the_key_everything_works(locked: Server):
 
 
 def test_the_key_is_not_shown(locked: Server):
-    assert KEY not in "\n".join(locked.lines)
+    assert not any(key in "\n".join(locked.lines) for key in (KEY, *TENANTS.values()))
     # The engine has no use for it.
     with open(f"/proc/{locked.engine_pid()}/environ") as environment:
         assert KEY not in environment.read()
+
+
+def test_a_tenant_learns_nothing_from_what_is_cached_of_another(locked: Server):
+    """Not even with the salt that would fake it."""
+    prompt = "What one asks is nobody else's business, and neither is that it was asked before."
+
+    def cached(key: str, **body) -> int:
+        with locked.client(api_key=key) as client:
+            answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=1, extra_body=body)
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    whole_pages = (len(prompt) - 1) // 16 * 16
+    assert cached(TENANTS["ann"]) == 0
+    assert cached(TENANTS["ann"]) == whole_pages
+    assert cached(TENANTS["bob"]) == cached(KEY) == cached(KEY, cache_salt="ann\n") == 0
+    assert cached(TENANTS["ann"], cache_salt="own") == cached(TENANTS["bob"], cache_salt="own") == 0
+    assert cached(TENANTS["bob"]) == cached(TENANTS["bob"], cache_salt="own") == whole_pages
 
 
 def test_a_full_queue_answers_429_at_once(locked: Server):

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+from twinax.serving import wire
+from twinax.serving.http.metrics import Metrics
+
 from .conftest import MODEL, Server
 
 DASHBOARD = [
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
+    "vllm:cpu_cache_usage_perc",
     "vllm:num_preemptions_total",
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
@@ -18,8 +22,13 @@ DASHBOARD = [
     "vllm:e2e_request_latency_seconds_count",
     "vllm:request_prompt_tokens_sum",
     "vllm:request_generation_tokens_sum",
+    "twinax_swapped_requests_total",
+    "twinax_pages_copied_out_total",
+    "twinax_pages_copied_back_total",
     "twinax_engine_steps_total",
     "twinax_engine_host_seconds_total",
+    "twinax_engine_restarts_total",
+    "twinax_replayed_requests_total",
     "twinax_compiles_after_warmup_total",
 ]
 
@@ -48,6 +57,17 @@ def test_counts_follow_from_the_requests(server: Server, client):
     assert difference["twinax_engine_steps_total"] >= 7
     assert difference["twinax_engine_host_seconds_total"] > 0
     assert server.finished("length") == finished + 2
+
+
+def test_what_is_said_of_pages_with_the_host():
+    metrics = Metrics()
+    metrics.set_model(MODEL)
+    metrics.stats = wire.Stats(swaps=3, host_pages_used=2, host_pages_total=8, pages_copied_out=9, pages_copied_back=7)
+    lines = [line.split() for line in metrics.render().decode().splitlines() if not line.startswith("#")]
+    found = {name.partition("{")[0]: float(value) for name, value in lines}
+    assert found["vllm:cpu_cache_usage_perc"] == 0.25
+    counts = [found[f"twinax_{name}_total"] for name in ("swapped_requests", "pages_copied_out", "pages_copied_back")]
+    assert counts == [3, 9, 7]
 
 
 def test_an_idle_engine_sleeps(server: Server):

@@ -28,12 +28,16 @@ TO_ENGINE = [
     wire.Add(4, [REQUEST]),
     wire.Cancel(["a-0"]),
     wire.Shutdown(),
+    wire.Hold(True),
+    wire.Reload(5, "/m"),
+    wire.Profile(6, "/p", 2.5),
 ]
 FROM_ENGINE = [
     wire.Progress("compiling", 1, 5),
     wire.Failed("no such folder", user_error=True),
     wire.Admitted(4),
     wire.Rejected(4, "full", None, True),
+    wire.Done(5, "there", None),
     wire.Step([OUTPUT], wire.Stats(running=1, pages_used=2, pages_total=8, host_seconds=0.25)),
 ]
 

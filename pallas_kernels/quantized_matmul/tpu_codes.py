@@ -1,0 +1,55 @@
+"""Four-bit codes as 8-bit numbers: masks and shifts of whole words, four bytes at a time.
+
+Each takes words of bytes and gives the numbers of their low and of their high four bits, times a power of two whose
+inverse is in `UNITS`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from ..chips import target_chip
+from ..float8 import NATIVE
+from .formats import FLOAT8
+
+INT8 = jnp.dtype(jnp.int8)
+# The same in each byte of an int32.
+TOP, HIGH, LOW = (x - (1 << 32) if x >> 31 else x for x in (0x80808080, 0xF0F0F0F0, 0x0F0F0F0F))
+ONE, THREE, SEVEN, E2M1 = 0x01010101, 0x03030303, 0x07070707, 0x1C1C1C1C
+# By format and by the dtype that is made.
+UNITS = {
+    ("int4", FLOAT8): 2.0**9,
+    ("int4", INT8): 2.0**-4,
+    ("mxfp4", FLOAT8): 2.0**6,
+    ("mxfp4", INT8): 0.5,
+}
+
+
+def on_the_way(form: str) -> jnp.dtype:
+    """To bfloat16: float8 takes fewer steps to e2m1, where the chip turns float8 into bfloat16 itself."""
+    return FLOAT8 if form == "mxfp4" and target_chip() in NATIVE else INT8
+
+
+def spread(form: str, words: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """`dtype` is float8 or int8. float8 of "int4" are the codes 0 to 15, among its lowest numbers."""
+    if form == "int4" and dtype == FLOAT8:
+        halves = words & LOW, (words >> 4) & LOW
+    elif form == "int4":
+        # Of 0 to 15 less 8, the bits with the top one turned, as the high half of a byte: 16 times the number.
+        halves = ((words << 4) & HIGH) ^ TOP, (words & HIGH) ^ TOP
+    elif dtype == FLOAT8:
+        halves = ((words << 4) & TOP) | ((words << 2) & E2M1), (words & TOP) | ((words >> 2) & E2M1)
+    else:
+        halves = _twice(words), _twice(words >> 4)
+    return pltpu.bitcast(halves[0], dtype), pltpu.bitcast(halves[1], dtype)
+
+
+def _twice(words: jax.Array) -> jax.Array:
+    """Two times the e2m1 numbers of the low four bits, as int8: 0, 1, 2, 3, 4, 6, 8, 12 and their negatives."""
+    negative, large = (words >> 3) & ONE, (words >> 2) & ONE
+    # From 4 on codes are less than they mean: 5 by 1, 6 by 2, 7 by 5.
+    last = words & (words >> 1) & large
+    size = (words & SEVEN) + (words & ((large << 1) | large)) + (last << 1)
+    # Less than 0x80 a byte all along, so that no byte carries into the next, not even a negative 0.
+    top = negative << 7
+    return ((size ^ (top - negative)) + negative) ^ top

@@ -1,0 +1,86 @@
+"""Limits of an engine, and what it says of itself and of requests that are done."""
+
+import dataclasses
+
+from .request import TokenLogprob
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Limits of an engine.
+
+    Attributes:
+        max_running: requests decoded at once.
+        page_size: tokens a page of the cache.
+        max_model_len: tokens of prompt and output together, at most; None: what the model was made for.
+        num_pages: pages of the cache; None: enough for max_running full contexts, within cache_bytes.
+        cache_bytes: size of the cache, at most, when num_pages is None.
+        chunk_tokens: prompt tokens a step, at most.
+        max_waiting: requests that may wait.
+        dtype: "float32" or "bfloat16"; None: float32 on a CPU, bfloat16 elsewhere.
+        prefix_cache: what goes first from the cache of prompts that were computed before (`kv_policies`); "": no such
+            cache. Models that keep a state, or whose rope hangs on the prompt's length, have none.
+        scheduler: who goes first, who is preempted, and how many prompt tokens a step takes (`schedulers`).
+        max_token_ms: while requests generate, prompts are cut so that a step stays within so many milliseconds, as far
+            as can be told from the steps before; None: no bound but the scheduler's own.
+        swap_bytes: of the host's memory, at most, for the pages of preempted requests, where copying them is quicker
+            than computing them again. Models that keep a state, or whose rope hangs on the prompt's length, compute.
+        plan: "tensor=4" cuts the model and its cache over four devices; empty: one device.
+        compile_cache: folder for compiled programs; None: the user's cache folder; "": none.
+    """
+
+    max_running: int = 8
+    page_size: int = 64
+    max_model_len: int | None = None
+    num_pages: int | None = None
+    cache_bytes: int = 1 << 30
+    chunk_tokens: int = 256
+    max_waiting: int = 256
+    dtype: str | None = None
+    prefix_cache: str = "cost_aware"
+    scheduler: str = "first_come"
+    max_token_ms: float | None = None
+    swap_bytes: int = 0
+    plan: str = ""
+    compile_cache: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """Counts since the start, and what is there now.
+
+    Attributes:
+        swaps: preempted requests whose pages went to the host's memory (`host_pages`).
+        pages_copied_out, pages_copied_back: there and back.
+        host_seconds: Python's share of the steps, without waiting.
+    """
+
+    running: int
+    waiting: int
+    pages_used: int
+    pages_total: int
+    queried_tokens: int
+    cached_tokens: int
+    preemptions: int
+    swaps: int
+    host_pages_used: int
+    host_pages_total: int
+    pages_copied_out: int
+    pages_copied_back: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    compiles_after_warmup: int
+    host_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A finished request of `Engine.generate`."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: str | None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None

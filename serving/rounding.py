@@ -1,0 +1,44 @@
+"""Whether products with the weights first, which are quick on a CPU, round alike in batches of all sizes of the engine.
+
+They must, as a request's numbers may not depend on the batch that its tokens came in. They do on the machines and with
+the sizes that `step_sizes` was made for; on others it is tried, before the engine's programs are traced.
+"""
+
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..layers.linear import product, weights_first
+from ..models.config import DecoderConfig
+from ..models.decoder import BLOCKS, param_shapes
+
+MOST_OUTPUTS = 2048  # of a weight that is tried: with more of them the same kernels are used
+
+
+def products_of(config: DecoderConfig) -> set[tuple[int, int]]:
+    """(outputs, inputs) of the model's weights, those with very many outputs cut off."""
+    shapes = [x.shape[1:] for name, x in param_shapes(config).items() if name.startswith(BLOCKS) and x.ndim == 3]
+    return {
+        (min(outputs, MOST_OUTPUTS), inputs) for outputs, inputs in [*shapes, (config.vocab_size, config.hidden_size)]
+    }
+
+
+def rounds_alike(counts: Collection[int], shapes: Collection[tuple[int, int]]) -> bool:
+    """Whether rows of float32 have the same bits in products of so many rows each (one row alone is not asked)."""
+    rng = np.random.default_rng(0)
+    sizes = sorted(count for count in counts if count > 1)
+    weights = [jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes]
+    rows = [rng.standard_normal((max(sizes, default=2), inputs), np.float32) for _, inputs in shapes]
+
+    def products(rows: list[jax.Array], weights: list[jax.Array]) -> list[jax.Array]:
+        return [product(x, weight) for x, weight in zip(rows, weights, strict=True)]
+
+    with weights_first():
+        found = [jax.device_get(jax.jit(products)([x[:size] for x in rows], weights)) for size in sizes]
+    return all(
+        np.array_equal(one, other[: len(one)])
+        for smaller in found[:-1]
+        for one, other in zip(smaller, found[-1], strict=True)
+    )

@@ -1,0 +1,46 @@
+"""Limits of a scheduler, and what it says of itself."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits: `max_running` slots, `num_pages` pages of `page_size` tokens, `max_model_len` tokens of prompt and
+    output together, `chunk_tokens` prompt tokens a step, `max_waiting` requests in the queue. `prefix_cache`: the
+    eviction policy of a prefix cache (`kv_policies`), None for none. `policy`: who goes first (`schedulers`).
+    `max_token_ms`: while requests generate, prompts are cut so that a step stays within so many milliseconds, by what
+    `observe` was told. `swap_pages`: pages of preempted requests that the host's memory holds (`host_pages`)."""
+
+    max_running: int
+    page_size: int
+    num_pages: int
+    max_model_len: int
+    chunk_tokens: int
+    max_waiting: int
+    prefix_cache: str | None = None
+    policy: str = "first_come"
+    max_token_ms: float | None = None
+    swap_pages: int = 0
+
+    def __post_init__(self) -> None:
+        # A chunk of one token travels in a decode row, so the chunk region is only of use from two tokens up.
+        for name in ("max_running", "page_size", "num_pages", "max_model_len", "chunk_tokens", "max_waiting"):
+            low = 2 if name in ("max_model_len", "chunk_tokens") else 1
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}; raise it")
+        if self.swap_pages < 0:
+            raise ValueError(f"swap_pages must be at least 0, got {self.swap_pages}; 0 is for none")
+        if self.max_token_ms is not None and not self.max_token_ms > 0:
+            raise ValueError(f"max_token_ms must be above 0, got {self.max_token_ms}; leave it out for no bound")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    waiting: int
+    running: int
+    preemptions: int
+    swaps: int
+    pages_used: int
+    pages_total: int
+    queried_tokens: int
+    cached_tokens: int

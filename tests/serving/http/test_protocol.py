@@ -1,0 +1,187 @@
+"""Connections that are slow or send too much before there is a request, with a server of one line behind them."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route, Router
+
+from twinax.serving.http import protocol
+from twinax.serving.http.app import Gate
+from twinax.serving.http.body import read_json
+from twinax.serving.http.keys import ApiKeys
+from twinax.serving.http.protocol import MOST_HEAD_BYTES, Protocol
+from twinax.serving.http.uploads import read_form
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+GOOD = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+async def _app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def serve(client: Callable[[Callable[[], Awaitable[Streams]]], Awaitable[None]], app: Any = _app) -> None:
+    """Runs `client`, which is given a function that connects."""
+
+    async def both() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, http=Protocol, ws="none", lifespan="off", log_level="error"))
+        running = asyncio.create_task(server._serve([listener]))
+        try:
+            await asyncio.wait_for(client(lambda: asyncio.open_connection(*listener.getsockname())), 60)
+        finally:
+            server.should_exit = True
+            await running
+
+    asyncio.run(both())
+
+
+async def answer(streams: Streams, data: bytes) -> bytes:
+    """All that comes until the server closes."""
+    streams[1].write(data)
+    found = await streams[0].read()
+    streams[1].close()
+    return found
+
+
+@pytest.mark.parametrize("begin", [b"GET / HTTP/1.1\r\nx: ", b"GET /", b"GET / HTTP/1.1\r\nx: y\r\nx"])
+def test_a_head_without_an_end_is_refused(begin):
+    async def client(connect):
+        data = begin + b"a" * MOST_HEAD_BYTES
+        assert (await answer(await connect(), data)).startswith(b"HTTP/1.1 431 ")
+        # Of a client that goes on sending, the system may throw the answer away.
+        with contextlib.suppress(ConnectionError):
+            assert (await answer(await connect(), data * 20)).startswith(b"HTTP/1.1 431 ")
+
+    serve(client)
+
+
+def test_headers_without_number_are_refused():
+    async def client(connect):
+        lines = b"".join(b"x%d: y\r\n" % i for i in range(MOST_HEAD_BYTES // 8))
+        assert (await answer(await connect(), GOOD[:-2] + lines)).startswith(b"HTTP/1.1 431 ")
+
+    serve(client)
+
+
+def test_what_is_not_http_is_answered_with_an_error_of_the_api():
+    async def client(connect):
+        found = await answer(await connect(), b"hello\r\n\r\n")
+        assert found.startswith(b"HTTP/1.1 400 ")
+        assert b'"code":"invalid_http"' in found
+
+    serve(client)
+
+
+def test_heads_one_after_another_are_counted_each_for_itself():
+    async def client(connect):
+        reader, writer = await connect()
+        for _ in range(3 * MOST_HEAD_BYTES // 40_000):
+            writer.write(GOOD[:-2] + b"x: " + b"a" * 40_000 + b"\r\n\r\n")
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+    serve(client)
+
+
+def test_slow_heads_are_ended_and_hold_nobody(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
+
+    async def client(connect):
+        silent, slow = [await connect() for _ in range(50)], [await connect() for _ in range(50)]
+        for _, writer in slow:
+            writer.write(GOOD[:10])
+        for _ in range(20):
+            reader, writer = await connect()
+            writer.write(GOOD)
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+        for reader, writer in silent + slow:
+            assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
+            writer.close()
+
+    serve(client)
+
+
+class _Reads:
+    """A route that reads its body, and says what was in it."""
+
+    def __init__(self, read: Callable[..., Awaitable[dict[str, Any]]]) -> None:
+        self._read = read
+
+    async def __call__(self, scope, receive, send):
+        found = await self._read(scope, receive, 100_000)
+        await PlainTextResponse(f"read {len(found)}")(scope, receive, send)
+
+
+def _request(path: str, kind: str, size: int) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: {size}\r\n"
+    return f"{head}connection: close\r\n\r\n".encode()
+
+
+FORM = b'--b\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "body"),
+    [("/json", "application/json", b'{"a": "'), ("/form", "multipart/form-data; boundary=b", FORM)],
+)
+@pytest.mark.parametrize("pause", [None, 0.03])
+def test_a_body_that_stalls_or_drips_is_refused_and_holds_nobody(path, kind, body, pause):
+    """A byte now and then is no pause, but less than a body must come at."""
+    routes = [Route("/json", _Reads(read_json), methods=["POST"]), Route("/form", _Reads(read_form), methods=["POST"])]
+    gate = Gate(Router(routes), ApiKeys({}), stall_seconds=0.3)
+
+    async def drip(connect) -> bytes:
+        reader, writer = await connect()
+        writer.write(_request(path, kind, 50_000) + body)
+        dripping = asyncio.create_task(_drip(writer, pause)) if pause else None
+        try:
+            return await reader.read()
+        finally:
+            if dripping is not None:
+                dripping.cancel()
+            writer.close()
+
+    async def client(connect):
+        slow = [asyncio.create_task(drip(connect)) for _ in range(20)]
+        good = b'{"a": 1, "b": 2}'
+        assert (await answer(await connect(), _request("/json", "application/json", len(good)) + good)).endswith(
+            b"read 2"
+        )
+        for found in await asyncio.gather(*slow):
+            assert found.startswith(b"HTTP/1.1 408 ") and b'"code":"request_timeout"' in found
+        assert (await answer(await connect(), _request("/json", "application/json", len(good)) + good)).endswith(
+            b"read 2"
+        )
+
+    serve(client, gate)
+
+
+async def _drip(writer: asyncio.StreamWriter, pause: float) -> None:
+    while True:
+        writer.write(b"a")
+        await asyncio.sleep(pause)
+
+
+def test_a_body_in_many_pieces_is_read_where_it_comes_fast_enough():
+    gate = Gate(Router([Route("/json", _Reads(read_json), methods=["POST"])]), ApiKeys({}), stall_seconds=1.0)
+
+    async def client(connect):
+        reader, writer = await connect()
+        parts = [b'{"a": "', *[b"x" * 2000] * 30, b'"}']  # in 1.2 s, longer than a pause may be
+        writer.write(_request("/json", "application/json", sum(map(len, parts))))
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(0.04)
+        assert (await reader.read()).endswith(b"read 1")
+        writer.close()
+
+    serve(client, gate)
