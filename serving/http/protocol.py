@@ -1,13 +1,16 @@
-"""HTTP connections with bounds on what comes before a request: the size of its head, and the time it takes.
+"""HTTP connections with bounds on what comes before a request, and after its answer: sizes and times.
 
 The parser has no bound of its own: a header without an end would fill the memory, and connections that never send a
-request would stay for ever.
+request, or never end one that was answered, would stay for ever.
+
+A request may be refused while it is still being sent. To close at once would answer what comes with a reset, which
+makes clients drop the answer: the sending side is closed, and the rest is read into nothing for a while.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -16,19 +19,65 @@ from .errors import ApiError
 
 MOST_HEAD_BYTES = 1 << 16
 HEAD_SECONDS = 60.0
+LINGER_SECONDS = 5.0  # for the rest of a request that has its answer
 _TOO_LARGE = ApiError(
     431, f"The request's line and headers have more than {MOST_HEAD_BYTES} bytes.", code="headers_too_large"
 )
 
 
+class _Transport:
+    """The event loop's transport, but for how it is closed: as its protocol says."""
+
+    def __init__(self, transport: Any, protocol: Protocol) -> None:
+        self._transport, self._protocol = transport, protocol
+
+    def close(self) -> None:
+        self._protocol.close()
+
+    def is_closing(self) -> bool:
+        return self._protocol.lingers or self._transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class Protocol(HttpToolsProtocol):
     _head_bytes = _received = 0  # in whole headers; since the head began
     _in_head = True  # from the beginning: a connection on which nothing comes is as slow as one that never ends
+    _in_body = False
+    _lingers = False
     _timer: asyncio.TimerHandle | None = None
+    _socket: Any  # the transport that is the event loop's
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        self._socket = transport
+        super().connection_made(cast(Any, _Transport(transport, self)))
         self._expect_head()
+
+    @property
+    def lingers(self) -> bool:
+        """Whether the answer has ended, and what comes is thrown away."""
+        return self._lingers
+
+    def close(self) -> None:
+        """Close once all is written; in the midst of a body, when the client has closed or after `LINGER_SECONDS`."""
+        if self._in_body and not self._lingers:
+            self._linger()
+        else:
+            self._socket.close()
+
+    def _linger(self) -> None:
+        if self._socket.is_closing():
+            return
+        self._lingers = True
+        try:
+            self._socket.write_eof()
+        except OSError:  # the client has closed both ways meanwhile
+            self._socket.close()
+            return
+        self._socket.resume_reading()
+        self._stop_timer()
+        self._timer = self.loop.call_later(LINGER_SECONDS, self._socket.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -47,9 +96,21 @@ class Protocol(HttpToolsProtocol):
         self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._in_head, self._in_body = False, True
         self._stop_timer()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        super().on_message_complete()
+        if self.cycle.response_complete:  # whose timer of idle connections the body has stopped
+            self._expect_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._in_body and self.cycle.response_complete and not self.transport.is_closing():
+            self._stop_timer()
+            self._timer = self.loop.call_later(LINGER_SECONDS, self._socket.close)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -96,4 +157,4 @@ class Protocol(HttpToolsProtocol):
         begun = cycle is not None and cycle.response_started and not cycle.response_complete
         if not begun and not self.pipeline:  # else it would land in the midst of an answer
             self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
-        self.transport.close()
+        self._linger()
