@@ -308,6 +308,7 @@ class EngineClient:
         """The model's. Raises a 503 before the engine has reported it."""
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.from_files(self.info.tokenizer_files, where=self.settings.model)
+            self._tokenizer.keep_no_words()
         return self._tokenizer
 
     def check_open(self) -> wire.Ready:
