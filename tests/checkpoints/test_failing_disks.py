@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints.helpers import run_python
+from tests.thorough import thorough
 from twinax.checkpoints.store import CheckpointStore
 
 # argv: the folder, and how the disk is made full: "mount" (a tmpfs of its own, in a namespace that only this process
@@ -160,30 +161,41 @@ def seen(folder: Path, pattern: str) -> bool:
         return False
 
 
-def test_killed_at_any_moment_of_a_save(tmp_path):
+def stop(process: subprocess.Popen) -> None:
+    """Returns when no thread of it runs any more."""
+    process.send_signal(signal.SIGSTOP)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+
+
+@pytest.mark.parametrize(
+    "moment", thorough([".tmp_step_*/arrays*", ".tmp_step_*/arrays/_METADATA", ".tmp_step_*/twinax.json"])
+)
+def test_killed_in_the_midst_of_a_save(tmp_path, moment):
     like = {"params": {f"w{i}": jnp.zeros((64, 64), jnp.int32) for i in range(8)}}
-    reached = 0
-    for moment in (".tmp_step_*/arrays*", ".tmp_step_*/arrays/_METADATA", ".tmp_step_*/twinax.json"):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            deadline = time.monotonic() + 120
-            while len(list(tmp_path.glob("step_*"))) < 2 or not seen(tmp_path, moment):
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        reached += any(tmp_path.glob(".tmp_*"))
-        store = CheckpointStore(tmp_path, keep_last=2)
-        assert not list(tmp_path.glob(".*"))  # what the killed process left is gone
-        for step in store.steps():  # whatever is there is whole
-            restored = store.restore(like, step)
-            for i in range(8):
-                assert np.all(np.asarray(restored.state["params"][f"w{i}"]) == step + i)
-        assert store.restore(like).skipped == ()
-        assert len(store.steps()) >= 2
-    assert reached > 0  # at least one kill landed inside a save
+    process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            if len(list(tmp_path.glob("step_*"))) >= 2 and seen(tmp_path, moment):
+                stop(process)
+                if seen(tmp_path, moment):
+                    break
+                process.send_signal(signal.SIGCONT)
+            time.sleep(0.0005)
+    finally:
+        process.kill()
+        process.wait()
+    assert seen(tmp_path, moment)
+    store = CheckpointStore(tmp_path, keep_last=2)
+    assert not list(tmp_path.glob(".*"))  # what the killed process left is gone
+    assert len(store.steps()) >= 2
+    for step in store.steps():  # whatever is there is whole
+        restored = store.restore(like, step)
+        for i in range(8):
+            assert np.all(np.asarray(restored.state["params"][f"w{i}"]) == step + i)
+    assert store.restore(like).skipped == ()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,16 @@ def test_errors_are_counted_by_kind(answer: tuple, error: str, says: str):
 
 
 def test_a_server_that_never_answers_is_a_timeout_and_a_dead_one_is_said():
+    over = threading.Event()
+
     def hang(body: dict[str, Any]):
         if not probed(body):
-            time.sleep(0.6)
+            over.wait(timeout=120)
         return echo(body)
 
     with ScriptedServer(hang) as server:
         assert run(server, requests=1, timeout=0.2).summary.errors == {"timeout": 1}
+        over.set()
     with pytest.raises(TargetError, match="connection refused"):
         run(server)
 

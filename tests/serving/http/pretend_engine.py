@@ -17,6 +17,10 @@ from twinax.serving.request import Output, Request
 
 # First tokens of prompts that are no good for an engine; it happens at their third token.
 KILLS, EXITS, HANGS, BABBLES = 1001, 1002, 1003, 1004
+# The first token of a prompt at whose token WAITS_AT the engine waits until there is a file: what a test does in the
+# midst of an answer happens in its midst, however late the test comes.
+WAITS, WAITS_AT = 1005, 10
+GO_FILE = "TWINAX_PRETEND_GO"  # the variable with the file's name
 PAGES = 8
 MAX_RUNNING = 4
 STEP_SECONDS = 0.002
@@ -71,6 +75,9 @@ class Engine:
             self._counts[request.id] += 1
             if position == 2:
                 self._misbehave(request.prompt_ids[0])
+            if position == WAITS_AT and request.prompt_ids[0] == WAITS:
+                while not os.path.exists(os.environ[GO_FILE]):
+                    time.sleep(STEP_SECONDS)
             done = position + 1 == request.params.max_tokens
             outputs.append(
                 Output(

@@ -1,6 +1,7 @@
 """/v1/files and /v1/batches through the real client."""
 
 import json
+import os
 import signal
 import time
 
@@ -232,9 +233,9 @@ def test_where_the_scheduler_knows_priority_a_batch_gives_way(start_server, tmp_
     server = start_server(files=str(tmp_path / "kept"), scheduler="priority", max_running=1)
     long = {"max_tokens": 600, "ignore_eos": True}
     with server.client() as client:
-        for given, preempted in (({}, 1), ({"priority": -1}, 0)):
+        for given, preempted in (({"max_tokens": 1900}, 1), ({"priority": -1}, 0)):
             before = server.metrics()["vllm:num_preemptions_total"]
-            file = upload(client, [line("long", **long, **given)])
+            file = upload(client, [line("long", **(long | given))])
             batch = client.batches.create(input_file_id=file.id, endpoint=COMPLETIONS, completion_window="24h")
             server.wait_for(num_requests_running=1)
             client.completions.create(model=MODEL, prompt="now", max_tokens=1)
@@ -258,12 +259,14 @@ def test_a_killed_server_goes_on_where_it_was(start_server, tmp_path):
         batch = client.batches.create(input_file_id=file.id, endpoint=COMPLETIONS, completion_window="24h")
         while not client.batches.retrieve(batch.id).request_counts.completed > 5:
             time.sleep(0.005)
+        os.kill(engine := first.engine_pid(), signal.SIGSTOP)  # so that something is left to do
         late = client.batches.create(input_file_id=file.id, endpoint=COMPLETIONS, completion_window="24h")
         refused = start_server(files=str(tmp_path / "kept"), ready=False)
         assert refused.process.wait(timeout=60) != 0
         assert "another server keeps its files" in refused.output()
     first.process.send_signal(signal.SIGKILL)
     first.process.wait(timeout=60)
+    os.kill(engine, signal.SIGKILL)
     partial = tmp_path / "kept" / "batches" / f"{batch.id}.output"
     record = partial.with_name(f"{late.id}.json")
     record.write_text(json.dumps(json.loads(record.read_text()) | {"expires_at": int(time.time())}))

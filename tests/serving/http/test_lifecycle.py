@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.jobs import free_port
 from twinax.serving.http.server import PortInUse, ServeConfig, listen, serve
 from twinax.serving.http.unix import listen_unix
 
@@ -124,8 +125,7 @@ def test_the_engine_leaves_when_its_parent_is_killed_while_loading(start_server)
 
 
 def test_health_tells_loading_from_ready_and_a_signal_ends_the_start(start_server):
-    with listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     server = start_server(ready=False, port=port)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 60

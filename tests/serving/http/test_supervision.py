@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import uvloop
@@ -25,7 +26,7 @@ from twinax.serving.http.restarts import WINDOW_SECONDS, RestartPolicy
 from twinax.serving.request import Request, SamplingParams
 
 from . import pretend_engine
-from .pretend_engine import BABBLES, DIES_AT_START, EXITS, HANGS, HANGS_AT_START, KILLS, NO_MODEL
+from .pretend_engine import BABBLES, DIES_AT_START, EXITS, HANGS, HANGS_AT_START, KILLS, NO_MODEL, WAITS, WAITS_AT
 
 
 def request(name: str, count: int = 20, first: int = 7, seed: int | None = 1) -> Request:
@@ -54,6 +55,13 @@ class Server:
     def begin(self, given: Request) -> tuple["asyncio.Task[list[int]]", list[int]]:
         got: list[int] = []
         return asyncio.create_task(self.ask(given, got)), got
+
+    async def begin_waiting(self, given: Request) -> tuple["asyncio.Task[list[int]]", list[int]]:
+        """One whose engine stands still in its midst, until there is the file `go`."""
+        assert given.prompt_ids[0] == WAITS
+        task, got = self.begin(given)
+        await self.until(lambda: len(got) == WAITS_AT)
+        return task, got
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         assert self.client.pid is not None
@@ -96,26 +104,32 @@ async def serving(*, model: str = "m", wait: bool = True, **options) -> AsyncIte
 
 
 @pytest.fixture(autouse=True)
-def finds_the_pretended_engine(repository, monkeypatch):
+def go(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that an engine waits for which was asked a prompt that WAITS."""
     monkeypatch.setenv("PYTHONPATH", str(repository))
+    monkeypatch.setenv(pretend_engine.GO_FILE, str(tmp_path / "go"))
+    return tmp_path / "go"
 
 
-def test_what_was_in_flight_goes_on_where_it_was():
+def test_what_was_in_flight_goes_on_where_it_was(go: Path):
     async def main():
         async with serving() as server:
             for number in (signal.SIGKILL, signal.SIGSEGV):
-                given = [request(f"a{number}{i}", 60, seed=i) for i in range(6)]  # two of them wait for a slot
+                # Two of them wait for a slot.
+                given = [request(f"a{number}{i}", 60, WAITS if i == 0 else 7, seed=i) for i in range(6)]
                 tasks = [server.begin(one) for one in given]
-                await server.until(lambda got=tasks[0][1]: len(got) >= 10)
+                await server.until(lambda got=tasks[0][1]: len(got) == WAITS_AT)
                 server.kill(number)
                 early = server.begin(request("early"))
                 await server.until(lambda: not server.client.is_up)
+                go.touch()
                 assert server.client.state[0] == "restarting"
                 late = server.begin(request("late"))
                 for one, (task, _) in zip(given, tasks, strict=True):
                     assert await task == expected(one)
                 assert await early[0] == expected(request("early"))
                 assert await late[0] == expected(request("late"))
+                go.unlink()
             assert server.client.metrics.restarts == 2
             assert server.client.metrics.replays in range(12, 15)
             assert "was killed by SIGKILL" in server.said[0]
@@ -154,35 +168,37 @@ def test_what_is_no_good_for_engines_is_not_tried_a_third_time(how):
     uvloop.run(main())
 
 
-def test_an_engine_that_is_stopped_is_replaced():
+def test_an_engine_that_is_stopped_is_replaced(go: Path):
     async def main():
         async with serving(hang_seconds=1.0) as server:
-            task, got = server.begin(request("a", 100))
-            await server.until(lambda: len(got) >= 5)
+            given = request("a", 100, WAITS)
+            task, _ = await server.begin_waiting(given)
             server.kill(signal.SIGSTOP)
-            assert await task == expected(request("a", 100))
+            go.touch()  # nothing else keeps it from going on
+            assert await task == expected(given)
             assert "hung (nothing from it for 1 s)" in server.said[0]
 
     uvloop.run(main())
 
 
-def test_a_held_engine_is_not_taken_for_hung():
+def test_a_held_engine_is_not_taken_for_hung(go: Path):
     async def main():
         async with serving(hang_seconds=2.0) as server:
-            task, got = server.begin(request("a", 100))
-            await server.until(lambda: len(got) >= 5)
+            given = request("a", 1000, WAITS)
+            task, got = await server.begin_waiting(given)
             server.client.pause(hold=True)
-            await asyncio.sleep(0.1)
-            count = len(got)
+            go.touch()
             waiting, nothing = server.begin(request("b"))
             await asyncio.sleep(3.0)
-            assert (len(got), nothing, server.client.state[0]) == (count, [], "paused")
+            count = len(got)
+            assert (nothing, server.client.state[0], server.client.metrics.restarts) == ([], "paused", 0)
             server.kill()  # the next one is held too
             await server.until(lambda: server.client.metrics.restarts == 1 and server.client.is_up)
             await asyncio.sleep(0.1)
-            assert (len(got), nothing) == (count, [])
+            assert len(got) == count < 1000
+            assert nothing == []
             server.client.resume()
-            assert await task == expected(request("a", 100))
+            assert await task == expected(given)
             assert await waiting == expected(request("b"))
 
     uvloop.run(main())
@@ -245,15 +261,18 @@ def test_a_start_that_hangs_ends(monkeypatch):
     uvloop.run(main())
 
 
-def test_a_kill_while_it_starts_again():
+def test_a_kill_while_it_starts_again(go: Path):
     async def main():
         async with serving() as server:
-            task, got = server.begin(request("a", 50))
-            await server.until(lambda: len(got) >= 5)
+            given = request("a", 50, WAITS)
+            task, _ = await server.begin_waiting(given)
+            first = server.client.pid
             server.kill()
-            await server.until(lambda: server.client.pid is not None and not server.client.is_up)
+            await server.until(lambda: server.client.pid not in (None, first))
+            assert not server.client.is_up
             server.kill()
-            assert await task == expected(request("a", 50)), "it was not at work on it the second time"
+            go.touch()
+            assert await task == expected(given), "it was not at work on it the second time"
             assert server.client.metrics.restarts == 2
             await server.check_idle()
 
@@ -263,8 +282,7 @@ def test_a_kill_while_it_starts_again():
 def test_to_stop_while_it_starts_again():
     async def main():
         async with serving() as server:
-            task, got = server.begin(request("a", 50))
-            await server.until(lambda: len(got) >= 5)
+            task, _ = await server.begin_waiting(request("a", 50, WAITS))
             server.kill()
             await server.until(lambda: not server.client.is_up)
             await server.client.stop()
