@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from ..models.config import DecoderConfig, keeps_dtype
-from ..models.decoder import param_shapes, param_shardings
+from ..models.parameters import param_shapes
 from ..sharding.plan import Plan
 from . import files, hf, manifest, shared
 from .errors import DamagedCheckpoint, MismatchedCheckpoint, NoCheckpoint, first_few
@@ -115,6 +115,7 @@ def load_model(
     mesh: Mesh | MeshOf | None = None,
     plan: Plan | str | None = None,
     verify: bool = True,
+    begin: Callable[[DecoderConfig], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LoadedModel:
     """Load a model from a Twinax step folder, a run's output folder (its newest good step) or a Hugging Face folder.
@@ -125,6 +126,7 @@ def load_model(
         mesh, plan: where the parameters live (one of the two); by default on the first device. A function gives the
             mesh (or None) for the model's config, before anything else is read.
         verify: compare a step's files with their checksums first: those that this process reads.
+        begin: called with the model's config, before its parameters are looked at.
         progress: called with (parameter name, parameters done, parameters in all).
 
     Raises `NoCheckpoint`, `DamagedCheckpoint`, `MismatchedCheckpoint`, other `CheckpointError`s, `TokenizerError`: all
@@ -134,8 +136,8 @@ def load_model(
         mesh = (Plan.parse(plan) if isinstance(plan, str) else plan).mesh()
     kind, folder = locate(path)
     if kind == "hugging_face":
-        return _load_hugging_face(folder, dtype, mesh, progress)
-    return _load_step(folder, kind, dtype, mesh, verify, progress)
+        return _load_hugging_face(folder, dtype, mesh, begin, progress)
+    return _load_step(folder, kind, dtype, mesh, verify, begin, progress)
 
 
 def _mesh(mesh: Mesh | MeshOf | None, config: DecoderConfig) -> Mesh | None:
@@ -156,6 +158,8 @@ def _verify_here(found: Manifest, given: Mesh | MeshOf | None) -> None:
         return
 
     def check() -> None:
+        from ..models.decoder import param_shardings
+
         names = []
         for name, sharding in param_shardings(config, mesh).items():
             stored = open_stored(found, f"params.{name}")
@@ -176,15 +180,21 @@ def _cast(name: str, dtype: Any) -> Any:
 
 def _shardings(config: DecoderConfig, given: Mesh | MeshOf | None) -> dict[str, Any]:
     mesh = _mesh(given, config)
-    return {} if mesh is None else dict(param_shardings(config, mesh))
+    if mesh is None:
+        return {}
+    from ..models.decoder import param_shardings  # Flax, which one device needs for no more than tracing
+
+    return dict(param_shardings(config, mesh))
 
 
 def _load_step(
-    folder: Path, kind: str, dtype: Any, mesh: Mesh | MeshOf | None, verify: bool, progress: Any
+    folder: Path, kind: str, dtype: Any, mesh: Mesh | MeshOf | None, verify: bool, begin: Any, progress: Any
 ) -> LoadedModel:
     found = open_step(folder, kind, lambda found: _verify_here(found, mesh) if verify else None)
     description = found.description
     config = DecoderConfig.from_dict(description.model)
+    if begin:
+        begin(config)
     stored = {name.removeprefix("params."): spec for name, spec in found.arrays.items() if name.startswith("params.")}
     wanted = {name: shape.shape for name, shape in param_shapes(config).items()}
     problems = [f"{name}: absent, the config makes it {list(s)}" for name, s in wanted.items() if name not in stored]
@@ -222,9 +232,11 @@ def _load_step(
     )
 
 
-def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | MeshOf | None, progress: Any) -> LoadedModel:
+def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | MeshOf | None, begin: Any, progress: Any) -> LoadedModel:
     opened = hf.open_folder(folder)
     config = opened.config
+    if begin:
+        begin(config)
     tokenizer = opened.tokenizer()
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
@@ -246,4 +258,3 @@ def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | MeshOf | None, pro
         source=folder,
         kind="hugging_face",
     )
-

@@ -23,11 +23,9 @@ from ..sharding import pipeline
 from ..sharding.plan import ONE_DEVICE, Plan
 from ..sharding.rules import parameter_sharding
 from .block import Block, Ropes, Stacks, between, bind_block, name_of, norm_of, state_of
-from .config import ROPES, DecoderConfig, LayerKind, keeps_dtype
-from .stack import REMAT_POLICIES, Run, module_of, segments
-
-Params = dict[str, jax.Array]
-BLOCKS = "blocks."  # begins the name of every parameter that layers have, stacked
+from .config import ROPES, DecoderConfig, LayerKind
+from .parameters import BLOCKS, Params, module_of, param_shapes, split, split_layers, weight_dtype
+from .stack import REMAT_POLICIES, Run, segments
 
 
 class Decoder(nnx.Module):
@@ -126,10 +124,6 @@ def ropes_of(config: DecoderConfig, context: Any) -> Ropes:
     return ropes
 
 
-def _stacked(name: str) -> bool:
-    return name.startswith(BLOCKS)
-
-
 def check_params(params: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     """Raises ValueError that lists every missing, unknown or wrongly shaped parameter."""
     wrong = [f"missing {name}" for name in expected if name not in params]
@@ -212,13 +206,9 @@ class FunctionalDecoder:
     @property
     def layer_axes(self) -> dict[str, tuple[str | None, ...]]:
         """The logical axes of one layer's parameters."""
-        return {name.removeprefix(BLOCKS): axes[1:] for name, axes in param_axes(self.config).items() if _stacked(name)}
+        return {name: axes[1:] for name, axes in split(param_axes(self.config))[1].items()}
 
-    @staticmethod
-    def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The parameters outside of the blocks by their names, and the stacked ones, such as "mlp.up.weight"."""
-        outside = {name: value for name, value in params.items() if not _stacked(name)}
-        return outside, {name.removeprefix(BLOCKS): value for name, value in params.items() if _stacked(name)}
+    split = staticmethod(split)
 
     @staticmethod
     def join(outside: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,21 +241,9 @@ def _abstract(config: DecoderConfig) -> Any:
     return nnx.to_flat_state(nnx.state(model, nnx.Param))
 
 
-def param_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter, by name."""
-    found = {name_of(path): leaf.get_value() for path, leaf in _abstract(config)}
-    return {n: jax.ShapeDtypeStruct(a.shape, a.dtype if keeps_dtype(n) else dtype) for n, a in found.items()}
-
-
-def weight_dtype(name: str, dtype: Any, stored: Any = None) -> Any:
-    """The dtype to keep the parameter `name` in when only products in `dtype` are to come.
-
-    Routers and what decays a state stay float32; parts of quantised weights stay as they are `stored`.
-    """
-    if keeps_dtype(name):
-        return stored
-    is_wide = ".router." in f".{name}" or name.rpartition(".")[2] in ("A_log", "dt_bias", "D")
-    return jnp.promote_types(dtype, jnp.float32) if is_wide else dtype
+def abstract_params(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every parameter as its module makes it, in float32 where it may have any dtype, by name."""
+    return {name_of(path): leaf.get_value() for path, leaf in _abstract(config)}
 
 
 def param_axes(config: DecoderConfig) -> dict[str, tuple[str | None, ...]]:
@@ -291,16 +269,6 @@ def init_params(config: DecoderConfig, seed: int, *, dtype: Any = jnp.float32, m
 
     shardings = None if mesh is None else param_shardings(config, mesh)
     return jax.jit(make, out_shardings=shardings)()
-
-
-def split_layers(config: DecoderConfig, params: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The parameters outside of the blocks by their names, and those of each layer, such as "mlp.up.weight" [F, D]."""
-    outside, stacks = FunctionalDecoder.split(params)
-    layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
-    for name, stack in stacks.items():
-        for array, layer in zip(stack, config.layers_with(module_of(name)), strict=True):
-            layers[layer][name] = array
-    return outside, layers
 
 
 def _words(kinds: tuple[LayerKind, ...]) -> str:

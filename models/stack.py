@@ -17,6 +17,7 @@ from ..layers.moe import Statistics
 from ..sharding.rules import GATHERED, current
 from .block import Ropes, between, bind_block
 from .config import DecoderConfig, LayerKind
+from .parameters import module_of
 
 BLOCK_INPUT = "block_input"
 
@@ -170,11 +171,6 @@ class Run:
         if self.remat != "none" or current() is not None:
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         return step(carry, params, layer)
-
-
-def module_of(name: str) -> str:
-    """The module of a block that a stacked parameter belongs to: "mlp" of "mlp.up.weight"."""
-    return name.partition(".")[0]
 
 
 def _join(found: list[Any], how: Callable[[list[jax.Array]], jax.Array]) -> Any:

@@ -7,7 +7,6 @@ numbers that are not normal than on all others. A v6e computes in bfloat16, so t
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import tpu as pltpu
 
 from .chips import target_chip
 
@@ -29,6 +28,8 @@ def to_bfloat16(x: jax.Array, *, normal: bool = False) -> jax.Array:
         return _pairs(x, normal)
     if chip in NATIVE or not normal:
         return x.astype(jnp.bfloat16)
+    from jax.experimental.pallas import tpu as pltpu  # not above: who only asks for numbers need not wait for it
+
     bits = pltpu.bitcast(x, jnp.int8).astype(jnp.int32) << 20
     return (pltpu.bitcast(bits & _signed(0x87F00000), jnp.float32) * 2.0**BIAS).astype(jnp.bfloat16)
 
@@ -63,6 +64,8 @@ def product(x: tuple[jax.Array, jax.Array], y: jax.Array, axes: tuple[int, int])
 
 
 def _pairs(x: jax.Array, normal: bool) -> jax.Array:
+    from jax.experimental.pallas import tpu as pltpu
+
     words = pltpu.bitcast(pltpu.bitcast(x, jnp.int8).astype(jnp.int16), jnp.int32)
     if normal:
         return pltpu.bitcast((words << 4) & _signed(0x87F087F0), jnp.bfloat16) * jnp.bfloat16(2.0**BIAS)

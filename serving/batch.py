@@ -5,15 +5,17 @@ Shapes: T token rows, R request rows, F fields of one, M pages a request. The ar
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..layers.contexts import PagedContext
-from ..pallas_kernels.paged_attention import SharedPrefixes
 from .sampling import SamplingRows
+
+if TYPE_CHECKING:
+    from ..layers.contexts import PagedContext
 
 # token: -1 takes the slot's last sampled token. slot: S for rows that are padding. next: the prompt token whose
 # log-probability is wanted, or -1. generated: 1 for tokens that the model produced.
@@ -68,12 +70,15 @@ class DeviceBatch:
 
     tokens: dict[str, jax.Array]
     rows_FR: jax.Array
-    context: PagedContext
+    context: "PagedContext"
     sample_row: jax.Array
 
 
 def unpack(array: jax.Array, bucket: Bucket, pages: int) -> DeviceBatch:
     """Takes the array apart (free: slices and bit casts)."""
+    from ..layers.contexts import PagedContext  # Flax and kernels, which only tracing needs
+    from ..pallas_kernels.paged_attention import SharedPrefixes
+
     split = len(TOKEN_FIELDS) * bucket.tokens
     table = split + len(ROW_FIELDS) * bucket.rows
     tokens = dict(zip(TOKEN_FIELDS, array[:split].reshape(len(TOKEN_FIELDS), bucket.tokens), strict=True))

@@ -13,27 +13,27 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..checkpoints.load import LoadedModel, load_model
-from ..models.cache import page_bytes
-from ..models.decoder import weight_dtype
+from ..models.config import DecoderConfig
+from ..models.parameters import weight_dtype
 from . import sampling, shared_prefixes
 from .batch import ROW, TOKEN, HostBatch
 from .compiles import CompileCounter, use_compile_cache
 from .detokenizer import Detokenizer
 from .engine_config import Completion, EngineConfig, EngineStats
+from .engine_sizes import EngineSizes, dtype_of, runner_of
 from .fit import keeps_prefixes, mesh_of
 from .grammar import GrammarError, Grammars, fill_masks, leave_out
 from .live import Live
+from .program_store import know_kept_shapes
 from .request import InvalidRequest, Output, Request, SamplingParams, TokenLogprob
 from .runner import Runner, SentStep, StepResult
 from .scheduler import Entry, Scheduler, SchedulerConfig, Sequence, StepPlan
-from .weight_order import in_order
+from .weight_order import config_in_order, in_order
 
 
 @dataclasses.dataclass(slots=True)
@@ -52,61 +52,39 @@ class _Flight:
     result: StepResult | None
 
 
-def _dtype(config: EngineConfig) -> jnp.dtype:
-    return jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-
-
 class Engine:
     """Serves one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
+
+    Args:
+        runner: as `runner_of` makes it for this model and config, which is done by default.
 
     Raises ValueError when the limits do not fit the model or each other.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None):
+    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None, runner: Runner | None = None):
         config = config or EngineConfig()
         if loaded.tokenizer is None:
             raise ValueError(f"{loaded.source} has no tokenizer, which serving needs; copy its tokenizer.json there.")
         self.loaded, self.config, self.tokenizer = loaded, config, loaded.tokenizer
         model = loaded.config
-        dtype = _dtype(config)
-        self.max_model_len = config.max_model_len or model.max_position_embeddings
-        if not 2 <= self.max_model_len <= model.max_position_embeddings:
-            raise ValueError(
-                f"max_model_len is from 2 to the model's context of {model.max_position_embeddings}; "
-                f"got {self.max_model_len}."
-            )
-        kept = use_compile_cache(config.compile_cache)
-        pages_per_request = -(-self.max_model_len // config.page_size)
-        num_pages = config.num_pages or self._pages_within(config, pages_per_request, dtype)
-        one = page_bytes(model, config.page_size, dtype) if keeps_prefixes(model) else 0
-        swap_pages = config.swap_bytes // one if one else 0
+        sizes = EngineSizes.of(model, config)
+        self.max_model_len = sizes.max_model_len
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_running=config.max_running,
                 page_size=config.page_size,
-                num_pages=num_pages,
+                num_pages=sizes.num_pages,
                 max_model_len=self.max_model_len,
                 chunk_tokens=config.chunk_tokens,
                 max_waiting=config.max_waiting,
                 prefix_cache=config.prefix_cache if config.prefix_cache and keeps_prefixes(model) else None,
                 policy=config.scheduler,
                 max_token_ms=config.max_token_ms,
-                swap_pages=swap_pages,
+                swap_pages=sizes.swap_pages,
             )
         )
-        self.runner = Runner(
-            model,
-            loaded.params,
-            slots=config.max_running,
-            num_pages=num_pages,
-            page_size=config.page_size,
-            pages_per_request=pages_per_request,
-            chunk_tokens=config.chunk_tokens,
-            dtype=dtype,
-            mesh=mesh_of(config.plan, model),
-            swaps=swap_pages > 0,
-            kept=kept,
-        )
+        self.runner = runner or runner_of(model, config)
+        self.runner.use_params(loaded.params)
         self.grammars = Grammars(self.tokenizer, model.vocab_size, self._eos_ids())
         self._live: dict[str, Live] = {}
         self._readers: dict[str, deque[Output]] = {}  # outputs for `stream` that are not read yet, by request
@@ -120,11 +98,21 @@ class Engine:
     def from_path(cls, path: str | Path, config: EngineConfig | None = None) -> "Engine":
         """An engine for a Twinax checkpoint or a Hugging Face folder, not warmed up yet.
 
-        Parameters go from the files straight to their devices, in the dtype that they are served in.
+        Parameters go from the files straight to their devices, in the dtype that they are served in. What an earlier
+        start kept is loaded meanwhile.
         """
         config = config or EngineConfig()
-        mesh, dtype = partial(mesh_of, config.plan), partial(weight_dtype, dtype=_dtype(config))
-        return cls(in_order(load_model(path, dtype=dtype, mesh=mesh)), config)
+        runners: list[Runner] = []
+
+        def begin(model: DecoderConfig) -> None:
+            folder = use_compile_cache(config.compile_cache)
+            if folder is not None:
+                know_kept_shapes(folder, model)
+            runners.append(runner_of(config_in_order(model), config))
+            runners[0].look_for_kept()
+
+        mesh, dtype = partial(mesh_of, config.plan), partial(weight_dtype, dtype=dtype_of(config))
+        return cls(in_order(load_model(path, dtype=dtype, mesh=mesh, begin=begin)), config, runners[0])
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles all programs; a compile after this is a bug, which `stats` counts."""
@@ -452,17 +440,6 @@ class Engine:
         ids = self.loaded.generation.get("eos_token_id")
         own = {ids} if isinstance(ids, int) else set(ids or ())
         return frozenset(own | set(self.tokenizer.eos_ids))
-
-    def _pages_within(self, config: EngineConfig, pages_per_request: int, dtype: Any) -> int:
-        one = page_bytes(self.loaded.config, config.page_size, dtype)
-        fitting = config.cache_bytes // one if one else config.max_running * pages_per_request
-        if fitting < pages_per_request:
-            raise ValueError(
-                f"The cache must hold one request of max_model_len={self.max_model_len} tokens, which takes "
-                f"{pages_per_request * one:,} bytes; cache_bytes is {config.cache_bytes:,}. Raise it or shorten "
-                "max_model_len."
-            )
-        return min(config.max_running * pages_per_request, fitting)
 
 
 def _token_logprob(token: int, arrays: list[np.ndarray], row: int, count: int) -> TokenLogprob:

@@ -29,41 +29,39 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 from jax.experimental import serialize_executable
+
+from ..models.config import DecoderConfig
+from ..models.parameters import know_shapes, param_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 # Whose sources decide what programs compute: whole rooms, and modules of this one.
 ROOMS = ("pallas_kernels", "sharding", "layers", "models")
 MODULES = ("batch", "compiles", "program_store", "programs", "rounding", "runner", "sampling", "step_sizes")
 SUFFIX = ".programs"
-MOST_FILES = 32  # those used last stay
+MOST_FILES = 64  # those used last stay
 MOST_BYTES = 4 << 30
 _MAGIC = b"twinax programs 1\n"
 _log = logging.getLogger(__name__)
 
 
-class ProgramStore:
-    """The programs of one engine in a folder.
+class Kept:
+    """Bytes in a folder, for what these texts say.
 
     Args:
-        folder: where; made when something is kept.
-        devices: that the programs run on, in order.
-        about: all else that decides them, as texts: sizes, dtypes, config.
+        folder: made when something is kept.
+        about: all that decides the bytes.
+        what: they are, in a warning.
     """
 
-    def __init__(self, folder: Path, devices: Iterable[Any], about: Iterable[object]):
-        self._devices = list(devices)
-        everything = [*surroundings(self._devices), sources(), *map(str, about)]
-        self._key = hashlib.sha256(json.dumps(everything).encode()).digest()
+    def __init__(self, folder: Path, about: Iterable[object], what: str):
+        self._key = hashlib.sha256(json.dumps([*map(str, about)]).encode()).digest()
+        self._what = what
         self.path = folder / (self._key.hex()[:40] + SUFFIX)
 
-    def load(self, early: Callable[[Any], None] | None = None) -> list[Any] | None:
-        """The programs in the order in which they were kept, ready to be called; None where there are none to trust.
-
-        `early` is called with the first while the others are on their way.
-        """
+    def read(self, use: Callable[[memoryview], Any]) -> Any:
+        """What `use` makes of the bytes; None where there are none to trust, or it raises."""
         try:
             with self.path.open("rb") as file:
                 status, data = os.fstat(file.fileno()), file.read()
@@ -76,24 +74,15 @@ class ProgramStore:
             body = memoryview(data)[head + hashlib.sha256().digest_size :]
             if data[:head] != _MAGIC + self._key or data[head : -len(body)] != hashlib.sha256(body).digest():
                 raise ValueError("it is damaged")
-            with ThreadPoolExecutor(2) as pool:
-                pending = [pool.submit(self._load_one, one) for one in pickle.loads(body)]
-                if early is not None:
-                    early(pending[0].result())
-                found = [one.result() for one in pending]
+            found = use(body)
         except Exception as error:  # the reader is the runtime's: it raises what it likes
-            _log.warning("compiled programs in %s are not used, and made again: %s", self.path, error)
+            _log.warning("%s in %s are not used, and made again: %s", self._what, self.path, error)
             return None
         _touch(self.path)
         return found
 
-    def keep(self, programs: Iterable[Any]) -> None:
-        """Writes compiled programs, in place of what was there, and removes old files if there are too many."""
-        try:
-            body = pickle.dumps([serialize_executable.serialize(program) for program in programs])
-        except Exception as error:  # a runtime that can't: every start compiles, or asks JAX's cache
-            _log.warning("compiled programs can't be kept: %s", error)
-            return
+    def write(self, body: bytes) -> None:
+        """In place of what was there. Removes old files if there are too many."""
         data = _MAGIC + self._key + hashlib.sha256(body).digest() + body
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,11 +96,67 @@ class ProgramStore:
                 raise
             _remove_old(self.path)
         except OSError as error:
-            _log.warning("compiled programs can't be kept in %s: %s", self.path.parent, error)
+            _log.warning("%s can't be kept in %s: %s", self._what, self.path.parent, error)
+
+
+class ProgramStore:
+    """The programs of one engine in a folder.
+
+    Args:
+        folder: where; made when something is kept.
+        devices: that the programs run on, in order.
+        about: all else that decides them, as texts: sizes, dtypes, config.
+    """
+
+    def __init__(self, folder: Path, devices: Iterable[Any], about: Iterable[object]):
+        self._devices = list(devices)
+        self._kept = Kept(folder, [*surroundings(self._devices), sources(), *about], "compiled programs")
+        self.path = self._kept.path
+
+    def load(self, early: Callable[[Any], None] | None = None) -> list[Any] | None:
+        """The programs in the order in which they were kept, ready to be called; None where there are none to trust.
+
+        `early` is called with the first while the others are on their way.
+        """
+
+        def load(body: memoryview) -> list[Any]:
+            with ThreadPoolExecutor(2) as pool:
+                pending = [pool.submit(self._load_one, one) for one in pickle.loads(body)]
+                if early is not None:
+                    early(pending[0].result())
+                return [one.result() for one in pending]
+
+        return self._kept.read(load)
+
+    def keep(self, programs: Iterable[Any]) -> None:
+        """Writes compiled programs, in place of what was there, and removes old files if there are too many."""
+        try:
+            body = pickle.dumps([serialize_executable.serialize(program) for program in programs])
+        except Exception as error:  # a runtime that can't: every start compiles, or asks JAX's cache
+            _log.warning("compiled programs can't be kept: %s", error)
+            return
+        self._kept.write(body)
 
     def _load_one(self, kept: tuple[bytes, Any, Any]) -> Any:
         client = self._devices[0].client
         return serialize_executable.deserialize_and_load(*kept, backend=client, execution_devices=self._devices)
+
+
+def know_kept_shapes(folder: Path, config: DecoderConfig) -> None:
+    """`param_shapes` of `config` from an earlier start, or for a later one, which then needs no Flax.
+
+    The modules, which are asked otherwise, decide them as they decide the programs.
+    """
+
+    def know(body: memoryview) -> bool:
+        found = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in json.loads(bytes(body))}
+        know_shapes(config, found)
+        return True
+
+    kept = Kept(folder, ("shapes", *versions(), sources(), config), "parameters' shapes")
+    if kept.read(know) is None:
+        shapes = [(name, x.shape, x.dtype.name) for name, x in param_shapes(config).items()]
+        kept.write(json.dumps(shapes).encode())
 
 
 def _touch(path: Path) -> None:
@@ -137,11 +182,16 @@ def _remove_old(newest: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def versions() -> list[str]:
+    """Of what traces and compiles."""
+    return [f"python {sys.version_info[:2]} flax {version('flax')} jax {jax.__version__} jaxlib {version('jaxlib')}"]
+
+
 def surroundings(devices: Sequence[Any]) -> list[str]:
     """What decides machine code beside the program: versions, flags, the machine and its devices."""
     options = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
     return [
-        f"python {sys.version_info[:2]} flax {flax.__version__} jax {jax.__version__} jaxlib {version('jaxlib')}",
+        *versions(),
         *(f"{name}={value!r}" for name, value in sorted(options.items()) if "cache" not in name),
         *(f"{name}={os.environ.get(name)!r}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC")),
         # XLA:CPU cuts a loop into as many parts as there are cores.

@@ -16,7 +16,7 @@ al. 2019, arXiv:1909.08053); all else is on every device.
 import dataclasses
 import math
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers.cache import Cache
-from ..layers.linear import weights_first
 from ..models.cache import init_cache
 from ..models.config import MIXERS, DecoderConfig, LayerKind
-from ..models.decoder import BLOCKS, FunctionalDecoder, functional, param_axes, param_shapes, weight_dtype
-from ..models.stack import module_of
+from ..models.parameters import BLOCKS, module_of, param_shapes, weight_dtype
 from ..sharding.rules import PARAMETER_RULES, mesh_axes, parameter_sharding, use
 from . import sampling
 from .batch import Bucket, DeviceBatch, sampling_rows, unpack
+
+if TYPE_CHECKING:
+    from ..models.decoder import FunctionalDecoder
 
 # Layers of one program on a CPU in a step without a chunk, where that divides them: a call costs the host 0.07 ms, a
 # layer 0.5 s to compile.
@@ -84,9 +85,11 @@ class Programs:
         self._places = {layer: n for mixer in MIXERS for n, layer in enumerate(config.layers_with(mixer))}
         self._begun_shapes: dict[Bucket, Any] = {}
 
-    # Made when something is lowered: an engine whose programs are on disk traces nothing.
+    # Made when something is lowered: an engine whose programs are on disk traces nothing, and imports no Flax.
     @cached_property
-    def _model(self) -> FunctionalDecoder:
+    def _model(self) -> "FunctionalDecoder":
+        from ..models.decoder import functional
+
         return functional(self.config, dtype=self.dtype)
 
     @cached_property
@@ -123,6 +126,8 @@ class Programs:
         """Where a parameter lives, or `one_layer` of a stack; None without a mesh."""
         if self.mesh is None:
             return None
+        from ..models.decoder import param_axes
+
         return parameter_sharding(param_axes(self.config)[name][one_layer:], self.mesh)
 
     def cache_place(self) -> NamedSharding | None:
@@ -141,6 +146,8 @@ class Programs:
         Its key is a bucket; for "blocks" a bucket and the kinds of the layers, for "finish" a number of rows, for
         "copy", "read" and "write" a number of pages, for "empty" and "setup" None.
         """
+        from ..layers.linear import weights_first
+
         with use(self.mesh), weights_first(self.weights_first):
             return getattr(self, f"_lower_{name}")(key)
 

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from ..checkpoints.load import LoadedModel, load_model
-from ..models.decoder import weight_dtype
+from ..models.parameters import weight_dtype
 from .engine import Engine
 from .fit import mesh_of
 from .weight_order import in_order

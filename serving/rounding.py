@@ -12,7 +12,7 @@ import numpy as np
 
 from ..layers.linear import product, weights_first
 from ..models.config import DecoderConfig
-from ..models.decoder import BLOCKS, param_shapes
+from ..models.parameters import BLOCKS, param_shapes
 
 MOST_OUTPUTS = 2048  # of a weight that is tried: with more of them the same kernels are used
 

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..models.config import RECURRENT, DecoderConfig
-from ..models.decoder import BLOCKS, split_layers, weight_dtype
+from ..models.parameters import BLOCKS, split_layers, weight_dtype
 from . import sampling
 from .batch import Bucket, HostBatch
 from .compiles import fresh_compiles
 from .program_store import ProgramStore
 from .programs import Programs
-from .rounding import products_of, rounds_alike
 from .step_sizes import step_sizes
 
 COPIES = 8  # pages of one call of a program that copies them
@@ -67,10 +66,9 @@ class SentStep:
 
 
 class Runner:
-    """One model on its device, or on the devices of a mesh.
+    """One model on its device, or on the devices of a mesh. It has no weights before `use_params`.
 
     Args:
-        params: by name, stacked [L, ...], as checkpoints hold them.
         slots: requests that may run at once. pages_per_request: M. chunk_tokens: prompt tokens a step, at most.
         dtype: of weights, compute and cache.
         mesh: with an axis "tensor", over which heads, feed-forward, vocabulary and cache are cut; None: one device.
@@ -81,7 +79,6 @@ class Runner:
     def __init__(
         self,
         config: DecoderConfig,
-        params: dict[str, Any],
         *,
         slots: int,
         num_pages: int,
@@ -102,17 +99,20 @@ class Runner:
         self._state: Any = None
         self._programs: dict[tuple[str, Any], Any] = {}
         self.buckets = [Bucket(*size) for size in step_sizes(slots, chunk_tokens)]
-        self.use_params(params)
         words, rows = sampling.mask_words(config.vocab_size), {bucket.rows for bucket in self.buckets}
         self._nothing = {size: self._put(np.zeros((size, words), np.int32)) for size in rows}
         self._store: ProgramStore | None = None
+        self._kept: Future[list[Any] | None] | None = None
         # JAX's own cache is off where machine code that was kept may compute something else (`sharding/platform.py`).
         if kept is not None and jax.config.values["jax_enable_compilation_cache"]:
             devices = self._nothing[self.buckets[0].rows].sharding.device_set if mesh is None else mesh.devices.flat
             self._store = ProgramStore(kept, devices, (config, self.dtype, mesh, *sizes.items(), self._wanted()))
 
     def use_params(self, params: dict[str, Any]) -> None:
-        """Serves these from the next step on. With the same names and shapes as before, nothing compiles."""
+        """Serves these from the next step on, by name, stacked [L, ...], as checkpoints hold them.
+
+        With the same names and shapes as before, nothing compiles.
+        """
         made = self._made
         if made.group:
             # Slices of a host array cost nothing; a compiled slice for each shape would.
@@ -125,7 +125,7 @@ class Runner:
 
         def call(bucket: Bucket, layers: range) -> tuple[Any, Any, jax.Array]:
             own = placed[layers.start : layers.stop] if isinstance(placed, list) else placed
-            return ("blocks", (bucket, made.kinds_of(layers))), own, self._put(made.places_of(layers))
+            return self._blocks(bucket, layers), own, self._put(made.places_of(layers))
 
         # The calls of the blocks in a step: program, its layers' parameters, and which of the cache's they have.
         self._calls = {bucket: [call(bucket, layers) for layers in made.calls_of(bucket)] for bucket in self.buckets}
@@ -134,6 +134,13 @@ class Runner:
         """The cheapest bucket that holds so many request rows and chunk tokens."""
         return next(b for b in self.buckets if b.rows >= rows and b.chunk >= chunk)
 
+    def look_for_kept(self) -> None:
+        """Begins to load the programs that an earlier start kept, if there are any, in a thread."""
+        if self._store is not None:
+            pool = ThreadPoolExecutor(1)
+            self._kept = pool.submit(self._store.load, self._start_empty)
+            pool.shutdown(wait=False)
+
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Makes every program, and runs them. `progress(done, total)` is called after each that is compiled.
 
@@ -141,7 +148,10 @@ class Runner:
         """
         wanted = self._wanted()
         # An empty cache is made while the other programs are loaded: writing it takes as long.
-        programs = None if self._store is None else self._store.load(self._start_empty)
+        if self._kept is None:
+            self.look_for_kept()
+        programs = None if self._kept is None else self._kept.result()
+        self._kept = None
         if programs is None:
             if self._store is None:
                 programs = self._compile(wanted, progress)
@@ -248,6 +258,8 @@ class Runner:
         """On a CPU, if rows are rounded alike then in all steps."""
         if self._made.group == 0 or self._made.mesh is not None or self.dtype != jnp.float32:
             return False
+        from .rounding import products_of, rounds_alike
+
         counts = {count for bucket in self.buckets for count in (bucket.rows, bucket.tokens)}
         return rounds_alike(counts, products_of(self.config))
 
@@ -262,7 +274,9 @@ class Runner:
         """
         wanted: list[tuple[str, Any]] = [("empty", None)]
         wanted += [("finish", rows) for rows in sorted({bucket.rows for bucket in self.buckets})]
-        wanted += dict.fromkeys(blocks for bucket in reversed(self.buckets) for blocks, *_ in self._calls[bucket])
+        wanted += dict.fromkeys(
+            self._blocks(bucket, layers) for bucket in reversed(self.buckets) for layers in self._made.calls_of(bucket)
+        )
         wanted += itertools.product(("begin", "prompt", "select", "hidden"), reversed(self.buckets))
         wanted.append(("setup", None))
         if not all(mixer in RECURRENT for mixer in self.config.mixers):
@@ -270,6 +284,10 @@ class Runner:
         if self._swaps:
             wanted += [("read", COPIES), ("write", COPIES)]
         return wanted
+
+    def _blocks(self, bucket: Bucket, layers: range) -> tuple[str, Any]:
+        """Name and key of the program of these layers."""
+        return "blocks", (bucket, self._made.kinds_of(layers))
 
     def _compile(self, wanted: list[tuple[str, Any]], progress: Callable[[int, int], None] | None) -> list[Any]:
         self._made.weights_first = self._reads_weights_first()

@@ -5,8 +5,17 @@ import dataclasses
 import jax.numpy as jnp
 
 from ..checkpoints.load import LoadedModel
+from ..models.config import DecoderConfig
 from ..pallas_kernels.chips import TPUS, target_chip
 from ..pallas_kernels.quantized_matmul import PACKED
+
+
+def config_in_order(config: DecoderConfig, chip: str | None = None) -> DecoderConfig:
+    """The config of what `in_order` makes of a model."""
+    kept = config.quantization
+    if kept is None or kept.format in PACKED or (chip or target_chip()) not in TPUS.values():
+        return config
+    return dataclasses.replace(config, quantization=dataclasses.replace(kept, inputs_first=True))
 
 
 def in_order(loaded: LoadedModel, chip: str | None = None) -> LoadedModel:
@@ -20,13 +29,12 @@ def in_order(loaded: LoadedModel, chip: str | None = None) -> LoadedModel:
     Args:
         chip: as `chips.target_chip` says it, which is asked by default.
     """
-    kept = loaded.config.quantization
-    if kept is None or kept.format in PACKED or (chip or target_chip()) not in TPUS.values():
+    config = config_in_order(loaded.config, chip)
+    if config == loaded.config:
         return loaded
     params = dict(loaded.params)
     loaded.params.clear()
     for name in params:
         if name.endswith(".values"):
             params[name] = jnp.swapaxes(params[name], -1, -2)
-    config = dataclasses.replace(loaded.config, quantization=dataclasses.replace(kept, inputs_first=True))
     return dataclasses.replace(loaded, config=config, params=params)

@@ -76,8 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, words: list[str]) -> int:
     if command not in commands.names():
         raise UsageError(f"There is no command {command!r}.{did_you_mean(command, commands.names())}")
-    options, given = make_parser(command).parse(words)
-    return commands.load(command).run(options, given) or 0
+    module = commands.load(command)
+    if not hasattr(module, "begin"):
+        options, given = make_parser(command).parse(words)
+        return module.run(options, given) or 0
+    with module.begin(words) as begun:
+        options, given = make_parser(command).parse(words)
+        return module.run(options, given, begun) or 0
 
 
 def make_parser(command: str) -> "Parser":

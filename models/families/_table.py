@@ -44,7 +44,7 @@ def table(
         entry: (what begins the names of the layer's tensors, the parameter, the layer's index in its stack) to the
             entry of a tensor that none of this is true for.
     """
-    from ..decoder import param_shapes  # JAX, which reading a config does not need
+    from ..parameters import param_shapes  # JAX, which reading a config does not need
 
     shapes = {name: like.shape for name, like in param_shapes(config).items()}
     stacked = [name for name in shapes if name.startswith(BLOCKS)]

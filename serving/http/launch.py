@@ -35,6 +35,8 @@ class LaunchedEngine:
         self.listener.bind(path)
         self.listener.listen(1)
         environment = {name: value for name, value in os.environ.items() if name != "TWINAX_API_KEY"}
+        # A virtual machine may have to ask its host for each huge page: weights took three times as long to read.
+        environment.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
         return subprocess.Popen(
             # -P: the working folder must not shadow modules of the engine.
             [sys.executable, "-P", "-m", self._module, "--socket", path],

@@ -127,14 +127,13 @@ class _Server:
         serving: asyncio.Task[None],
     ) -> None:
         """Returns on a signal; raises EngineError when the engine does not start, or has died too often."""
+        _keep_all()  # while the engine starts; what comes with its first words is little
         stop, started = asyncio.create_task(self._stop.wait()), asyncio.create_task(engine.started.wait())
         try:
             await asyncio.wait([supervision, stop, started, serving], return_when=asyncio.FIRST_COMPLETED)
             if started.done():
-                # What is here now stays; to look at it again and again would hold up answers for a tenth of a second.
-                gc.collect()
-                gc.freeze()
                 self._ready(listener, engine.info)
+                _keep_all()
                 await asyncio.wait([supervision, stop, serving], return_when=asyncio.FIRST_COMPLETED)
             if supervision.done() and not stop.done():
                 supervision.result()
@@ -205,6 +204,12 @@ class _Server:
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+
+
+def _keep_all() -> None:
+    """What is here now stays; to look at it again and again would hold up answers for a tenth of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def _admin_web(engine: EngineClient, drain: asyncio.Event) -> uvicorn.Server:

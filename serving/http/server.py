@@ -22,9 +22,16 @@ class PortInUse(OSError):
     """Another program listens on the port."""
 
 
-def serve(config: ServeConfig, *, out: TextIO | None = None, err: TextIO | None = None) -> None:
+def serve(
+    config: ServeConfig,
+    engine: LaunchedEngine | None = None,
+    *,
+    out: TextIO | None = None,
+    err: TextIO | None = None,
+) -> None:
     """Serve until SIGTERM or Ctrl-C; then stop accepting, let requests finish for `drain_seconds`, and return.
 
+    `engine`: one that was started earlier, which ends with the server; by default one is started here.
     Progress and warnings go to `err` (standard error), the ready line to `out` (standard output).
 
     Raises:
@@ -38,10 +45,10 @@ def serve(config: ServeConfig, *, out: TextIO | None = None, err: TextIO | None 
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(contextlib.closing(listen(config.host, config.port, config.stall_seconds)))
         admin = None if config.admin_socket is None else stack.enter_context(listen_unix(config.admin_socket))
-        engine = stack.enter_context(LaunchedEngine())
+        launched = stack.enter_context(engine or LaunchedEngine())
         from .running import run
 
-        run(config, listener, admin, engine, begin, out or sys.stdout, err or sys.stderr)
+        run(config, listener, admin, launched, begin, out or sys.stdout, err or sys.stderr)
 
 
 def listen(host: str, port: int, stall_seconds: float = 60.0) -> socket.socket:

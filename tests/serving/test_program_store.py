@@ -17,30 +17,34 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from benchmarks.model import write
 from tests.serving.engines import loaded
 from tests.serving.test_engine_prefixes import CONFIG
+from twinax.models import decoder, parameters
+from twinax.models.parameters import param_shapes
 from twinax.serving import program_store
 from twinax.serving.compiles import fresh_compiles
 from twinax.serving.engine import Engine, EngineConfig
-from twinax.serving.program_store import MODULES, ROOMS, ProgramStore, sources
+from twinax.serving.program_store import MODULES, ROOMS, ProgramStore, know_kept_shapes, sources
 
 ENGINE = """
 import json, sys
 import jax
-from tests.serving.engines import greedy, loaded, logprobs_of, prompts
-from tests.serving.test_engine_prefixes import CONFIG
 from twinax.serving.engine import Engine, EngineConfig
 
-engine = Engine(loaded(CONFIG), EngineConfig(max_running=2, page_size=16, chunk_tokens=64, compile_cache=sys.argv[1]))
+folder, model = sys.argv[1:]
+engine = Engine.from_path(model, EngineConfig(max_running=2, page_size=16, chunk_tokens=64, compile_cache=folder))
 counts = {}
 def count(event, seconds, **rest):
     name = event.split("/")[-1]
     counts[name] = counts.get(name, 0) + 1
 jax.monitoring.register_event_duration_secs_listener(count)
 engine.warmup()
+heavy = sorted({"flax", "jax.experimental.pallas"} & set(sys.modules))
+from tests.serving.engines import greedy, logprobs_of, prompts
 done = engine.generate(prompts(3), greedy(temperature=0.8, seed=1))
 print(json.dumps([counts, [(one.token_ids, [x.hex() for x in logprobs_of(one)]) for one in done],
-                  engine.stats().compiles_after_warmup]))
+                  engine.stats().compiles_after_warmup, heavy]))
 """
 
 
@@ -77,7 +81,7 @@ def run(program) -> np.ndarray:
 @pytest.mark.slow  # two engines' starts
 def test_a_second_process_compiles_and_traces_nothing_and_gives_the_same_bits(repository: Path, tmp_path: Path):
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(repository)}
-    command = [sys.executable, "-c", ENGINE, str(tmp_path)]
+    command = [sys.executable, "-c", ENGINE, str(tmp_path / "kept"), str(write(tmp_path / "model", CONFIG))]
     first, second = (
         json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
         for _ in range(2)
@@ -85,6 +89,22 @@ def test_a_second_process_compiles_and_traces_nothing_and_gives_the_same_bits(re
     assert first[0]["backend_compile_duration"] > 10
     assert not second[0], "nothing was traced, lowered or compiled"
     assert second[1] == first[1] and first[2] == second[2] == 0
+    assert first[3] and not second[3], "what traces is imported where something is traced"
+
+
+def test_shapes_that_were_kept_are_those_of_the_modules(tmp_path: Path, monkeypatch):
+    shapes = param_shapes(CONFIG)
+    know_kept_shapes(tmp_path, CONFIG)
+    [kept] = tmp_path.iterdir()
+    monkeypatch.setattr(parameters, "_shapes", {})
+    monkeypatch.setattr(decoder, "abstract_params", None)  # nobody asks the modules
+    know_kept_shapes(tmp_path, CONFIG)
+    assert param_shapes(CONFIG) == shapes
+    monkeypatch.undo()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    monkeypatch.setattr(parameters, "_shapes", {})
+    know_kept_shapes(tmp_path, CONFIG)  # damaged: asked and kept again
+    assert param_shapes(CONFIG) == shapes and len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_was_kept_runs_as_before(tmp_path: Path, program):

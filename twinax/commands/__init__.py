@@ -5,7 +5,9 @@ A command's module holds, and imports nothing heavy before `run`:
 - `USAGE`: the usage line, with what matters most;
 - `add_arguments(parser)`: its options;
 - `run(options, given)`: does it, and may return an exit status; `given` names the dataclass's settings that were given.
-  A ValueError or OSError of ours is printed as one message.
+  A ValueError or OSError of ours is printed as one message;
+- `begin(words)`, where there is one: a context around all of that, for what takes long and needs no options. Its value
+  is a third argument of `run`.
 """
 
 import importlib

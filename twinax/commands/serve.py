@@ -23,10 +23,17 @@ with status 1. What an administrator may do is on a socket of its own, of this u
   curl --unix-socket a.sock -X POST 'http://a/profile?folder=/tmp/p&seconds=5'
 """
 
-from argparse import Namespace
+from __future__ import annotations
 
-from ..overrides import apply, existing
-from ..parser import Parser, read_settings
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from ..parser import Parser
+    from ..serving.http.launch import LaunchedEngine
 
 USAGE = "twinax serve PATH [--host ADDRESS] [--port N] [--api-key KEY] ..."
 
@@ -40,9 +47,23 @@ def add_arguments(parser: Parser) -> None:
     parser.add_dataclass(ServeConfig, skip=("model",), dashes=True)
 
 
-def run(options: Namespace, given: set[str]) -> None:
+@contextlib.contextmanager
+def begin(words: list[str]) -> Iterator[LaunchedEngine | None]:
+    """The engine process: it imports JAX while options are parsed here, and waits to be told them."""
+    if {"-h", "--help"} & set(words):
+        yield None
+        return
+    from ..serving.http.launch import LaunchedEngine
+
+    with LaunchedEngine() as engine:
+        yield engine
+
+
+def run(options: Namespace, given: set[str], engine: LaunchedEngine) -> None:
+    from ..overrides import apply, existing
+    from ..parser import read_settings
     from ..serving.http.server import ServeConfig, serve
 
     path = existing(options.path, "The model")
     settings = {} if options.config is None else read_settings(options.config, ServeConfig, skip=("model",))
-    serve(apply(ServeConfig(model=str(path)), settings | {name: getattr(options, name) for name in given}))
+    serve(apply(ServeConfig(model=str(path)), settings | {name: getattr(options, name) for name in given}), engine)

@@ -1,0 +1,69 @@
+"""What an engine's config comes to for a model, and the runner of these sizes. No weights are needed to know them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ..models.cache import page_bytes
+from ..models.config import DecoderConfig
+from .compiles import use_compile_cache
+from .engine_config import EngineConfig
+from .fit import keeps_prefixes, mesh_of
+from .runner import Runner
+
+
+def dtype_of(config: EngineConfig) -> jnp.dtype:
+    """Of weights, compute and cache."""
+    return jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSizes:
+    """`of` makes them.
+
+    Attributes:
+        max_model_len: tokens of prompt and output together, at most.
+        pages_per_request, num_pages: of the cache. swap_pages: of the host's memory.
+    """
+
+    max_model_len: int
+    pages_per_request: int
+    num_pages: int
+    swap_pages: int
+
+    @classmethod
+    def of(cls, model: DecoderConfig, config: EngineConfig) -> "EngineSizes":
+        """Raises ValueError when the limits do not fit the model or each other."""
+        longest = config.max_model_len or model.max_position_embeddings
+        if not 2 <= longest <= model.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len is from 2 to the model's context of {model.max_position_embeddings}; got {longest}."
+            )
+        one = page_bytes(model, config.page_size, dtype_of(config))
+        pages = -(-longest // config.page_size)
+        fitting = config.cache_bytes // one if one else config.max_running * pages
+        if not config.num_pages and fitting < pages:
+            raise ValueError(
+                f"The cache must hold one request of max_model_len={longest} tokens, which takes {pages * one:,} "
+                f"bytes; cache_bytes is {config.cache_bytes:,}. Raise it or shorten max_model_len."
+            )
+        num_pages = config.num_pages or min(config.max_running * pages, fitting)
+        return cls(longest, pages, num_pages, config.swap_bytes // one if one and keeps_prefixes(model) else 0)
+
+
+def runner_of(model: DecoderConfig, config: EngineConfig) -> Runner:
+    """What runs the steps of such an engine, without weights so far."""
+    sizes = EngineSizes.of(model, config)
+    return Runner(
+        model,
+        slots=config.max_running,
+        num_pages=sizes.num_pages,
+        page_size=config.page_size,
+        pages_per_request=sizes.pages_per_request,
+        chunk_tokens=config.chunk_tokens,
+        dtype=dtype_of(config),
+        mesh=mesh_of(config.plan, model),
+        swaps=sizes.swap_pages > 0,
+        kept=use_compile_cache(config.compile_cache),
+    )
