@@ -12,7 +12,8 @@ from starlette.routing import Route, Router
 
 from twinax.serving.http import protocol
 from twinax.serving.http.app import Gate
-from twinax.serving.http.body import read_json
+from twinax.serving.http.body import InTime, read_json
+from twinax.serving.http.errors import ApiError
 from twinax.serving.http.keys import ApiKeys
 from twinax.serving.http.protocol import MOST_HEAD_BYTES, Protocol
 from twinax.serving.http.uploads import read_form
@@ -90,11 +91,16 @@ def test_heads_one_after_another_are_counted_each_for_itself():
 
 def test_slow_heads_are_ended_and_hold_nobody(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
+    begun, expect = [], Protocol._expect_head
+    monkeypatch.setattr(Protocol, "_expect_head", lambda self: (begun.append(self), expect(self)))
 
     async def client(connect):
         silent, slow = [await connect() for _ in range(50)], [await connect() for _ in range(50)]
         for _, writer in slow:
             writer.write(GOOD[:10])
+        while len(begun) < 150:  # each connection, and each head that has begun
+            await asyncio.sleep(0)
+        monkeypatch.setattr(protocol, "HEAD_SECONDS", 60.0)  # what comes now is in time, however busy the machine is
         for _ in range(20):
             reader, writer = await connect()
             writer.write(GOOD)
@@ -116,6 +122,14 @@ class _Reads:
     async def __call__(self, scope, receive, send):
         found = await self._read(scope, receive, 100_000)
         await PlainTextResponse(f"read {len(found)}")(scope, receive, send)
+
+
+def _reads_json() -> Gate:
+    return Gate(Router([Route("/json", _Reads(read_json), methods=["POST"])]), ApiKeys({}), stall_seconds=60.0)
+
+
+# The head of a request whose body is larger than is read; more headers go in the middle.
+_TOO_LARGE = b"POST /json HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n%bcontent-length: 5000000\r\n\r\n"
 
 
 def _request(path: str, kind: str, size: int) -> bytes:
@@ -170,29 +184,37 @@ async def _drip(writer: asyncio.StreamWriter, pause: float) -> None:
 
 
 @pytest.mark.parametrize("close", [b"", b"connection: close\r\n"])
-def test_an_answer_in_the_midst_of_a_body_arrives_and_the_rest_ends_some_time(monkeypatch, close):
-    """Whoever sends more than is wanted hears why, but is not listened to for ever."""
-    monkeypatch.setattr(protocol, "LINGER_SECONDS", 1.0)
-    gate = Gate(Router([Route("/json", _Reads(read_json), methods=["POST"])]), ApiKeys({}), stall_seconds=60.0)
-    head = b"POST /json HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" + close
+def test_an_answer_in_the_midst_of_a_body_arrives(monkeypatch, close):
+    """Whoever sends more than is wanted hears why."""
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 60.0)
 
     async def client(connect):
         reader, writer = await connect()
-        writer.write(head + b"content-length: 5000000\r\n\r\n")
+        writer.write(_TOO_LARGE % close)
         for _ in range(50):  # without a wait for the answer, as clients do; more than is kept on the way
             writer.write(b"x" * 90_000)
             await writer.drain()
         assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 413 ")
         assert b"body_too_large" in await reader.readuntil(b"}}")
-        dripping = asyncio.create_task(_drip(writer, 0.01))
-        with pytest.raises(ConnectionError):
-            await dripping
+        writer.close()
 
-    serve(client, gate)
+    serve(client, _reads_json())
+
+
+@pytest.mark.parametrize("close", [b"", b"connection: close\r\n"])
+def test_what_follows_an_answer_ends_some_time(monkeypatch, close):
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.2)
+
+    async def client(connect):
+        _, writer = await connect()
+        writer.write(_TOO_LARGE % close)
+        with pytest.raises(ConnectionError):
+            await _drip(writer, 0.01)
+
+    serve(client, _reads_json())
 
 
 def test_after_a_refused_body_the_connection_serves_on():
-    gate = Gate(Router([Route("/json", _Reads(read_json), methods=["POST"])]), ApiKeys({}), stall_seconds=60.0)
     head = "POST /json HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
 
     async def client(connect):
@@ -204,20 +226,47 @@ def test_after_a_refused_body_the_connection_serves_on():
             assert (await reader.readuntil(b"read 1")).startswith(b"HTTP/1.1 200 ")
         writer.close()
 
-    serve(client, gate)
+    serve(client, _reads_json())
 
 
-def test_a_body_in_many_pieces_is_read_where_it_comes_fast_enough():
-    gate = Gate(Router([Route("/json", _Reads(read_json), methods=["POST"])]), ApiKeys({}), stall_seconds=1.0)
-
+def test_a_body_in_many_pieces_is_read():
     async def client(connect):
         reader, writer = await connect()
-        parts = [b'{"a": "', *[b"x" * 2000] * 30, b'"}']  # in 1.2 s, longer than a pause may be
+        parts = [b'{"a": "', *[b"x" * 2000] * 30, b'"}']
         writer.write(_request("/json", "application/json", sum(map(len, parts))))
         for part in parts:
             writer.write(part)
-            await asyncio.sleep(0.04)
+            await asyncio.sleep(0.001)
         assert (await reader.read()).endswith(b"read 1")
         writer.close()
 
-    serve(client, gate)
+    serve(client, _reads_json())
+
+
+def test_a_body_that_comes_fast_enough_may_take_longer_than_a_pause(monkeypatch):
+    """By a clock that moves while a piece is waited for: 2 s a piece, of 2,000 bytes or of fewer."""
+
+    async def read(size: int) -> tuple[int, int]:
+        """A status, and how many bytes came before it."""
+        loop, now, came = asyncio.get_running_loop(), 0.0, 0
+        monkeypatch.setattr(loop, "time", lambda: now)
+
+        async def receive():
+            nonlocal now
+            now += 2.0
+            for _ in range(3):  # a timer that is due comes before the piece
+                await asyncio.sleep(0)
+            return {"type": "http.request", "body": b"x" * size, "more_body": now < 20.0}
+
+        in_time, more = InTime(receive, 5.0), True
+        while more:
+            try:
+                message = await in_time()
+            except ApiError as error:
+                return error.status, came
+            came, more = came + len(message["body"]), message["more_body"]
+        return 200, came
+
+    assert asyncio.run(read(2000)) == (200, 20_000)
+    assert asyncio.run(read(1900)) == (200, 19_000), "it has 5 s to begin with"
+    assert asyncio.run(read(1000)) == (408, 3000)  # after 8 s
