@@ -169,17 +169,15 @@ async def completion_job(service: Service, body: dict[str, Any], arrival: float)
     values = fields.parse_object(None, body, fields.COMPLETIONS)
     service.check_model(values["model"])
     await service.check_grammar(values["structured_outputs"], "structured_outputs")
-    prompts = await _prompts(service, values, is_null="prompt" in body)
+    prompts = await _prompts(service, values)
     return CompletionJob(service, values, prompts, arrival)
 
 
-async def _prompts(service: Service, values: dict[str, Any], is_null: bool) -> list[_Prompt]:
+async def _prompts(service: Service, values: dict[str, Any]) -> list[_Prompt]:
     """The prompts as ids, and as text where they are echoed."""
     tokenizer = service.tokenizer
     given: list[str | list[int]] | None = values["prompt"]
     if given is None:
-        if not is_null:
-            raise bad("prompt", "'prompt' is required.", "missing_required_parameter")
         if tokenizer.bos_id is None:
             raise bad("prompt", "A null 'prompt' begins a new document, but this model has no token for that.")
         return [_Prompt([tokenizer.bos_id], "")]

@@ -71,7 +71,7 @@ EXTENSIONS = (
 )  # fmt: skip
 
 COMPLETIONS: dict[str, Field] = COMMON | {
-    "prompt": Field(prompts),
+    "prompt": Field(prompts, required=True, nullable=True),  # null begins a new document
     "best_of": Field(integer(1, MAX_N)),
     "echo": Field(boolean, False),
     "logprobs": Field(integer(0, MAX_TOP_LOGPROBS)),

@@ -25,11 +25,15 @@ SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 
 @dataclass(frozen=True)
 class Field:
-    """`parse` sees every value but null; null and absence mean `default`, unless the field is `required`."""
+    """`parse` sees every value but null; null and absence mean `default`, unless the field is `required`.
+
+    One that is `required` and `nullable` may not be left out, and null means `default`.
+    """
 
     parse: Parser
     default: Any = None
     required: bool = False
+    nullable: bool = False
 
 
 # -- parsers ----------------------------------------------------------------------------------------------------------
@@ -235,8 +239,10 @@ _EXPIRES_AFTER = {
 
 def schema_of_object(fields: dict[str, Field]) -> Schema:
     """What `parse_object` accepts."""
-    properties = {name: schema_of(field.parse) for name, field in fields.items()}
-    properties = {name: schema if fields[name].required else nullable(schema) for name, schema in properties.items()}
+    properties = {
+        name: nullable(schema_of(field.parse)) if field.nullable or not field.required else schema_of(field.parse)
+        for name, field in fields.items()
+    }
     required = [name for name, field in fields.items() if field.required]
     schema: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
     return schema | ({"required": required} if required else {})
@@ -256,7 +262,7 @@ def parse_object(param: str | None, value: Any, fields: dict[str, Field]) -> dic
     for name, field in fields.items():
         given = value.get(name)
         if given is None:
-            if field.required:
+            if field.required and not (field.nullable and name in value):
                 raise bad(prefix + name, f"'{prefix}{name}' is required.", "missing_required_parameter")
             out[name] = field.default
         else:

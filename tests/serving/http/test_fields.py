@@ -53,6 +53,12 @@ def test_null_is_the_default_or_missing(name):
         assert fields.parse_object(None, body, fields.CHAT)[name] == fields.CHAT[name].default
 
 
+def test_what_is_required_may_be_allowed_to_be_null():
+    body = {"model": "m", "prompt": None}
+    assert fields.parse_object(None, body, fields.COMPLETIONS)["prompt"] is None
+    assert _refused(fields.parse_object, None, {"model": "m"}, fields.COMPLETIONS).param == "prompt"
+
+
 NO_OPS = {
     "function_call": "none",
     "functions": [],
@@ -227,7 +233,8 @@ def _error(function, *arguments) -> Exception | None:
 @pytest.mark.parametrize("table", [fields.COMPLETIONS, fields.CHAT], ids=["completions", "chat"])
 def test_any_value_of_any_field_is_taken_or_refused(table, data):
     """Never another exception than the API's, and what is taken is what the engine's own check takes."""
-    base = {"model": "m", "messages": [{"role": "user", "content": "a"}]} if "messages" in table else {"model": "m"}
+    given = {"messages": [{"role": "user", "content": "a"}]} if "messages" in table else {"prompt": "a"}
+    base = {"model": "m"} | given
     name = data.draw(st.sampled_from(sorted(table)))
     body = base | {name: data.draw(JSON)}
 

@@ -37,6 +37,8 @@ def test_every_field_is_described(document):
     assert set(content["schema"]["properties"]) == set(fields.COMPLETIONS)
     assert content["schema"]["properties"]["model"] == {"enum": [MODEL]}
     assert content["schema"]["properties"]["temperature"]["default"] == 1.0
+    assert content["schema"]["required"] == ["model", "prompt"]  # though the prompt may be null
+    assert {"type": "null"} in content["schema"]["properties"]["prompt"]["anyOf"]
     for table in (fields.COMPLETIONS, fields.CHAT, fields.EMBEDDINGS, fields.SCORE, fields.BATCH):
         schema = schema_of_object(table)
         assert schema["additionalProperties"] is False
