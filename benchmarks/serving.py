@@ -200,6 +200,8 @@ def llama_files(options: Any, folder: Path) -> tuple[dict[str, Path], str]:
         return {}, ""
     files = {kind: folder / f"{kind}.gguf" for kind in options.kinds.split(",")}
     for kind, file in files.items():
+        if file.exists():
+            continue
         subprocess.run([options.gguf_python, str(PEER / "gguf_model.py"), str(folder), str(file), kind], check=True)
     said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
     words = (said.stdout + said.stderr).split()
@@ -212,6 +214,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200, help="of the trace")
     parser.add_argument("--scale", default="1/16", help="of the trace's lengths")
     parser.add_argument("--size", choices=SIZES, default="110M", help="of the model")
+    parser.add_argument("--models", type=Path, help="folder that keeps the models' files for further runs")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side is measured")
     parser.add_argument("--only", choices=("saturation", "stream"), help="one of the two comparisons")
     parser.add_argument("--kinds", default=",".join(KINDS), help="weights of llama.cpp")
@@ -220,7 +223,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        path = model.write(Path(folder) / options.size, SIZES[options.size])
+        path = (options.models or Path(folder)).absolute() / options.size
+        if not (path / "model.safetensors").exists():
+            model.write(path, SIZES[options.size])
         files, version = llama_files(options, path)
         if options.only != "stream":
             rows += saturation(options, path, files, version)
