@@ -194,7 +194,7 @@ def start_server(
         reader.start()
         server = Server(process, lines, reader)
         if ready:
-            assert found.wait(timeout=120), "not ready:\n" + "\n".join(lines)
+            assert found.wait(timeout=600), "not ready:\n" + "\n".join(lines)
             line = next((line for line in lines if line.startswith("twinax: ready at ")), None)
             assert line is not None, "not ready:\n" + "\n".join(lines)
             server.url = line.split()[3].removesuffix("/v1")
