@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.types import Message, Receive, Scope
@@ -62,7 +63,7 @@ async def read_json(scope: Scope, receive: Receive, limit: int) -> dict[str, Any
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
-    return parse_json(await _read(receive, limit))
+    return parse_json(b"".join([piece async for piece in pieces(receive, limit, _too_large(limit))]))
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -96,19 +97,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-async def _read(receive: Receive, limit: int) -> bytes:
-    chunks, size = [], 0
+async def pieces(receive: Receive, limit: int, too_large: ApiError) -> AsyncGenerator[bytes, None]:
+    """The body as it comes. Raises `too_large` after more than `limit` bytes, or ClientGone."""
+    size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        chunk = message.get("body", b"")
-        size += len(chunk)
+        piece = message.get("body", b"")
+        size += len(piece)
         if size > limit:
-            raise _too_large(limit)
-        chunks.append(chunk)
+            raise too_large
+        yield piece
         if not message.get("more_body", False):
-            return b"".join(chunks)
+            return
 
 
 def _too_large(limit: int) -> ApiError:

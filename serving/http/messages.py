@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from .errors import bad, nearest, show
-from .parsers import Field, no_op, one_of, parse_object, string
+from .parsers import Field, joined, no_op, one_of, parse_object, string
 from .tools import function_name
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -80,15 +80,6 @@ def _role(param: str, value: Any) -> str:
     return role
 
 
-def _content(param: str, value: Any) -> str:
-    """A string, or a list of text parts, which are joined."""
-    if isinstance(value, str):
-        return string(param, value)
-    if not isinstance(value, list) or not value:
-        raise bad(param, f"'{param}' must be a string or a list of text parts, got {show(value)}.", "invalid_type")
-    return "".join(_part(f"{param}[{i}]", part) for i, part in enumerate(value))
-
-
 def _part(param: str, value: Any) -> str:
     if isinstance(value, dict) and value.get("type") != "text":
         kind = value.get("type")
@@ -130,7 +121,7 @@ _PART = {
     "text": Field(string, required=True),
     "prompt_cache_breakpoint": Field(no_op(why="the lifetime of cached prompts can't be promised")),
 }
-_MESSAGE = {"role": Field(_role, required=True), "content": Field(_content), "name": Field(string)}
+_MESSAGE = {"role": Field(_role, required=True), "content": Field(joined(_part)), "name": Field(string)}
 _TOOL = _MESSAGE | {"tool_call_id": Field(string, required=True)}
 _ASSISTANT = _MESSAGE | {
     "audio": Field(no_op(why="the model reads text only")),

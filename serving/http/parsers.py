@@ -57,6 +57,19 @@ def string(param: str, value: Any) -> str:
     return value
 
 
+def joined(part: Parser) -> Parser:
+    """A string, or a list of parts of which `part` takes the texts; these are joined."""
+
+    def parse(param: str, value: Any) -> str:
+        if isinstance(value, str):
+            return string(param, value)
+        if not isinstance(value, list) or not value:
+            raise bad(param, f"'{param}' must be a string or a list of text parts, got {show(value)}.", "invalid_type")
+        return "".join(part(f"{param}[{i}]", one) for i, one in enumerate(value))
+
+    return parse
+
+
 def integer(low: int, high: int | None = None) -> Parser:
     @described({"type": "integer", "minimum": low} | ({} if high is None else {"maximum": high}))
     def parse(param: str, value: Any) -> int:

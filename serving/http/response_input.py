@@ -14,6 +14,7 @@ from .parsers import (
     boolean,
     hint,
     integer,
+    joined,
     metadata,
     no_op,
     number,
@@ -43,15 +44,6 @@ _PARTS: dict[str, dict[str, Field]] = {
 }
 
 
-def _text(param: str, value: Any) -> str:
-    """A string, or a list of text parts, which are joined."""
-    if isinstance(value, str):
-        return string(param, value)
-    if not isinstance(value, list) or not value:
-        raise bad(param, f"'{param}' must be a string or a list of text parts, got {show(value)}.", "invalid_type")
-    return "".join(_part(f"{param}[{i}]", part) for i, part in enumerate(value))
-
-
 def _part(param: str, value: Any) -> str:
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind not in _PARTS:
@@ -69,7 +61,7 @@ _ITEMS: dict[str, dict[str, Field]] = {
     | {
         "type": Field(one_of("message")),
         "role": Field(one_of("system", "developer", "user", "assistant"), required=True),
-        "content": Field(_text, required=True),
+        "content": Field(joined(_part), required=True),
         "phase": Field(no_op(why="chat templates have no place for it")),
     },
     "function_call": _OWN
@@ -81,7 +73,7 @@ _ITEMS: dict[str, dict[str, Field]] = {
     },
     "function_call_output": _OWN
     | _CALL_ID
-    | {"type": Field(one_of("function_call_output"), required=True), "output": Field(_text, required=True)},
+    | {"type": Field(one_of("function_call_output"), required=True), "output": Field(joined(_part), required=True)},
 }
 
 

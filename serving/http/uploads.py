@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import Receive, Scope
 
-from .body import ClientGone
+from .body import pieces
 from .errors import ApiError, bad, show
 
 _MOST_FIELDS = 8
@@ -31,9 +30,10 @@ async def read_form(scope: Scope, receive: Receive, limit: int) -> dict[str, Any
     declared = headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit + _MOST_OVERHEAD:
         raise _too_large(limit)
+    body = pieces(receive, limit + _MOST_OVERHEAD, _too_large(limit))
     limits = {"max_files": 1, "max_fields": _MOST_FIELDS, "max_part_size": _MOST_FIELD_BYTES}
     try:
-        form = await MultiPartParser(headers, _body(receive, limit), **limits).parse()
+        form = await MultiPartParser(headers, body, **limits).parse()
     except MultiPartException as error:
         raise ApiError(400, f"The form is not valid: {error.message}", code="invalid_form") from None
     found: dict[str, Any] = {}
@@ -55,21 +55,6 @@ def _put(found: dict[str, Any], name: str, value: UploadFile | str) -> None:
     if not isinstance(place, dict) or key in place:
         raise bad(name, f"The field {show(name)} is given twice.", "invalid_form")
     place[key] = value
-
-
-async def _body(receive: Receive, limit: int) -> AsyncGenerator[bytes, None]:
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit + _MOST_OVERHEAD:
-            raise _too_large(limit)
-        yield chunk
-        if not message.get("more_body", False):
-            return
 
 
 def _too_large(limit: int) -> ApiError:
