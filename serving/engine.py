@@ -98,8 +98,8 @@ class Engine:
     def from_path(cls, path: str | Path, config: EngineConfig | None = None) -> "Engine":
         """An engine for a Twinax checkpoint or a Hugging Face folder, not warmed up yet.
 
-        Parameters go from the files straight to their devices, in the dtype that they are served in. What an earlier
-        start kept is loaded meanwhile.
+        Parameters go from the files straight to their devices, in the dtype that they are served in. Meanwhile the
+        programs are made.
         """
         config = config or EngineConfig()
         runners: list[Runner] = []
@@ -109,10 +109,15 @@ class Engine:
             if folder is not None:
                 know_kept_shapes(folder, model)
             runners.append(runner_of(config_in_order(model), config))
-            runners[0].look_for_kept()
+            runners[0].begin()
 
         mesh, dtype = partial(mesh_of, config.plan), partial(weight_dtype, dtype=dtype_of(config))
-        return cls(in_order(load_model(path, dtype=dtype, mesh=mesh, begin=begin)), config, runners[0])
+        try:
+            return cls(in_order(load_model(path, dtype=dtype, mesh=mesh, begin=begin)), config, runners[0])
+        except BaseException:
+            for runner in runners:
+                runner.give_up()
+            raise
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles all programs; a compile after this is a bug, which `stats` counts."""

@@ -30,6 +30,7 @@ from .programs import Programs
 from .step_sizes import step_sizes
 
 COPIES = 8  # pages of one call of a program that copies them
+PRODUCTS = ("blocks", "finish", "prompt")  # programs with products of weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,9 @@ class Runner:
         words, rows = sampling.mask_words(config.vocab_size), {bucket.rows for bucket in self.buckets}
         self._nothing = {size: self._put(np.zeros((size, words), np.int32)) for size in rows}
         self._store: ProgramStore | None = None
-        self._kept: Future[list[Any] | None] | None = None
+        self._making: Future[dict[tuple[str, Any], Any]] | None = None
+        self._given_up = False
+        self._progress: Callable[[int, int], None] | None = None
         # JAX's own cache is off where machine code that was kept may compute something else (`sharding/platform.py`).
         if kept is not None and jax.config.values["jax_enable_compilation_cache"]:
             devices = self._nothing[self.buckets[0].rows].sharding.device_set if mesh is None else mesh.devices.flat
@@ -134,35 +137,26 @@ class Runner:
         """The cheapest bucket that holds so many request rows and chunk tokens."""
         return next(b for b in self.buckets if b.rows >= rows and b.chunk >= chunk)
 
-    def look_for_kept(self) -> None:
-        """Begins to load the programs that an earlier start kept, if there are any, in a thread."""
-        if self._store is not None:
-            pool = ThreadPoolExecutor(1)
-            self._kept = pool.submit(self._store.load, self._start_empty)
-            pool.shutdown(wait=False)
+    def begin(self) -> None:
+        """Begins to make every program, in threads: weights may be loaded meanwhile. `warmup` waits for them."""
+        pool = ThreadPoolExecutor(1)
+        self._making = pool.submit(self._make)
+        pool.shutdown(wait=False)
+
+    def give_up(self) -> None:
+        """Ends what was begun, but for programs that are being compiled."""
+        self._given_up = True
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Makes every program, and runs them. `progress(done, total)` is called after each that is compiled.
 
         On a CPU the cheapest bucket alone is run: the others would take a second, and the first run prepares nothing.
         """
-        wanted = self._wanted()
-        # An empty cache is made while the other programs are loaded: writing it takes as long.
-        if self._kept is None:
-            self.look_for_kept()
-        programs = None if self._kept is None else self._kept.result()
-        self._kept = None
-        if programs is None:
-            if self._store is None:
-                programs = self._compile(wanted, progress)
-            else:
-                with fresh_compiles():
-                    programs = self._compile(wanted, progress)
-                self._store.keep(programs)
-            self._start_empty(programs[0])
-        elif progress:
-            progress(len(wanted), len(wanted))
-        self._programs = dict(zip(wanted, programs, strict=True))
+        self._progress = progress
+        if self._making is None:
+            self.begin()
+        assert self._making is not None
+        self._programs, self._making = self._making.result(), None
         for bucket in self.buckets[:1] if self._made.group else self.buckets:
             result = self.dispatch(bucket, self.batch(bucket))
             jax.block_until_ready((result.token_R, result.prompt_logprobs(), result.hidden()))
@@ -254,14 +248,14 @@ class Runner:
             seconds = time.perf_counter() - start
         return seconds / (2 * COPIES)
 
-    def _reads_weights_first(self) -> bool:
-        """On a CPU, if rows are rounded alike then in all steps."""
+    def _decide_weights_first(self) -> None:
+        """They are read first on a CPU, if rows are rounded alike then in all steps."""
         if self._made.group == 0 or self._made.mesh is not None or self.dtype != jnp.float32:
-            return False
+            return
         from .rounding import products_of, rounds_alike
 
         counts = {count for bucket in self.buckets for count in (bucket.rows, bucket.tokens)}
-        return rounds_alike(counts, products_of(self.config))
+        self._made.weights_first = rounds_alike(counts, products_of(self.config))
 
     def _start_empty(self, program: Any) -> None:
         self._cache = self._state = None  # never two
@@ -270,14 +264,16 @@ class Runner:
     def _wanted(self) -> list[tuple[str, Any]]:
         """Names and keys of all programs, that of `_start_empty` first.
 
-        Then come the slowest to compile, so that the two threads end together.
+        Then come those without products, which need not wait for `_decide_weights_first`; of the others the slowest
+        to compile, so that the two threads end together.
         """
         wanted: list[tuple[str, Any]] = [("empty", None)]
+        wanted += [("begin", bucket) for bucket in self.buckets]
         wanted += [("finish", rows) for rows in sorted({bucket.rows for bucket in self.buckets})]
         wanted += dict.fromkeys(
             self._blocks(bucket, layers) for bucket in reversed(self.buckets) for layers in self._made.calls_of(bucket)
         )
-        wanted += itertools.product(("begin", "prompt", "select", "hidden"), reversed(self.buckets))
+        wanted += itertools.product(("prompt", "select", "hidden"), reversed(self.buckets))
         wanted.append(("setup", None))
         if not all(mixer in RECURRENT for mixer in self.config.mixers):
             wanted.append(("copy", COPIES))
@@ -289,16 +285,45 @@ class Runner:
         """Name and key of the program of these layers."""
         return "blocks", (bucket, self._made.kinds_of(layers))
 
-    def _compile(self, wanted: list[tuple[str, Any]], progress: Callable[[int, int], None] | None) -> list[Any]:
-        self._made.weights_first = self._reads_weights_first()
+    def _make(self) -> dict[tuple[str, Any], Any]:
+        """Every program by name and key, as an earlier start kept it or compiled; and the empty cache."""
+        wanted = self._wanted()
+        # The cache is made while the other programs are loaded or compiled: writing it takes as long as to load them.
+        programs = None if self._store is None else self._store.load(self._start_empty)
+        if programs is not None:
+            self._say(len(wanted), len(wanted))
+        elif self._store is None:
+            programs = self._compile(wanted)
+        else:
+            with fresh_compiles():
+                programs = self._compile(wanted)
+            self._store.keep(programs)
+        return dict(zip(wanted, programs, strict=True))
+
+    def _compile(self, wanted: list[tuple[str, Any]]) -> list[Any]:
         # Tracing holds the interpreter, compiling does not: two threads keep two cores busy.
         with ThreadPoolExecutor(2) as pool:
-            pending = [pool.submit(lambda name, key: self._made.lower(name, key).compile(), *one) for one in wanted]
+            decided = pool.submit(self._decide_weights_first)
+
+            def compiled(name: str, key: Any) -> Any:
+                if self._given_up:
+                    raise RuntimeError("nobody waits for the programs any more")
+                if name in PRODUCTS:
+                    decided.result()
+                program = self._made.lower(name, key).compile()
+                if name == "empty":
+                    self._start_empty(program)
+                return program
+
+            pending = [pool.submit(compiled, *one) for one in wanted]
             for done, future in enumerate(as_completed(pending), 1):
                 future.result()
-                if progress:
-                    progress(done, len(wanted))
+                self._say(done, len(wanted))
         return [future.result() for future in pending]
+
+    def _say(self, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(done, total)
 
     def _put(self, array: Any) -> jax.Array:
         return jax.device_put(array, self._made.everywhere())

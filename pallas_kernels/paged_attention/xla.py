@@ -144,7 +144,7 @@ class _Attend:
 
         def turn(i: Any, carry: Any) -> Any:
             item_W = i * W + jnp.arange(W)
-            r_W = jnp.minimum(jnp.searchsorted(end_R, item_W, side="right"), R - 1)
+            r_W = jnp.minimum(_first_above(end_R, item_W), R - 1)
             # Past the end of the list: any page, without a query.
             real_W = item_W < total
             j_W = jnp.where(real_W, item_W - (end_R - count_R)[r_W] + low_R[r_W], 0)
@@ -179,7 +179,7 @@ class _Attend:
         end_R = jnp.cumsum(jnp.where(leads_R, prefixes.pages_R, 0))
 
         def turn(i: Any, carry: Any) -> Any:
-            leader = jnp.searchsorted(end_R, i, side="right")
+            leader = _first_above(end_R, i)
             j = i - end_R[leader] + prefixes.pages_R[leader]
             has_R = shares_R & (prefixes.leader_R == leader) & (low_R <= j)
             real_1z = jnp.repeat(has_R, r)[None]
@@ -249,6 +249,11 @@ class _Attend:
         scaled_WKrS = p_WKrS if v_scale_WK1S is None else jnp.where(mask_WKrS, p_WKrS * v_scale_WK1S, 0)
         pv_WKrV = _dot("wkrs,wksv->wkrv", scaled_WKrS.astype(q_WKrD.dtype), v_WKSV.astype(q_WKrD.dtype))
         return pv_WKrV, max_WKr1, _sum(p_WKrS)
+
+
+def _first_above(end_R: jax.Array, item: jax.Array) -> jax.Array:
+    """The first place whose end lies above the item. All are compared: a search is a loop of many small kernels."""
+    return jnp.searchsorted(end_R, item, side="right", method="compare_all")
 
 
 def _merge(one: Any, other: Any) -> Any:

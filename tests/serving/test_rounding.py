@@ -6,7 +6,7 @@ import pytest
 from tests.serving.engines import engine_of, greedy, logprobs_of, prompts
 from tests.serving.test_engine_prefixes import CONFIG
 from twinax.layers.linear import product, weights_first
-from twinax.serving import rounding, runner
+from twinax.serving import rounding
 from twinax.serving.step_sizes import ROUND, step_sizes
 
 
@@ -36,7 +36,7 @@ def test_a_machine_that_rounds_unlike_gets_the_plain_product(monkeypatch):
     counts = {rows + chunk for rows, chunk in step_sizes(6, 64)}
     engine = engine_of(CONFIG)
     assert engine.runner._made.weights_first == rounding.rounds_alike(counts, rounding.products_of(CONFIG))
-    monkeypatch.setattr(runner, "rounds_alike", lambda *_: False)
+    monkeypatch.setattr(rounding, "rounds_alike", lambda *_: False)
     plain = engine_of(CONFIG)
     assert not plain.runner._made.weights_first
     one, other = (some.generate(prompts(6), greedy()) for some in (engine, plain))
