@@ -208,7 +208,7 @@ def test_padding_reaches_no_expert():
 
 
 @pytest.mark.usefixtures("full_compile")
-@pytest.mark.parametrize("width", [64, 512])
+@pytest.mark.parametrize("width", thorough([64, 512]))
 def test_a_served_token_has_the_same_bits_in_any_company(width):
     """The engine runs 8 rows and more; which of them are a request's, and what the others hold, must not matter."""
     config = dataclasses.replace(SIGMOID, expert_size=width // 2 + 8)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.thorough import thorough
 from twinax.pallas_kernels.paged_attention import init_pages, paged_attention
 
 CANDIDATES = ["xla"]  # a TPU's kernels: test_paged_attention_tpu.py
@@ -83,7 +84,7 @@ def tokens_of(shape):
 
 @pytest.mark.usefixtures("full_compile")
 @pytest.mark.parametrize("implementation", CANDIDATES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", thorough(SHAPES, quick=(1, 3)))
 def test_a_request_gives_the_same_bits_in_any_company(shape, implementation):
     tokens = tokens_of(shape)
     n = len(tokens[0])

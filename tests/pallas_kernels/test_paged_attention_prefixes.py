@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.thorough import thorough
 from twinax.pallas_kernels.paged_attention import SharedPrefixes, init_pages, paged_attention
 
 ROWS = 6
@@ -38,7 +39,7 @@ def step(q, k, v, pages, table, lengths, new, prefixes, options):
 
 
 @pytest.mark.usefixtures("full_compile")
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", thorough(SHAPES, quick=(1, 2)))
 def test_a_shared_prefix_changes_no_bit(shape):
     K, G, D, S, dtype, options = SHAPES[shape]
     rng = np.random.default_rng(4)
