@@ -49,6 +49,12 @@ def read_tpu(folder: Path, chip: str) -> Dump:
     return Dump(cycles, bundles, sum(spills.values()) if bundles else None)
 
 
+def forget(folder: Path) -> None:
+    """What a compilation that failed left, which would be taken for the next one's."""
+    for name in ("static", "llo", "xla"):
+        _empty(folder / name)
+
+
 def _named(folder: Path, pattern: str) -> Iterator[tuple[str, Path]]:
     for file in sorted(folder.glob(pattern)):
         found = _OPERATION.match(file.name)

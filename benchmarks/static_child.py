@@ -18,7 +18,7 @@ from typing import Any
 
 from twinax.pallas_kernels import tuned
 
-from .dumps import Dump, read_cuda, read_tpu
+from .dumps import Dump, forget, read_cuda, read_tpu
 from .static import Program, Static, limit_seconds
 
 
@@ -167,6 +167,7 @@ def main() -> None:
         except Exception as error:  # whatever it is, the parent says it
             where = traceback.extract_tb(error.__traceback__)[-1]
             found = Static(failed=f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"[:3000])
+            forget(dump)
         print("RESULT " + json.dumps(found.to_json()), flush=True)
 
 

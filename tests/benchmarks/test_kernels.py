@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import kernel_cases, kernels, static
-from benchmarks.dumps import read_ptxas, read_tpu
+from benchmarks.dumps import forget, read_ptxas, read_tpu
 from benchmarks.kernel_cases import Case, Kernel, grouped_matmul
 from benchmarks.static import Program, Request, Static
 from benchmarks.static_child import summary
@@ -147,6 +147,9 @@ def test_what_libtpu_leaves_is_read_once(tmp_path):
     found = read_tpu(tmp_path, "v6e")
     assert (found.cycles, found.bundles, found.spills) == ({"op.1": 8938.0}, {"op.1": 2205}, 2)
     assert read_tpu(tmp_path, "v6e").bundles == {}
+    (tmp_path / "static" / "op.1_static_llo_profile.textproto").write_text(estimate)
+    forget(tmp_path)
+    assert read_tpu(tmp_path, "v6e").cycles == {}, "of a compilation that failed"
 
 
 BUILDERS = '''
