@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+import uvloop
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, Router
 
@@ -40,7 +41,8 @@ def serve(client: Callable[[Callable[[], Awaitable[Streams]]], Awaitable[None]],
             server.should_exit = True
             await running
 
-    asyncio.run(both())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # the server's
+        runner.run(both())
 
 
 async def answer(streams: Streams, data: bytes) -> bytes:
