@@ -81,7 +81,7 @@ def fuzz(
 def _findings(found: dict[str, Any], counts: dict[str, dict[str, Any]], text: str) -> Findings:
     failures = [json.dumps(failure) for failure in found["failures"] + found["errors"]]
     cases, tested = found["test_cases"]["generated"], found["operations"]["tested"]
-    return Findings(cases, tested, counts, found["complete"], failures, text)
+    return Findings(cases, tested, counts, found["stop_reason"] == "completed", failures, text)
 
 
 def main() -> None:
