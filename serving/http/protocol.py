@@ -46,6 +46,7 @@ class Protocol(HttpToolsProtocol):
     _in_head = True  # from the beginning: a connection on which nothing comes is as slow as one that never ends
     _in_body = False
     _lingers = False
+    _unread = False  # what comes now
     _timer: asyncio.TimerHandle | None = None
     _socket: Any  # the transport that is the event loop's
 
@@ -99,9 +100,12 @@ class Protocol(HttpToolsProtocol):
         self._in_head, self._in_body = False, True
         self._stop_timer()
         super().on_headers_complete()
+        if self.parser.should_upgrade():  # nobody does; but the parser takes what follows for another protocol
+            self._unread = True
+            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
-        self._in_body = False
+        self._in_body = self._unread
         super().on_message_complete()
         if self.cycle.response_complete:  # whose timer of idle connections the body has stopped
             self._expect_head()
@@ -113,8 +117,8 @@ class Protocol(HttpToolsProtocol):
             self._timer = self.loop.call_later(LINGER_SECONDS, self._socket.close)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            return  # it was refused already
+        if self.transport.is_closing() or self._unread:
+            return
         super().data_received(data)
         # The parser keeps what is in the midst of a header for itself, so this counts what came.
         if self._in_head and not self.transport.is_closing():

@@ -216,6 +216,22 @@ def test_what_follows_an_answer_ends_some_time(monkeypatch, close):
     serve(client, _reads_json())
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_wish_for_another_protocol_is_answered_once_and_ends_the_connection(method):
+    """What follows it would be taken for the next request."""
+
+    async def client(connect):
+        reader, writer = await connect()
+        upgrade = f"{method} / HTTP/1.1\r\nhost: x\r\nupgrade: h2c\r\nconnection: upgrade\r\ncontent-length: 8\r\n\r\n"
+        writer.write(upgrade.encode())
+        assert b"connection: close\r\n" in await reader.readuntil(b"\r\n\r\n")
+        writer.write(b'{"a": 1}' + GOOD)
+        assert await reader.read() == b"ok"
+        writer.close()
+
+    serve(client)
+
+
 def test_after_a_refused_body_the_connection_serves_on():
     head = "POST /json HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
 
