@@ -100,6 +100,7 @@ class Protocol(HttpToolsProtocol):
         self._in_head, self._in_body = False, True
         self._stop_timer()
         super().on_headers_complete()
+        assert self.parser is not None
         if self.parser.should_upgrade():  # nobody does; but the parser takes what follows for another protocol
             self._unread = True
             self.cycle.keep_alive = False
