@@ -23,7 +23,7 @@ from .model import write
 SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP)
 CODES = ("engine_restarted", "queue_full")  # the typed errors that a client may get
 CLIENTS = 8
-HANG_SECONDS = 120  # a client that waits for longer is taken to wait for ever
+HANG_SECONDS = 600  # what is longer is taken for ever; the waits between restarts that served nobody add up to minutes
 
 
 def bodies(stream: bool) -> list[bytes]:
