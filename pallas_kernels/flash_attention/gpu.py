@@ -22,7 +22,7 @@ import jax
 
 from ..chips import known_platform, target_chip
 from .gpu_blocks import options_of
-from .gradient import differentiable
+from .gradient import differentiable, without_padding
 
 HOPPER, BLACKWELL = ("h100", "h200"), ("b200", "gb200", "b300", "gb300")
 Kernel = Callable[..., Any]
@@ -70,14 +70,21 @@ def or_triton(backward: Kernel) -> Kernel:
 
 def forward_by(kernel: Any) -> Any:
     def forward(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKE: jax.Array, **options: Any) -> Any:
+        v_BSKE = without_padding(v_BSKE, options["kv_segment_ids_BS"])  # scores of the others are hidden
         return kernel(*options_of(q_BTHD, k_BSKD, **options), q_BTHD, k_BSKD, v_BSKE)
 
     return forward
 
 
 def backward_by(kernel: Any) -> Any:
-    def backward(q_BTHD: jax.Array, k_BSKD: jax.Array, *others: jax.Array, **options: Any) -> Any:
+    def backward(
+        q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKE: jax.Array, d_out_BTHE: jax.Array, *rows: jax.Array, **options: Any
+    ) -> Any:
         o, arrays = options_of(q_BTHD, k_BSKD, **options)
+        q_ids_BT, kv_ids_BS = options["q_segment_ids_BT"], options["kv_segment_ids_BS"]
+        q_BTHD, d_out_BTHE = (without_padding(x, q_ids_BT) for x in (q_BTHD, d_out_BTHE))
+        k_BSKD, v_BSKE = (without_padding(x, kv_ids_BS) for x in (k_BSKD, v_BSKE))
+        others = v_BSKE, d_out_BTHE, *rows
         grads = kernel(o, arrays, q_BTHD, k_BSKD, *others)
         if not o.bias:
             return grads

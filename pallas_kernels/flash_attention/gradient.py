@@ -61,6 +61,11 @@ def differentiable(
     return flash_attention
 
 
+def without_padding(x_BTHD: jax.Array, ids_BT: jax.Array | None) -> jax.Array:
+    """Zeros where the segment is 0: what is there may not be finite, which a weight of 0 would not hide."""
+    return x_BTHD if ids_BT is None else jnp.where((ids_BT != 0)[:, :, None, None], x_BTHD, 0)
+
+
 def delta(out_BTHE: jax.Array, d_out_BTHE: jax.Array, d_lse_BTH: jax.Array) -> jax.Array:
     wide = d_lse_BTH.dtype
     return (out_BTHE.astype(wide) * d_out_BTHE.astype(wide)).sum(-1) - d_lse_BTH

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .gradient import without_padding
+
 
 def flash_attention(
     q_BTHD: jax.Array,
@@ -28,6 +30,8 @@ def flash_attention(
     v_scale_H: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     out_dtype = q_BTHD.dtype
+    q_BTHD = without_padding(q_BTHD, q_segment_ids_BT)
+    k_BSKD, v_BSKE = (without_padding(x, kv_segment_ids_BS) for x in (k_BSKD, v_BSKE))
     if qk_scale_H is not None and v_scale_H is not None:
         q_BTHD, out_dtype = q_BTHD.astype(jnp.float32) * qk_scale_H[:, None], jnp.bfloat16
     scores, sees = _scores(
@@ -65,6 +69,9 @@ def flash_attention_backward(
 
     The denominator's own share of the gradient is what `delta` takes off.
     """
+    q_ids_BT, kv_ids_BS = options["q_segment_ids_BT"], options["kv_segment_ids_BS"]
+    q_BTHD, d_out_BTHE = (without_padding(x, q_ids_BT) for x in (q_BTHD, d_out_BTHE))
+    k_BSKD, v_BSKE = (without_padding(x, kv_ids_BS) for x in (k_BSKD, v_BSKE))
     B, T, H, _ = q_BTHD.shape
     K, wide = k_BSKD.shape[2], lse_BTH.dtype
     lse_BKGT1 = jnp.transpose(lse_BTH.reshape(B, T, K, H // K), (0, 2, 3, 1))[..., None]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from .. import tuned
 from ..chips import target_chip
-from .gradient import delta, differentiable
+from .gradient import delta, differentiable, without_padding
 from .tpu_backward import backward
 from .tpu_forward import LANES, LOG2E, Scores, forward
 from .tpu_plan import PADDING_K, PADDING_Q, Plan, padded_ids, tables
@@ -255,9 +255,8 @@ def _fit(length: int, most: int) -> int:
 
 def _heads(x_BTHD: jax.Array, length: int, ids_BT: jax.Array | None) -> jax.Array:
     """[B, H, length, D], with zeros where there is padding, and up to `_width`."""
-    if ids_BT is not None:  # what padding holds may not be finite
-        x_BTHD = jnp.where((ids_BT != 0)[:, :, None, None], x_BTHD, 0)
-    return _pad(_pad(jnp.swapaxes(x_BTHD, 1, 2), 2, length), 3, _width(x_BTHD.shape[3]))
+    x_BHTD = jnp.swapaxes(without_padding(x_BTHD, ids_BT), 1, 2)
+    return _pad(_pad(x_BHTD, 2, length), 3, _width(x_BTHD.shape[3]))
 
 
 def _width(size: int) -> int:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .gradient import differentiable
+from .gradient import differentiable, without_padding
 
 BLOCK = 128  # queries or keys: the unit in which work is skipped
 FORWARD_CHUNK = 1  # blocks of keys a tile of the forward pass spans at most, when its loop is unrolled
@@ -67,6 +67,8 @@ def flash_attention_backward(
 ) -> tuple[jax.Array, ...]:
     o, offset_B = _options(q_BTHD, k_BSKD, causal, window, q_offset, scale, softcap)
     segments = None if q_segment_ids_BT is None else (q_segment_ids_BT, kv_segment_ids_BS)
+    q_BTHD, d_out_BTHE = (without_padding(x, q_segment_ids_BT) for x in (q_BTHD, d_out_BTHE))
+    k_BSKD, v_BSKE = (without_padding(x, kv_segment_ids_BS) for x in (k_BSKD, v_BSKE))
     inputs = q_BTHD, k_BSKD, v_BSKE, segments, offset_B, bias_BHTS, d_out_BTHE, lse_BTH, delta_BTH
     return _by_groups(o, _backward, BACKWARD_CHUNK, inputs)
 
@@ -93,6 +95,7 @@ def _attention(
     if qk_scale_H is not None and v_scale_H is not None:
         q_BTHD, k_BSKD, v_BSKE = (x.astype(jnp.float32) for x in (q_BTHD, k_BSKD, v_BSKE))
         q_BTHD = q_BTHD * qk_scale_H[:, None]
+    v_BSKE = without_padding(v_BSKE, kv_segment_ids_BS)  # of the others only scores are made, which are hidden
     out_BTHE, lse_BTH = _by_groups(o, _forward, FORWARD_CHUNK, (q_BTHD, k_BSKD, v_BSKE, segments, offset_B, bias_BHTS))
     if sinks_H is not None:
         seen_lse_BTH, lse_BTH = lse_BTH, jnp.logaddexp(lse_BTH, sinks_H.astype(lse_BTH.dtype))

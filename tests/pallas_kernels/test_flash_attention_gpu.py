@@ -65,7 +65,7 @@ QUICK = {
 
 
 def make(case):
-    """Inputs in bfloat16, and the options as candidates get them."""
+    """Inputs in bfloat16, infinite where there is padding, and the options as candidates get them."""
     B, T, S, H, K, D, E, options = CASES[case] if case in CASES else FLOAT8[case]
     rng = np.random.default_rng(len(case))
     shapes = ((B, T, H, D), (B, S, K, D), (B, S, K, E), (B, T, H, E))
@@ -78,6 +78,7 @@ def make(case):
         ids[:, T // 3 : T // 3 + 2] = 0
         ids[0, -5:] = 0
         ids = jnp.asarray(ids, jnp.int32)
+        inputs = [jnp.where((ids == 0)[:, :, None, None], jnp.inf, x) for x in inputs]
     if isinstance(options["q_offset"], tuple):
         options["q_offset"] = jnp.asarray(options["q_offset"], jnp.int32)
     bias = None
