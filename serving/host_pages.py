@@ -28,8 +28,8 @@ class HostPages:
     def take(self, sequence: Sequence) -> bool:
         """Keeps the pages of one that loses its slot, if that is worth it and there is room. What a request asks that
         has to see its tokens computed cannot be kept so."""
-        count = -(-sequence.num_scheduled // self._page_size)
-        if not count or self.used + count > self.most or not sequence.request.finds_prefixes:
+        count, request = -(-sequence.num_scheduled // self._page_size), sequence.request
+        if not count or self.used + count > self.most or not request.finds_prefixes or request.counts_output:
             return False
         if 2 * count * self.page_seconds > self._compute_seconds(sequence.num_scheduled):
             return False

@@ -169,14 +169,19 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def finds_prefixes(self) -> bool:
-        """Whether it may begin behind tokens that were computed before.
+        """Whether it may begin behind tokens of its prompt that were computed before.
 
-        Log-probabilities of the prompt and the mean over it come from computing it, and penalties count the tokens as
-        they are computed.
+        Log-probabilities of the prompt and the mean over it come from computing it, and a repetition penalty counts its
+        tokens as they are computed.
         """
         params = self.params
-        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        return params.prompt_logprobs is None and self.pooling != "mean" and penalties == (1.0, 0.0, 0.0)
+        return params.prompt_logprobs is None and self.pooling != "mean" and params.repetition_penalty == 1.0
+
+    @property
+    def counts_output(self) -> bool:
+        """Whether tokens that it generates are counted as they are computed, for penalties: after a preemption all of
+        them are computed again."""
+        return bool(self.params.presence_penalty or self.params.frequency_penalty)
 
     def validate(self, vocab_size: int, max_model_len: int) -> None:
         """Raises `InvalidRequest` for the first field that breaks its rule; the prompt's name is "prompt"."""

@@ -378,11 +378,15 @@ class Scheduler:
         return None if pages + growing > self.free_pages - sum(node.users == 0 for node in nodes) else nodes
 
     def _found(self, sequence: Sequence) -> list[Node]:
-        """What the cache has of its tokens but the last, which is computed to sample the next one."""
-        if self.cache is None or not sequence.request.finds_prefixes:
+        """What the cache has of its tokens but the last, which is computed to sample the next one, and but those that
+        it has to see computed."""
+        request, known = sequence.request, sequence.prompt_ids + sequence.output_ids
+        if self.cache is None or not request.finds_prefixes:
             return []
-        known = sequence.prompt_ids + sequence.output_ids
-        return self.cache.match(known[:-1], sequence.request.cache_scope)
+        most = len(known) - 1
+        if request.counts_output:
+            most = min(most, len(sequence.prompt_ids))
+        return self.cache.match(known[:most], request.cache_scope)
 
     def _entry(self, sequence: Sequence, length: int, is_last_chunk: bool) -> Entry:
         entry = Entry(sequence, sequence.slot, sequence.num_scheduled, length, is_last_chunk, sequence.preemptions)

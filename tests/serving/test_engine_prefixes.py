@@ -92,13 +92,37 @@ def test_generated_tokens_are_found_too(cached):
     assert outputs[-1].cached_tokens == 48  # of 20 and 30, of which the last was never an input
 
 
-@pytest.mark.parametrize("more", [{"prompt_logprobs": 0}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.7}])
+@pytest.mark.parametrize("more", [{"prompt_logprobs": 0}, {"repetition_penalty": 1.3}])
 def test_what_is_counted_from_the_prompt_is_computed_from_it(plain, cached, more):
     prompts = conversations()
     cached.generate(prompts, greedy())
+    found_before = cached.stats().cached_tokens
     want, got = (engine.generate(prompts, greedy(**more)) for engine in (plain, cached))
     assert [one.token_ids for one in got] == [one.token_ids for one in want]
     assert [logprobs_of(one) for one in got] == [logprobs_of(one) for one in want]
+    assert cached.stats().cached_tokens == found_before
+
+
+@pytest.mark.parametrize("more", [{"presence_penalty": 1.9}, {"frequency_penalty": 0.7}])
+def test_what_is_counted_from_the_output_finds_prompts_and_after_a_preemption_counts_all_of_it(plain, cached, more):
+    prompts = conversations()
+    cached.generate(prompts, greedy())
+    found_before = cached.stats().cached_tokens
+    want, got = (engine.generate(prompts, greedy(max_tokens=30, **more)) for engine in (plain, cached))
+    assert [one.token_ids for one in got] == [one.token_ids for one in want]
+    assert cached.stats().cached_tokens - found_before > 200
+    # A request with a lower number takes the place of the one that runs, most of whose pages stay in the cache.
+    policy = twin(cached, max_running=1, policy="priority")
+    asked = Request("low", prompts[0], greedy(max_tokens=60, **more), priority=1)
+    (alone,) = plain.generate([asked.prompt_ids], asked.params)
+    policy.add(asked)
+    tokens = []
+    while policy.has_work:
+        tokens += [token for output in policy.step() if output.request_id == "low" for token in output.token_ids]
+        if len(tokens) == 40 and not policy.stats().preemptions:
+            policy.add(Request("high", [5], greedy(max_tokens=1)))
+    assert policy.stats().preemptions == 1 and policy.stats().cached_tokens > 0
+    assert tokens == alone.token_ids
 
 
 def test_another_salt_finds_nothing(cached):
@@ -135,14 +159,11 @@ def test_an_unknown_policy_lists_the_choices():
         Engine(loaded(CONFIG), EngineConfig(prefix_cache="fifo", compile_cache=""))
 
 
-def test_choices_of_one_prompt_compute_it_once(plain, cached, monkeypatch):
-    prompt = np.random.default_rng(12).integers(0, 256, 75).tolist()
-    requests = [
-        Request(
-            f"choice {n}", prompt, SamplingParams(temperature=1.0, max_tokens=30, seed=n, logprobs=1, ignore_eos=True)
-        )
-        for n in range(4)
-    ]
+@pytest.mark.parametrize("more", [{}, {"presence_penalty": 1.0}])
+def test_choices_of_one_prompt_compute_it_once(plain, cached, monkeypatch, more):
+    prompt = np.random.default_rng(12 + len(more)).integers(0, 256, 75).tolist()
+    options = {"temperature": 1.0, "max_tokens": 30, "logprobs": 1, "ignore_eos": True, **more}
+    requests = [Request(f"choice {n}", prompt, SamplingParams(seed=n, **options)) for n in range(4)]
     copied, computed = [], []
     copy, pack = cached.runner.copy_pages, cached._pack
     monkeypatch.setattr(cached.runner, "copy_pages", lambda copies: (copied.extend(copies), copy(copies)))
