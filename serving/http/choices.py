@@ -119,11 +119,20 @@ class Choice:
 
 
 def prompt_entries(
-    tokenizer: Tokenizer, ids: list[int], logprobs: Iterable[TokenLogprob | None] | None
+    tokenizer: Tokenizer,
+    ids: list[int],
+    logprobs: Iterable[TokenLogprob | None] | None,
+    *,
+    skip_special: bool,
+    untold: int,
 ) -> list[TokenEntry]:
-    """Entries for the tokens of an echoed prompt."""
-    tokens = _TokenStream(tokenizer)
-    return [tokens.entry(token, item) for token, item in zip(ids, logprobs or (), strict=True)]
+    """Entries for the tokens of an echoed prompt, in whose text the first `untold` tokens are not, and special ones
+    only unless `skip_special`."""
+    silent, tokens = _TokenStream(tokenizer), _TokenStream(tokenizer, skip_special)
+    return [
+        (silent if at < untold else tokens).entry(token, item)
+        for at, (token, item) in enumerate(zip(ids, logprobs or (), strict=True))
+    ]
 
 
 def completion_logprobs(tokenizer: Tokenizer, entries: list[TokenEntry], count: int) -> dict[str, Any]:

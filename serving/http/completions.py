@@ -19,8 +19,12 @@ DEFAULT_MAX_TOKENS = 16
 
 @dataclass(frozen=True)
 class _Prompt:
+    """`text`: as it is echoed, in which special tokens are not where `skip_special`, nor the first `untold` tokens."""
+
     ids: list[int]
-    text: str  # as it is echoed
+    text: str
+    skip_special: bool = True
+    untold: int = 0
 
 
 class CompletionJob(Job):
@@ -123,7 +127,8 @@ class CompletionJob(Job):
         prompt = self._prompt_of(choice)
         entries = []
         if self._logprobs is not None:
-            entries = prompt_entries(self._service.tokenizer, prompt.ids, output.prompt_logprobs)
+            told = {"skip_special": prompt.skip_special, "untold": prompt.untold}
+            entries = prompt_entries(self._service.tokenizer, prompt.ids, output.prompt_logprobs, **told)
         choice.begin(prompt.text, entries)
         return prompt.text, entries
 
@@ -182,15 +187,18 @@ async def _prompts(service: Service, values: dict[str, Any]) -> list[_Prompt]:
             raise bad("prompt", "A null 'prompt' begins a new document, but this model has no token for that.")
         return [_Prompt([tokenizer.bos_id], "")]
     check_count(service, len(given), "prompt")  # before they are tokenized for nothing
-    out = []
+    out, skip_special = [], values["skip_special_tokens"]
     for i, item in enumerate(given):
         if isinstance(item, str):
             field = "prompt" if len(given) == 1 else f"prompt[{i}]"
-            out.append(_Prompt(await service.encode_prompt(field, item, add_bos=tokenizer.adds_bos), item))
+            ids = await service.encode_prompt(field, item, add_bos=tokenizer.adds_bos)
+            # As it was sent: with the special tokens that it names, without the one that begins every text.
+            out.append(_Prompt(ids, item, skip_special=False, untold=int(tokenizer.adds_bos)))
         elif values["echo"]:
             vocab_size = service.engine.info.vocab_size
             ids = [token for token in item if token < vocab_size]  # others are refused when the request is checked
-            out.append(_Prompt(item, await off_loop(len(ids), lambda ids=ids: tokenizer.decode(ids))))
+            text = await off_loop(len(ids), lambda ids=ids: tokenizer.decode(ids, skip_special))
+            out.append(_Prompt(item, text, skip_special))
         else:
             out.append(_Prompt(item, ""))
     return out

@@ -6,6 +6,10 @@ import math
 import httpx
 import pytest
 
+from twinax.checkpoints.tokenizer import Tokenizer
+from twinax.serving.http.choices import prompt_entries
+from twinax.serving.request import TokenLogprob
+
 from .conftest import CONTEXT, MODEL, Server
 
 PROMPT = "def f(x):"
@@ -311,3 +315,28 @@ def test_special_tokens_show_where_they_are_asked_for(client):
         assert choice.text == text
         assert choice.logprobs.tokens == ["<|pad|>"] * 4
         assert choice.logprobs.text_offset == [0 if skip else 7 * n for n in range(4)]
+
+
+def test_the_places_of_an_echoed_prompts_tokens(client):
+    """Of special tokens too, which a text that names them has, and one of ids where they are asked for."""
+    whole = "a<|pad|>b€c"
+    ids = [97, 258, 98, *"€c".encode()]
+    for prompt, skip, echoed in ((whole, True, whole), (ids, False, whole), (ids, True, "ab€c")):
+        extra = {"skip_special_tokens": skip}
+        answer = complete(client, prompt, echo=True, logprobs=0, max_tokens=2, seed=1, extra_body=extra)
+        [choice] = answer.choices
+        assert choice.text.startswith(echoed) and answer.usage.prompt_tokens == len(ids)
+        places = dict(zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True))
+        assert {at: token for at, token in places.items() if at < len(echoed) and token in "abc"} == {
+            echoed.index(letter): letter for letter in "abc"
+        }
+        if "<" in echoed:
+            assert choice.logprobs.text_offset[1:3] == [1, 8]
+
+
+def test_a_token_that_begins_every_text_has_no_place_in_an_echoed_one():
+    tokenizer = Tokenizer.bytes()
+    ids = tokenizer.encode("a<|bos|>b", add_bos=True)
+    logprobs = [None, *(TokenLogprob(token, -1.0) for token in ids[1:])]
+    entries = prompt_entries(tokenizer, ids, logprobs, skip_special=False, untold=1)
+    assert [(entry.id, entry.offset) for entry in entries] == [(256, 0), (97, 0), (256, 1), (98, 8)]
