@@ -212,6 +212,8 @@ def as_chat(values: dict[str, Any]) -> dict[str, Any]:
         body["response_format"] = values["text"]["format"]
     if values["tools"]:
         body["parallel_tool_calls"] = values["parallel_tool_calls"]
+    elif values["tool_choice"] == "auto":  # what every response says, also one without tools; a chat refuses it
+        body["tool_choice"] = None
     if LOGPROBS in values["include"] or values["top_logprobs"] is not None:
         body |= {"logprobs": True, "top_logprobs": values["top_logprobs"]}
     return body

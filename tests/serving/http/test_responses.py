@@ -47,6 +47,15 @@ def test_answer_has_the_shape_of_the_api(client):
     assert used.total_tokens == used.input_tokens + used.output_tokens
 
 
+def test_what_a_response_says_of_its_request_may_be_asked_again(client):
+    first = respond(client, max_output_tokens=5, extra_body={"seed": 1})
+    names = set(response_input.RESPONSES) - {"input", "max_output_tokens"}
+    said = {name: value for name, value in first.to_dict().items() if name in names}
+    assert said["tool_choice"] == "auto" and said["tools"] == []
+    again = client.responses.create(input="hello", max_output_tokens=5, extra_body={"seed": 1} | said)
+    assert again.output_text == first.output_text
+
+
 def test_what_ends_for_want_of_tokens_is_incomplete(client):
     answer = respond(client, temperature=0, max_output_tokens=3, extra_body={"ignore_eos": True})
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
