@@ -85,7 +85,8 @@ def unflatten(trees: list[Any], leaves: list[Any]) -> list[Any]:
 
 def product(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
     wide = np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.int64
-    return (a.astype(wide) @ b.astype(wide)).astype(dtype)
+    with np.errstate(invalid="ignore"):  # of inf, a GPU makes nan and says nothing
+        return (a.astype(wide) @ b.astype(wide)).astype(dtype)
 
 
 def pick(barriers: list[Barrier], transforms: Any) -> Barrier:
