@@ -19,7 +19,10 @@ from twinax.pallas_kernels.ring_attention import ring_attention, unzigzag, zigza
 
 
 def check(n, mode, chunk, B=1, H=2, K=1, D=8, segments=False, dtype="float32", backward=True, large=1.0, **options):
-    """The largest difference of each result, over the largest number of that result, and whether there were races."""
+    """The largest difference of each result, over the largest number of that result, and whether there were races.
+
+    What padding holds is infinite.
+    """
     length, rng = 2 * n * chunk, np.random.default_rng(n)
     shapes = [(B, length, heads, D) for heads in (H, K, K, H)]
     q, k, v, d_out = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
@@ -28,6 +31,7 @@ def check(n, mode, chunk, B=1, H=2, K=1, D=8, segments=False, dtype="float32", b
         ids = np.sort(rng.integers(1, 4, (B, length)), axis=1).astype(np.int32)
         ids[:, length // 3 : length // 3 + chunk + 3] = 0
         ids[0, -3:] = 0
+        q, k, v = (jnp.where((ids == 0)[:, :, None, None], jnp.inf, x) for x in (q, k, v))
     mesh, cut = Mesh(np.array(jax.devices()[:n]), ("ring",)), PartitionSpec(None, "ring")
 
     def attend(q, k, v, *ids):

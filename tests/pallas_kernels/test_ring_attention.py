@@ -49,7 +49,8 @@ def order(devices: int, length: int) -> np.ndarray:
 
 
 def make(case, dtype=np.float64):
-    """q, k, v and the output's gradient in the order of the row; segment ids with padding inside and at the end."""
+    """q, k, v and the output's gradient in the order of the row; segment ids with padding inside and at the end, where
+    the inputs are infinite."""
     devices, chunk, H, K, options = CASES[case]
     length, options = 2 * devices * chunk, dict(options)
     rng = np.random.default_rng(list(CASES).index(case))
@@ -63,6 +64,7 @@ def make(case, dtype=np.float64):
         ids = np.sort(rng.integers(1, 4, (B, length)), axis=1).astype(np.int32)
         ids[:, length // 3 : length // 3 + 2] = 0
         ids[0, -3:] = 0
+        arrays[:3] = [np.where((ids == 0)[:, :, None, None], np.inf, x).astype(dtype) for x in arrays[:3]]
     return devices, arrays, ids, options
 
 
