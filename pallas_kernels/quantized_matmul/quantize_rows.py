@@ -16,8 +16,8 @@ def quantize_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """Values [M, G, B] in int8 or float8, the last block filled with zeros, and float32 scales [M, G].
 
-    `size` is B. With `scale`, all have that one and larger values saturate. A row that is not finite has no finite
-    scale, and so a result that is not.
+    `size` is B. With `scale`, all have that one and larger values, inf too, saturate. Else a row that is not finite has
+    no finite scale, and so a result that is not; one with nan has none in any case.
     """
     M, I = x_MI.shape
     G = -(-I // size)
@@ -29,7 +29,7 @@ def quantize_rows(
         # smaller ones may be taken for zero, and 1 / scale must be finite.
         scales_MG = jnp.maximum(reach_MG * jnp.float32(1 / LARGEST[name]), jnp.finfo(jnp.float32).tiny)
     else:
-        scales_MG = jnp.broadcast_to(scale.astype(jnp.float32), (M, G))
+        scales_MG = jnp.where(jnp.isnan(x_MGB).any(2), jnp.nan, scale.astype(jnp.float32))
     values = x_MGB / scales_MG[..., None]
     if format == "int8":
         values = jnp.round(values)

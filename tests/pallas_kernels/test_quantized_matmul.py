@@ -186,7 +186,7 @@ def test_is_the_reference(case, implementation):
 
 def check(x, weight, bias, options, y):
     """Holds y against the reference."""
-    z = exact(product, x, weight, bias, activation_format=options["activation_format"])
+    z = exact(product, x, weight, bias, **{**options, "activation": None})
     with jax.enable_x64(True):
         want = z if options["activation"] is None else np.asarray(ACTIVATIONS[options["activation"]](z))
     assert y.dtype == x.dtype and y.shape == want.shape
@@ -277,6 +277,25 @@ def test_static_scale_takes_the_place_of_the_rows():
     y = quantized_matmul(x.astype(F32), weight, activation_format="int8", activation_scale=0.25)
     rounded = np.clip(np.rint(np.asarray(x, np.float64) / 0.25), -127, 127) * 0.25
     np.testing.assert_allclose(y, rounded @ np.asarray(floats(weight), np.float64).T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [
+        pytest.param(case, name, marks=() if name == "xla" else SLOW)
+        for case in ("int8 x int8", "int4 x int8, groups", "fp8 x fp8", "fp8 x fp8, blocks")
+        for name in CANDIDATES
+    ],
+)
+def test_static_scale_is_the_reference(case, implementation):
+    """The largest numbers of some rows are beyond its reach; what is not a number spoils its own row."""
+    x, weight, bias, options = make(case)
+    options["activation_scale"] = np.float32(0.2 if options["activation_format"] == "int8" else 0.05)
+    clean = run(product, implementation, x, weight, bias, **options)
+    check(x, weight, bias, options, clean)
+    spoilt = np.asarray(run(product, implementation, x.at[0, 3].set(jnp.nan), weight, bias, **options))
+    assert np.isnan(spoilt[0].astype(np.float32)).all()
+    np.testing.assert_array_equal(spoilt[1:], clean[1:])
 
 
 def test_no_rows_and_leading_dimensions():
