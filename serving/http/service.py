@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 # Longer texts are tokenized in a thread, so that one client's novel does not hold up the others' tokens.
 _LONG_TEXT = 20_000
-_CHARACTERS_A_TOKEN = 16  # few texts have more
+_CHARACTERS_A_TOKEN = 5  # of most texts that fill a context, less
+_LEAST_PIECE = 1 << 16  # characters
 # How often those who are not in a hurry look whether there is room.
 _ROOM_SECONDS = 0.02
 
@@ -79,20 +80,25 @@ class Service:
         return await off_loop(len(text), lambda: tokenizer.encode(text, add_bos=add_bos))
 
     async def encode_prompt(self, param: str, text: str, *, add_bos: bool) -> list[int]:
-        """The ids of a text that is to fit the context. Raises 400 for the field `param` where it is far from that.
-
-        To tokenize ten megabytes takes ten seconds. So of a long text a part is tried first, and a larger one while
-        that has few tokens: twice the context in a part is too much for the whole, wherever the last word is cut.
-        """
-        size = _CHARACTERS_A_TOKEN * self.context
-        while size < len(text):
-            count = len(await self.encode(text[:size], add_bos=add_bos))
-            if count > 2 * self.context:
-                message = f"This model's context holds {self.context} tokens, but the first {size} characters alone "
-                message += f"have {count} (of {len(text)} characters). Shorten it."
-                raise bad(param, message, "context_length_exceeded")
-            size *= 4
+        """The ids of a text that is to fit the context. Raises 400 for the field `param` where it is far from that."""
+        if len(text) > _CHARACTERS_A_TOKEN * self.context + _LEAST_PIECE:
+            await self._check_size(param, text)
         return await self.encode(text, add_bos=add_bos)
+
+    async def _check_size(self, param: str, text: str) -> None:
+        """Counts the tokens piece by piece until they are too many: to tokenize ten megabytes takes ten seconds.
+
+        Where a piece is cut a word makes more tokens than it would in one, a few of the thousands that a piece has: an
+        eighth more than fit are too many for certain.
+        """
+        context, count = self.context, 0
+        size = max(context, _LEAST_PIECE)
+        for at in range(0, len(text), size):
+            count += len(await self.encode(text[at : at + size], add_bos=False))
+            if count > context + context // 8:
+                message = f"This model's context holds {context} tokens, but the first {min(at + size, len(text))} "
+                message += f"characters alone have about {count} (of {len(text)} characters). Shorten it."
+                raise bad(param, message, "context_length_exceeded")
 
     def new_tokens(self, prompt_length: int, asked: int | None, default: int | None, names: tuple[str, str]) -> int:
         """How many tokens to generate. `names` are the fields that hold the prompt and the number asked for.

@@ -1,0 +1,61 @@
+"""What the endpoints share, without a server."""
+
+import asyncio
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from twinax.checkpoints.tokenizer import Tokenizer
+from twinax.serving.http.errors import ApiError
+from twinax.serving.http.metrics import Metrics
+from twinax.serving.http.service import Service
+
+TEXT = "\n".join(importlib.import_module("pydoc_data.topics").topics.values())
+CONTEXT = 20_000
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False, max_token_length=32)
+    backend.train_from_iterator([TEXT[:100_000], *[" " * 32] * 5000], trainer)
+    return Tokenizer.from_backend(backend)
+
+
+def service_of(tokenizer: Any) -> Service:
+    info = SimpleNamespace(max_model_len=CONTEXT, cache_tokens=10 * CONTEXT)
+    engine: Any = SimpleNamespace(tokenizer=tokenizer, info=info)
+    return Service(engine, Metrics(), "m", 1 << 25)
+
+
+def test_of_a_text_that_is_too_long_little_more_is_tokenized_than_fits(tokenizer):
+    sizes = []
+
+    def encode(text: str, add_bos: bool) -> list[int]:
+        sizes.append(len(text))
+        return tokenizer.encode(text, add_bos)
+
+    service = service_of(SimpleNamespace(encode=encode))
+    with pytest.raises(ApiError, match=f"of {10 * len(TEXT)} characters") as caught:
+        asyncio.run(service.encode_prompt("prompt", TEXT * 10, add_bos=False))
+    assert (caught.value.status, caught.value.param) == (400, "prompt")
+    assert caught.value.code == "context_length_exceeded"
+    fits = CONTEXT * len(TEXT) / len(tokenizer.encode(TEXT))
+    assert sum(sizes) < 9 / 8 * fits + 2 * (1 << 16), "and a piece more"
+
+
+def test_a_text_of_many_characters_a_token_that_fits_is_taken_whole(tokenizer):
+    """However its pieces are cut."""
+    service = service_of(tokenizer)
+    for word in (" " * 32, " " * 33 + "x"):
+        text = word * int(95 * CONTEXT / len(tokenizer.encode(word * 100)))
+        ids = asyncio.run(service.encode_prompt("prompt", text, add_bos=False))
+        assert ids == tokenizer.encode(text) and 0.9 * CONTEXT < len(ids) < CONTEXT
+        assert len(text) > 5 * CONTEXT + (1 << 16), "it was doubtful"
