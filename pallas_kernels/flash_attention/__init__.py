@@ -44,8 +44,8 @@ def flash_attention(
     - Query row t has position `t + q_offset` among the keys; `q_offset` is an int, or one int per batch row `[B]`.
     - `causal`: position p sees keys at positions <= p. `window` w: only those in (p - w, p] (causal) or at a distance
       below w on both sides (not causal).
-    - Segments: a query sees only keys of its own segment; segment 0 is padding, which sees nothing and is not seen.
-      With one of the two arrays only, the other is the same (T must equal S).
+    - Segments: a query sees only keys of its own segment; segment 0 is padding, which sees nothing and is not seen,
+      whatever it holds. With one of the two arrays only, the other is the same (T must equal S).
     - A row that sees no key gives output 0, log-sum-exp -inf, and passes no gradient.
     - Head h of the H query heads reads key/value head `h // (H // K)`.
     - `scale` multiplies the scores (default `1 / sqrt(D)`), then `softcap` c bends them: `c * tanh(score / c)`.

@@ -77,14 +77,11 @@ def forward_by(kernel: Any) -> Any:
 
 
 def backward_by(kernel: Any) -> Any:
-    def backward(
-        q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKE: jax.Array, d_out_BTHE: jax.Array, *rows: jax.Array, **options: Any
-    ) -> Any:
+    def backward(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKE: jax.Array, *others: jax.Array, **options: Any) -> Any:
         o, arrays = options_of(q_BTHD, k_BSKD, **options)
-        q_ids_BT, kv_ids_BS = options["q_segment_ids_BT"], options["kv_segment_ids_BS"]
-        q_BTHD, d_out_BTHE = (without_padding(x, q_ids_BT) for x in (q_BTHD, d_out_BTHE))
-        k_BSKD, v_BSKE = (without_padding(x, kv_ids_BS) for x in (k_BSKD, v_BSKE))
-        others = v_BSKE, d_out_BTHE, *rows
+        q_BTHD = without_padding(q_BTHD, options["q_segment_ids_BT"])
+        k_BSKD, v_BSKE = (without_padding(x, options["kv_segment_ids_BS"]) for x in (k_BSKD, v_BSKE))
+        others = v_BSKE, *others
         grads = kernel(o, arrays, q_BTHD, k_BSKD, *others)
         if not o.bias:
             return grads
