@@ -52,7 +52,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def make(case):
+def make(case, layout="joint"):
     """Arguments, and pages that hold something everywhere."""
     rng = np.random.default_rng(0)
     R, at = len(case.requests), case.decode_rows
@@ -79,10 +79,12 @@ def make(case):
             table[r, : pages[r]] = table[leader[r], : pages[r]]
         arrays["prefixes"] = SharedPrefixes(leader, pages)
     kept = case.kept or case.dtype
-    pages = init_pages(2, R * M + 1, case.S, case.K, case.D, kept, latent=case.latent, layout="joint")
+    pages = init_pages(2, R * M + 1, case.S, case.K, case.D, kept, latent=case.latent, layout=layout)
     size = 40 if kept == jnp.int8 else 1
-    kv = jnp.asarray(size * rng.standard_normal(pages.kv_LPKNSX.shape), kept)
-    leaves = [kv] + [jnp.asarray(rng.uniform(0.005, 0.02, x.shape), x.dtype) for x in jax.tree.leaves(pages)[1:]]
+    shapes = [x.shape for x in jax.tree.leaves(pages)]
+    tokens = len(shapes) - pages.quantised  # the scales come last
+    leaves = [jnp.asarray(size * rng.standard_normal(shape), kept) for shape in shapes[:tokens]]
+    leaves += [jnp.asarray(rng.uniform(0.005, 0.02, shape), jnp.float32) for shape in shapes[tokens:]]
     shapes = [(at + case.spare, heads, case.D) for heads in (case.H, case.K, case.K)]
     qkv = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     for x in qkv:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from tests.pallas_kernels.pairs import pairs
 from tests.thorough import thorough
 from twinax.pallas_kernels.flash_attention import flash_attention
 from twinax.pallas_kernels.ring_attention import OPERATION, ring_attention, unzigzag, zigzag
@@ -33,6 +34,31 @@ CASES = {
     "sinks": (4, 4, 4, 2, {"sinks": True, "segments": True}),
     "window around the ring": (4, 4, 2, 1, {"window": 27, "segments": True, "softcap": 2.0}),
 }
+OPTIONS = (
+    *("five devices", "odd chunks", "grouped", "window", "softcap", "scale", "segments", "sinks"),
+    *("other values",),
+)
+
+
+def paired() -> dict[str, tuple]:
+    """Cases in which every two options meet."""
+    found = {}
+    for has in pairs(OPTIONS):
+        given = {
+            "window": {"window": 9},
+            "softcap": {"softcap": 1.5},
+            "scale": {"scale": 0.7},
+            "segments": {"segments": True},
+            "sinks": {"sinks": True},
+            "other values": {"V": 6},
+        }
+        options = {name: x for option, one in given.items() if option in has for name, x in one.items()}
+        sizes = 5 if "five devices" in has else 4, 3 if "odd chunks" in has else 4, 2, 1 if "grouped" in has else 2
+        found[", ".join(option for option in OPTIONS if option in has) or "no option"] = (*sizes, options)
+    return found
+
+
+CASES |= paired()
 
 
 @pytest.fixture(autouse=True)
@@ -117,14 +143,15 @@ def test_a_ring_gives_the_output_and_gradients_of_one_device(case, two_way):
 
 
 # Kernels for TPUs take no float64, and have tests of their own.
-def test_the_gradient_of_sinks_is_that_of_one_device():
+@pytest.mark.parametrize("two_way", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one way", "two ways"])
+def test_the_gradient_of_sinks_is_that_of_one_device(two_way):
     with jax.enable_x64(True):
         devices, (*qkv, d_out), ids, options = make("sinks")
         places, sinks = order(devices, d_out.shape[1]), options["sinks_H"]
         mesh, cut, whole = Plan(sequence=devices).mesh(), PartitionSpec(None, "sequence"), PartitionSpec()
 
         def attend(q, k, v, ids, sinks):
-            return ring_attention(q, k, v, axis="sequence", segment_ids_BT=ids, sinks_H=sinks)
+            return ring_attention(q, k, v, axis="sequence", segment_ids_BT=ids, sinks_H=sinks, two_way=two_way)
 
         island = jax.shard_map(attend, mesh=mesh, in_specs=(cut,) * 4 + (whole,), out_specs=cut, check_vma=False)
         *placed, d_placed = (jnp.asarray(x[:, places]) for x in (*qkv, d_out))
