@@ -19,13 +19,14 @@ def cross_entropy_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     V, wide = weight_VD.shape[0], jnp.promote_types(hidden_BTD.dtype, jnp.float32)
     weight_WD, targets_BT = _whole(options, weight_VD), _targets(options, weight_VD, targets_BT)
-    loss_BT, pullback = jax.vjp(
-        lambda hidden, weight: _loss(hidden, weight, targets_BT, options),
+    loss_BT = _loss(hidden_BTD, weight_WD, targets_BT, options)
+    counts_BT1 = weights_BT[..., None] != 0
+    _, pullback = jax.vjp(
+        lambda hidden, weight: _loss(jnp.where(counts_BT1, hidden, 0), weight, targets_BT, options),
         hidden_BTD.astype(wide),
         weight_WD.astype(wide),
     )
     dhidden_BTD, dweight_WD = pullback(weights_BT.astype(wide))
-    dhidden_BTD = jnp.where(weights_BT[..., None] != 0, dhidden_BTD, 0)
     if not options.axis:
         return loss_BT, dhidden_BTD.astype(hidden_BTD.dtype), dweight_WD.T
     # Terms that sum up to it.

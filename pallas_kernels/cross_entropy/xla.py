@@ -44,6 +44,8 @@ def cross_entropy_gradients(
         dhidden_BCD = jnp.einsum(
             "bcv,vd->bcd", dlogits_BCV, weight_VD, precision=precision, preferred_element_type=accumulator
         )
+        # What nobody looks at may not be finite, and 0 times that is not 0.
+        hidden_BCD = jnp.where(weights_BC1 != 0, hidden_BCD, 0)
         # [D, V], not [V, D]: the left side of this product is transposed on a CPU, and the logits are the larger one.
         dweight_DV += jnp.einsum(
             "bcd,bcv->dv",

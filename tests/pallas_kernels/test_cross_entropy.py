@@ -198,7 +198,7 @@ def test_a_vocabulary_over_two_axes_of_a_mesh_is_that_of_one_device(case, implem
             jax.grad(lambda h: jnp.sum(whole(h, weight)))(hidden)
 
 
-@ALL
+@pytest.mark.parametrize("implementation", [*CANDIDATES, "reference"])
 def test_tokens_of_weight_0_and_huge_logits(implementation):
     (hidden, weight, targets, weights), _ = make("plain", np.float32)
     targets[0], weights[0], weights[1:] = [-100, *range(1000, 1009)], 0, 1
@@ -208,7 +208,7 @@ def test_tokens_of_weight_0_and_huge_logits(implementation):
         assert np.isfinite(gradient).all()
     if gradients:
         assert not np.any(gradients[0][0])
-        targets[0] = 3
+        targets[0], hidden[0] = 3, np.inf
         for a, b in zip(run((hidden * 1e4, weight, targets, weights), {}, implementation)[1:], gradients, strict=True):
             np.testing.assert_array_equal(a, b)
 
