@@ -134,7 +134,7 @@ def init_pages(
     """An empty pool of `num_pages` pages of `page_size` tokens for each layer, in `dtype`.
 
     Args:
-      dtype: a floating one, or int8 or float8_e4m3fn: quantised as it is written.
+      dtype: a floating one of 16 bits or more, or int8 or float8_e4m3fn: quantised as it is written.
       latent: the value of a token is the first so many numbers of its key (latent attention, arXiv:2405.04434).
       layout: "split" or "joint"; None: what the platform's kernels want.
     """
@@ -148,8 +148,9 @@ def init_pages(
     if layout not in LAYOUTS:
         raise ValueError(f"layout is one of {', '.join(LAYOUTS)}, got {layout!r}")
     dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating) and dtype.name not in QUANTISED:
-        raise ValueError(f"pages are floating, or one of {', '.join(QUANTISED)}; got {dtype.name}")
+    # Other floats of 8 bits would have no scales, and numbers beyond their reach be lost.
+    if dtype.name not in QUANTISED and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1):
+        raise ValueError(f"pages are floats of 16 bits or more, or one of {', '.join(QUANTISED)}; got {dtype.name}")
     V, rows = latent or head_dim, sizes[:4]
     k = v = kv = scale = None
     if layout == "split":

@@ -103,21 +103,21 @@ def test_bfloat16_is_summed_in_float32(implementation):
 
 
 @pytest.mark.parametrize(
-    ("form", "block", "implementation"),
+    ("form", "block", "zeros", "implementation"),
     [
-        ("int8", (1, None), "xla"),
-        ("int4", (1, 32), "xla"),
-        ("fp8_e4m3", (None, 32), "xla"),
-        ("mxfp4", (1, 32), "xla"),
-        ("mxfp4", (1, 32), "reference"),
-        pytest.param("int4", (1, 32), "tpu", marks=pytest.mark.slow),
+        ("int8", (1, None), False, "xla"),
+        ("int4", (1, 32), True, "xla"),
+        ("fp8_e4m3", (None, 32), False, "xla"),
+        ("mxfp4", (1, 32), False, "xla"),
+        ("mxfp4", (1, 32), False, "reference"),
+        pytest.param("int4", (1, 32), True, "tpu", marks=pytest.mark.slow),
     ],
 )
-def test_quantised_weights_are_their_floats_and_get_no_gradient(form, block, implementation):
+def test_quantised_weights_are_their_floats_and_get_no_gradient(form, block, zeros, implementation):
     rng = np.random.default_rng(4)
     sizes_G = np.asarray([3, 0, 9], np.int32)
     x_NI, dy_NO = (rng.standard_normal((14, n)).astype(np.float32) for n in (64, 6))
-    weight = quantized(rng.standard_normal((3, 6, 64)).astype(np.float32), form, block, False)
+    weight = quantized(rng.standard_normal((3, 6, 64)).astype(np.float32), form, block, zeros)
     floats = np.asarray(jax.jit(dequantize)(weight), np.float64)
 
     @jax.jit

@@ -154,10 +154,11 @@ def test_bad_options():
     prefixes = SharedPrefixes(np.zeros(3, np.int32), np.zeros(4, np.int32))
     with pytest.raises(ValueError, match=r"prefixes.leader must be integers of shape \(4,\)"):
         step(q, k, v, make_pages(dtype=np.float32), {"prefixes": prefixes}, "xla")
-    for message, arguments in {
-        "latent is how many": {"latent": 9},
-        "layout is one of": {"layout": "other"},
-        "pages are floating, or": {"dtype": jnp.int32},
-    }.items():
+    for message, arguments in (
+        ("latent is how many", {"latent": 9}),
+        ("layout is one of", {"layout": "other"}),
+        ("pages are floats of 16 bits or more, or", {"dtype": jnp.int32}),
+        ("or one of int8, float8_e4m3fn; got float8_e5m2", {"dtype": jnp.float8_e5m2}),
+    ):
         with pytest.raises(ValueError, match=message):
             init_pages(1, 1, 1, 1, 8, **arguments)
