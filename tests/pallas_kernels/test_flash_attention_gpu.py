@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels.gpu_emulator import emulate
-from tests.pallas_kernels.test_flash_attention import paired
+from tests.pallas_kernels.test_flash_attention import headed, paired
 from twinax.pallas_kernels.flash_attention import (
     OPERATION,
     _check_options,
@@ -50,8 +50,8 @@ CASES = {
     "bias of every head": (2, 130, 130, 2, 2, 16, 16, {"bias": (2, 1), "segments": True, "sinks": True, "window": 90}),
     "bias of all": (1, 20, 200, 4, 2, 32, 16, {"bias": (1, 1), "causal": False}),
 }
-for name, (*sizes, options) in paired(128, 14, H=2, D=16).items():
-    CASES[name] = (*sizes, options.pop("value_size", 16), options)
+for name, (*sizes, options) in (paired(128, 14, H=2, D=16) | headed(140)).items():
+    CASES[name] = (*sizes, options.pop("value_size", sizes[-1]), options)
 FLOAT8 = {
     "causal, grouped": (1, 140, 200, 4, 2, 64, 32, {"q_offset": 60}),
     "sinks, softcap, heads of 80": (2, 130, 130, 2, 1, 80, 80, {"sinks": True, "softcap": 3.0, "window": 70}),

@@ -46,7 +46,7 @@ SLOW = {
     "a negative scale": (1, 140, 140, 1, 1, 8, {"scale": -0.5}),
     "latent": (1, 150, 150, 1, 1, 192, {"value_size": 128}),
 }
-SLOW |= contract.paired(256, 40)
+SLOW |= contract.paired(256, 40) | contract.headed(200)
 CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 PROGRAMS = {
     "v5e": {"D": 64, "options": {"window": 200}},
