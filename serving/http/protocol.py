@@ -44,6 +44,8 @@ class _Transport:
 class Protocol(HttpToolsProtocol):
     _head_bytes = _received = 0  # in whole headers; since the head began
     _in_head = True  # from the beginning: a connection on which nothing comes is as slow as one that never ends
+    _between = True  # requests: nothing of the next one has come
+    _heads = 0  # that began in what comes now
     _in_body = False
     _lingers = False
     _unread = False  # what comes now
@@ -86,6 +88,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._between = False
+        self._heads += 1
         self._expect_head()
 
     def on_url(self, url: bytes) -> None:
@@ -106,7 +110,7 @@ class Protocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
-        self._in_body = self._unread
+        self._in_body, self._between = self._unread, True
         super().on_message_complete()
         if self.cycle.response_complete:  # whose timer of idle connections the body has stopped
             self._expect_head()
@@ -120,9 +124,12 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing() or self._unread:
             return
+        between, self._heads = self._between, 0
         super().data_received(data)
-        # The parser keeps what is in the midst of a header for itself, so this counts what came.
-        if self._in_head and not self.transport.is_closing():
+        # The parser keeps what is in the midst of a header for itself, so this counts what came. Of a piece in whose
+        # midst a head begins it is not known how much is the head's; there is one such piece at most.
+        whole = not self._between and self._heads <= int(between)
+        if self._in_head and whole and not self.transport.is_closing():
             self._received += len(data)
             if self._received > MOST_HEAD_BYTES:
                 self._refuse(_TOO_LARGE)
