@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from .errors import bad, nearest, show
-from .parsers import Field, joined, no_op, one_of, parse_object, string
+from .parsers import Field, check_pieces, joined, no_op, one_of, parse_object, string
 from .tools import function_name
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -20,6 +20,7 @@ def check_messages(value: Any, template: str) -> list[dict[str, Any]]:
         raise bad("messages", f"'messages' must be a list of messages, got {show(value)}.", "invalid_type")
     if not value:
         raise bad("messages", "'messages' is empty; send at least one message.")
+    check_pieces("messages", value)
     return [_message(f"messages[{i}]", message, template) for i, message in enumerate(value)]
 
 

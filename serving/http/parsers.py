@@ -20,6 +20,7 @@ MAX_N = 128
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_INPUTS = 2048
+MAX_PIECES = 10_000  # of a conversation: messages, and their parts and calls
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 
 
@@ -68,6 +69,13 @@ def joined(part: Parser) -> Parser:
         return "".join(part(f"{param}[{i}]", one) for i, one in enumerate(value))
 
     return parse
+
+
+def check_pieces(param: str, items: list[Any]) -> None:
+    """Refuses a conversation of so many pieces that to look at each would hold up everybody's tokens."""
+    own = sum(len(part) for item in items if isinstance(item, dict) for part in item.values() if isinstance(part, list))
+    if (count := len(items) + own) > MAX_PIECES:
+        raise bad(param, f"'{param}' has {count} messages, parts and calls in all; it may have {MAX_PIECES} at most.")
 
 
 def integer(low: int, high: int | None = None) -> Parser:
@@ -130,6 +138,9 @@ _TOKEN_IDS = array({"type": "integer", "minimum": 0, "maximum": 2**31 - 1})
 def token_ids(param: str, value: Any) -> list[int]:
     if not isinstance(value, list):
         raise bad(param, f"'{param}' must be a list of token ids, got {show(value)}.", "invalid_type")
+    # Of millions, to look at each by name takes seconds.
+    if set(map(type, value)) == {int} and min(value) >= 0 and max(value) < 2**31:
+        return value
     parse = integer(0, 2**31 - 1)
     return [parse(f"{param}[{i}]", item) for i, item in enumerate(value)]
 

@@ -12,6 +12,7 @@ from .parsers import (
     MAX_TOP_LOGPROBS,
     Field,
     boolean,
+    check_pieces,
     hint,
     integer,
     joined,
@@ -84,6 +85,7 @@ def conversation(param: str, value: Any) -> list[dict[str, Any]]:
         return [{"role": "user", "content": string(param, value)}]
     if not isinstance(value, list) or not value:
         raise bad(param, f"'{param}' must be a string or a list of items, got {show(value)}.", "invalid_type")
+    check_pieces(param, value)
     messages: list[dict[str, Any]] = []
     for i, item in enumerate(value):
         _add(messages, f"{param}[{i}]", item)

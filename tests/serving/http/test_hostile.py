@@ -115,6 +115,43 @@ def test_ten_megabytes_of_messages(server: Server):
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages[0].role")
 
 
+_MESSAGE = {"role": "user", "content": "a"}
+_PART = {"type": "text", "text": "a"}
+_CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "given"),
+    [
+        ("/v1/chat/completions", "messages", [_MESSAGE] * 250_000),
+        ("/v1/chat/completions", "messages", [_MESSAGE | {"content": [_PART] * 30}] * 8000),
+        ("/v1/chat/completions", "messages", [_MESSAGE | {"role": "assistant", "tool_calls": [_CALL] * 100_000}]),
+        ("/v1/responses", "input", [_MESSAGE] * 250_000),
+        ("/v1/responses", "input", [_MESSAGE | {"content": [{"type": "input_text", "text": "a"}] * 200_000}]),
+        ("/tokenize", "messages", [_MESSAGE] * 250_000),
+    ],
+    ids=range(6),
+)
+def test_a_conversation_of_very_many_pieces(server: Server, path, field, given):
+    """Nobody's tokens wait while each is looked at."""
+    body = json.dumps({"model": MODEL, field: given}).encode()
+    with cheap(server):
+        response = server.post_bytes(path, body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, field)
+    assert "in all; it may have 10000 at most" in error["message"]
+
+
+def test_a_conversation_may_have_many_messages(server: Server):
+    given = [_MESSAGE | {"content": [_PART]}] * 5000
+    for path, body in (
+        ("/v1/chat/completions", {"messages": given}),
+        ("/v1/responses", {"input": [_MESSAGE] * 10_000}),
+    ):
+        error = server.post(path, {"model": MODEL} | body).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+
+
 @pytest.mark.parametrize(
     "text",
     [
