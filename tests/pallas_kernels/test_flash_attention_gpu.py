@@ -167,6 +167,25 @@ def test_output_and_gradients(kernel, case):
         close(d_learned["bias_BHTS"], wanted[1]["bias_BHTS"], "d bias")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("case", ["causal, grouped, a rest", "segments, sinks, softcap"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_large_scores_and_their_gradients_stay_finite(kernel, case):
+    skip_unless_for_this_gpu(kernel)
+    (q, k, v), d_out, options = make(case)
+    static = {name: x for name, x in options.items() if not isinstance(x, jax.Array)}
+    arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
+
+    def both(inputs, d_out, arrays):
+        (out, lse), pull = jax.vjp(lambda x: KERNELS[kernel](*x, **static, **arrays), inputs)
+        return out, *pull((d_out, jnp.zeros_like(lse)))[0]
+
+    large = q * jnp.bfloat16(1e4), k * jnp.bfloat16(1e4), v
+    for x in run(kernel, both)(large, d_out, arrays):
+        assert np.isfinite(np.asarray(x, np.float32)).all()
+
+
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("kernel", "case"),

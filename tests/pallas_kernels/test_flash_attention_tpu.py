@@ -100,6 +100,15 @@ def test_bfloat16_sums_in_float32_and_large_scores_stay_finite():
     assert np.isfinite(np.asarray(out, np.float32)).all() and np.isfinite(lse).all()
 
 
+@pytest.mark.parametrize(
+    "case", ["causal, grouped, a rest", pytest.param("segments, sinks, softcap", marks=pytest.mark.slow)]
+)
+def test_large_scores_and_their_gradients_stay_finite(case):
+    (q, k, v), options = contract.make(case, np.float32)
+    results = contract.outputs_and_gradients((q * np.float32(1e4), k * np.float32(1e4), v), options, "tpu")
+    assert all(np.isfinite(x).all() for x in results)
+
+
 @pytest.mark.parametrize("scales", ["one a head", pytest.param("one number", marks=pytest.mark.slow)])
 def test_float8(scales):
     (q, k, v), options = contract.make("segments, sinks, softcap", np.float32)

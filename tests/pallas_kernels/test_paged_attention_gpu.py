@@ -144,6 +144,15 @@ def test_shared_pages_are_read_where_the_leader_has_them(what, monkeypatch):
 
 
 @SLOW
+def test_large_scores_stay_finite():
+    case = CASES["a mix"]
+    batch, num_pages = make(case, np.float32)
+    batch.q[:], batch.k[:] = batch.q * 1e4, batch.k * 1e4
+    out, _ = run(batch, filled(case, num_pages, np.float32), "gpu")
+    assert np.isfinite(out).all()
+
+
+@SLOW
 def test_neighbours_change_no_bit():
     case = CASES["a mix"]
     batch, num_pages = make(case, np.float32)

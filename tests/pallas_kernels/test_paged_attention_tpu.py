@@ -175,6 +175,16 @@ def test_more_against_the_reference(name):
     check(*SLOW[name])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [None, jnp.int8])
+def test_large_scores_stay_finite(kept):
+    case = Case(A_MIX, 5, K=2, H=4, S=32, kept=kept, sinks=True, prefixes=((0, 1, 2, 3, 0), (1, 0, 0, 0, 1)))
+    (q, k, v), pages, arrays = make(case)
+    with interpreted("on_wait"):
+        out, _ = jax.block_until_ready(run(case, "tpu", (q * 1e4, k * 1e4, v), pages, arrays))
+    assert np.isfinite(out).all()
+
+
 @pytest.mark.parametrize(
     "requests", [((33, 1), (69, 1)), pytest.param(((33, 1), (40, 9), (70, 1)), marks=pytest.mark.slow)]
 )
