@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-PADDING_Q, PADDING_K = -2, -1  # ids of segment 0, that equal nothing
+PADDING_Q, PADDING_K = -(2**31), -(2**31) + 1  # ids of segment 0, that equal nothing: no caller's
 
 
 @dataclasses.dataclass(frozen=True)

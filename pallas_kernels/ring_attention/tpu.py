@@ -14,6 +14,7 @@ from .. import tuned
 from ..chips import target_chip
 from ..flash_attention.gradient import without_padding
 from ..flash_attention.tpu_forward import LOG2E, LOWEST, Scores
+from ..flash_attention.tpu_plan import PADDING_K, PADDING_Q
 from . import tpu_backward, tpu_forward, xla
 from .tpu_forward import LANES, Ring
 
@@ -163,5 +164,5 @@ def _ids(o: Ring, ids_BT: jax.Array | None, B: int, T: int) -> tuple[Any, Any]:
         return None, None
     ids = jnp.ones((B, T), jnp.int32) if ids_BT is None else ids_BT.astype(jnp.int32)
     ids = _pad(o, ids)
-    everyone = jax.lax.all_gather(jnp.where(ids == 0, -1, ids), o.axis, axis=1)
-    return jnp.where(ids == 0, -2, ids)[:, None], everyone[:, :, None]
+    everyone = jax.lax.all_gather(jnp.where(ids == 0, PADDING_K, ids), o.axis, axis=1)
+    return jnp.where(ids == 0, PADDING_Q, ids)[:, None], everyone[:, :, None]

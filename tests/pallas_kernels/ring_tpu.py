@@ -29,6 +29,7 @@ def check(n, mode, chunk, B=1, H=2, K=1, D=8, segments=False, dtype="float32", b
     q, ids = q * large, None
     if segments:
         ids = np.sort(rng.integers(1, 4, (B, length)), axis=1).astype(np.int32)
+        ids[ids == 2] = -1
         ids[:, length // 3 : length // 3 + chunk + 3] = 0
         ids[0, -3:] = 0
         q, k, v = (jnp.where((ids == 0)[:, :, None, None], jnp.inf, x) for x in (q, k, v))

@@ -108,6 +108,7 @@ def make(case, dtype: Any = np.float64):
         options["bias_BHTS"][:, :, T // 2] = -np.inf
     if options.pop("segments", False):
         ids = np.sort(rng.integers(1, 4, (B, T)), axis=1)
+        ids[ids == 2] = -1
         ids[:, T // 3 : T // 3 + 2] = 0
         ids[0, -5:] = 0
         ids[-1] = 0 if B > 2 else ids[-1]

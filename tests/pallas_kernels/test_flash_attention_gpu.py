@@ -78,6 +78,7 @@ def make(case):
     ids = None
     if options.pop("segments", False):
         ids = np.sort(rng.integers(1, 4, (B, T)), axis=1)
+        ids[ids == 2] = -1
         ids[:, T // 3 : T // 3 + 2] = 0
         ids[0, -5:] = 0
         ids = jnp.asarray(ids, jnp.int32)
