@@ -4,12 +4,16 @@ All sides have the same random weights and greedy sampling; servers are asked ov
 client, transformers within its process. In each round all sides are measured one after another, with prompts that no
 earlier round had; the row shows the round whose ratio is the median. llama.cpp's tokens are compared with ours before.
 
+Beside them stands what nobody can pass in float32: all tokens multiplied with all weights, at the speed at which
+numpy's BLAS multiplies two large matrices in the same round.
+
 llama.cpp: build `llama-server` and name it with --llama-server; --gguf-python is a Python with the gguf package, which
 writes the model's files.
 """
 
 import contextlib
 import dataclasses
+import math
 import socket
 import subprocess
 import sys
@@ -22,10 +26,13 @@ from typing import Any
 import httpx
 import numpy as np
 
+from twinax.models.config import DecoderConfig
+from twinax.models.parameters import BLOCKS, param_shapes
 from twinax.serving.bench.config import BenchConfig
 from twinax.serving.bench.local import local_server
 from twinax.serving.bench.main import load_of, measure
 from twinax.serving.bench.summary import Summary
+from twinax.serving.bench.traces import Trace
 
 from . import model, report
 
@@ -123,6 +130,27 @@ def compare(rounds: int, sides: dict[str, Callable[[int], float]], comparisons: 
             )
 
 
+def sgemm_flops() -> float:
+    """Floating-point operations a second of numpy's float32 product of two large matrices, the best of three."""
+    size, seconds = 4096, []
+    a_NN = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    for _ in range(3):
+        start = time.perf_counter()
+        np.matmul(a_NN, a_NN)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def most(config: DecoderConfig, trace: Trace, flops: float) -> float:
+    """Generated tokens a second if products with weights were all there is to do, and ran at `flops` a second."""
+    weights = [x for name, x in param_shapes(config).items() if name.startswith(BLOCKS) and x.ndim == 3]
+    blocks, head = sum(math.prod(x.shape) for x in weights), config.vocab_size * config.hidden_size
+    generated = sum(one.output_tokens for one in trace.arrivals)
+    # The last token of a request is not fed again.
+    fed = sum(one.prompt_tokens + one.output_tokens - 1 for one in trace.arrivals)
+    return generated / (2 * (fed * blocks + generated * head) / flops)
+
+
 def saturation(options: Any, folder: Path, files: dict[str, Path], version: str) -> list[report.Row]:
     """The trace, all requests at once."""
     settings: dict[str, Any] = {
@@ -152,6 +180,10 @@ def saturation(options: Any, folder: Path, files: dict[str, Path], version: str)
         if report.peer_has(options.peer_python, "torch", "transformers"):
             comparisons["transformers"] = Comparison(f"{case}, {SLOTS} running", "transformers", 3.0)
             sides["transformers"] = lambda seed: transformers(options, folder, settings, seed)
+        comparisons["most"] = Comparison(case, "the most that float32 allows: numpy's sgemm", None)
+        sides["most"] = lambda seed: most(
+            SIZES[options.size], load_of(BenchConfig(url="http://none", seed=seed, **settings)), sgemm_flops()
+        )
         compare(options.rounds, sides, comparisons)
     return [one.row() for one in comparisons.values()]
 
