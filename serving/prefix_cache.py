@@ -20,6 +20,7 @@ from .allocator import PageAllocator
 from .kv_policies import EvictionPolicy, Use
 
 OWNER = "the prefix cache"
+GONE = -2  # the page of a node that is no longer in the tree
 Tokens = tuple[int, ...]
 
 
@@ -63,11 +64,18 @@ class PrefixCache:
             count += len(node.children)
         return count
 
-    def match(self, tokens: Sequence[int], salt: str) -> list[Node]:
-        """The longest chain of pages that `tokens` begins with. Nobody holds them yet."""
-        size, found = self._allocator.page_size, []
-        node = self._roots.get(salt)
-        for start in range(0, len(tokens) - size + 1, size):
+    def match(
+        self, tokens: Sequence[int], salt: str, most: int | None = None, found: Sequence[Node] = ()
+    ) -> list[Node]:
+        """The longest chain of pages that `tokens`, or the first `most` of them, begin with. Nobody holds them yet.
+
+        `found`: what it was some time ago. What of that is still there is not looked for again.
+        """
+        size, found = self._allocator.page_size, list(found)
+        while found and found[-1].page == GONE:
+            found.pop()
+        node = found[-1] if found else self._roots.get(salt)
+        for start in range(len(found) * size, (len(tokens) if most is None else most) - size + 1, size):
             node = None if node is None else node.children.get(tuple(tokens[start : start + size]))
             if node is None:
                 break
@@ -118,6 +126,7 @@ class PrefixCache:
             self._policy.evicted(node)
             del parent.children[node.key]  # pyright: ignore[reportArgumentType] (not a root's)
             self._allocator.free([node.page], OWNER)
+            node.page = GONE
             self.idle -= 1
             count -= 1
             if parent.parent is None and not parent.children:

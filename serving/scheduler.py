@@ -349,7 +349,7 @@ class Scheduler:
             sequence.slot = heapq.heappop(self._free_slots)
             if self.cache is not None:
                 self.cache.take(nodes)
-            sequence.nodes = nodes
+            sequence.nodes, sequence.found = nodes, []
             sequence.pages = [node.page for node in nodes] + self._allocate(pages, sequence)
             sequence.num_cached = self._copy_last_page(plan, sequence, nodes)
             self.cached_tokens += sequence.num_cached
@@ -374,19 +374,23 @@ class Scheduler:
         if growing >= self.free_pages:  # it needs one at least; the cache need not be asked
             return None
         nodes = self._found(sequence)
-        pages = self._pages_at_first(sequence) - len(nodes)
-        return None if pages + growing > self.free_pages - sum(node.users == 0 for node in nodes) else nodes
+        # Who holds a page holds those before it, too.
+        held = bisect.bisect_left(nodes, True, key=lambda node: node.users == 0)
+        return None if self._pages_at_first(sequence) - held + growing > self.free_pages else nodes
 
     def _found(self, sequence: Sequence) -> list[Node]:
         """What the cache has of its tokens but the last, which is computed to sample the next one, and but those that
         it has to see computed."""
-        request, known = sequence.request, sequence.prompt_ids + sequence.output_ids
+        request, prompt, output = sequence.request, sequence.prompt_ids, sequence.output_ids
         if self.cache is None or not request.finds_prefixes:
             return []
-        most = len(known) - 1
+        most = len(prompt) + len(output) - 1
         if request.counts_output:
-            most = min(most, len(sequence.prompt_ids))
-        return self.cache.match(known[:most], request.cache_scope)
+            most = min(most, len(prompt))
+        # One that waits at the head is asked about in each step, and may be long.
+        known = prompt + output if output else prompt
+        sequence.found = self.cache.match(known, request.cache_scope, most, sequence.found)
+        return sequence.found
 
     def _entry(self, sequence: Sequence, length: int, is_last_chunk: bool) -> Entry:
         entry = Entry(sequence, sequence.slot, sequence.num_scheduled, length, is_last_chunk, sequence.preemptions)

@@ -19,7 +19,7 @@ class Sequence:
     - `slot`: stable while running, -1 while waiting. `pages[i]` holds positions `i * page_size ...`.
     - `num_computed`: positions in the cache, as committed; `num_scheduled`: the same, with steps still in flight.
     - `num_cached`: positions that were in the prefix cache when the request was let in.
-    - `nodes`: the cache's, of its first pages.
+    - `nodes`: the cache's, of its first pages. `found`: while it waits, those that were there when it was last asked.
     - `in_flight`: tokens being sampled by steps that aren't committed.
     - `host_tokens` positions are kept in `host_pages` pages of the host's memory while it waits; `host`: the engine's.
     - `forks`: requests with the same prompt, held back until it is computed. `original`: the one that it is a fork of.
@@ -38,6 +38,7 @@ class Sequence:
     num_scheduled: int = 0
     num_cached: int = 0
     nodes: list[Node] = field(default_factory=list)
+    found: list[Node] = field(default_factory=list)
     in_flight: int = 0
     preemptions: int = 0
     finished: bool = False

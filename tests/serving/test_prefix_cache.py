@@ -33,6 +33,11 @@ class Machine(RuleBasedStateMachine):
         self.held = {}  # request -> (salt, tokens, nodes)
         self.pages = {}  # (salt, tokens so far) -> page, of what must be there: pages that are held
         self.count = 0
+        self.waits = []  # (salt, tokens, nodes that were there)
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=2, max_size=8), salt=st.sampled_from(["", "a"]))
+    def wait(self, tokens, salt):
+        self.waits.append((salt, tokens, self.cache.match(tokens, salt)))
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=2, max_size=8), salt=st.sampled_from(["", "a"]))
     def request(self, tokens, salt):
@@ -83,6 +88,8 @@ class Machine(RuleBasedStateMachine):
         assert len(self.cache) == len(held) + self.cache.idle
         for salt, tokens, nodes in self.held.values():
             assert self.cache.match(tokens, salt) == nodes
+        for salt, tokens, found in self.waits:
+            assert self.cache.match(tokens, salt, found=found) == self.cache.match(tokens, salt)
         pages = [node.page for node in {id(n): n for _, _, ns in self.held.values() for n in ns}.values()]
         assert len(set(pages)) == len(pages)
 

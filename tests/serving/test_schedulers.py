@@ -106,6 +106,24 @@ def test_a_decision_grows_with_those_that_run(policy):
     assert lines[256] < 8.5 * lines[32], lines
 
 
+def test_a_decision_costs_no_more_with_a_long_prompt_that_waits():
+    """Its beginning is in the prefix cache, and there is no room for it yet."""
+    lines = {}
+    for prompt in (200, 20_000):
+        config = SchedulerConfig(2, 4, prompt // 4 + 80, prompt + 300, 5000, 9, prefix_cache="lru")
+        scheduler = Scheduler(config)
+        add(scheduler, "runs", prompt, 300)
+        while not scheduler.get("runs").output_ids:
+            step(scheduler)
+        half = prompt // 2
+        scheduler.add(Request("waits", [7] * half + [8] * (half + 250), SamplingParams(max_tokens=9)))
+        step(scheduler)
+        lines[prompt] = max(count_lines(lambda scheduler=scheduler: step(scheduler)) for _ in range(8))
+        waits = scheduler.get("waits")
+        assert waits.slot < 0 and len(waits.found) == prompt // 8
+    assert lines[20_000] < 1.3 * lines[200], lines
+
+
 def count_lines(call):
     count = 0
 
