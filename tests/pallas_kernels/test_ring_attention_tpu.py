@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.pallas_kernels.pairs import pairs
+
 QUICK = [
     {"n": 3, "mode": "on_wait", "chunk": 100, "segments": True, "softcap": 2.0},
     {"n": 4, "mode": "on_wait", "chunk": 128, "H": 1, "window": 100},  # the second round brings nothing to see
@@ -20,6 +22,27 @@ SLOW = [
     {"n": 3, "mode": "on_wait", "chunk": 128, "H": 1, "window": 700},  # nearly the whole row
     {"n": 2, "mode": "eager", "chunk": 256, "B": 2, "K": 2, "large": 50.0},
     {"n": 5, "mode": "on_wait", "chunk": 128, "dtype": "bfloat16", "K": 2},
+]
+OPTIONS = (
+    *("three devices", "a rest", "grouped", "two rows", "window", "softcap", "scale", "segments", "bfloat16", "eager"),
+)
+GIVEN = {
+    "two rows": {"B": 2},
+    "window": {"window": 100},
+    "softcap": {"softcap": 2.0},
+    "scale": {"scale": 0.7},
+    "segments": {"segments": True},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+PAIRS = [
+    {
+        "n": 3 if "three devices" in has else 4,
+        "mode": "eager" if "eager" in has else "on_wait",
+        "chunk": 90 if "a rest" in has else 128,
+        "K": 1 if "grouped" in has else 2,
+        **{name: x for option, given in GIVEN.items() if option in has for name, x in given.items()},
+    }
+    for has in pairs(OPTIONS)
 ]
 # Of float32: sums of 2,000 terms, and the softmax of scores up to 1,000 with `large`. bfloat16 rounds p and ds.
 LIMITS = {"float32": 1e-5, "bfloat16": 2.0**-6}
@@ -35,7 +58,11 @@ def find(cases):
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("cases", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
+@pytest.mark.parametrize(
+    "cases",
+    [QUICK, *(pytest.param(cases, marks=pytest.mark.slow) for cases in (SLOW, PAIRS[:6], PAIRS[6:]))],
+    ids=["quick", "slow", "pairs", "more pairs"],
+)
 def test_the_numbers_of_one_device_and_no_races(cases):
     for case, found in zip(cases, find(cases), strict=True):
         dtype = case.get("dtype", "float32")
