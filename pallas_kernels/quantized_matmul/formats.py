@@ -57,9 +57,9 @@ class QuantizedWeight:
 
     @property
     def block_sizes(self) -> tuple[int, int]:
-        """`block` with the numbers of outputs and inputs for None."""
+        """`block` with the numbers of outputs and inputs for None, and for more than there are."""
         O, I = self.shape[-2:]
-        return self.block[0] or O, self.block[1] or I
+        return min(self.block[0] or O, O), min(self.block[1] or I, I)
 
     def check(self) -> None:
         """Raises ValueError where the arrays are not what the class says."""

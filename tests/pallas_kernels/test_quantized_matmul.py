@@ -50,12 +50,21 @@ CASES = {
     "fp8 x fp8, blocks": (3, 200, 140, "fp8_e4m3", (128, 128), False, "fp8", BF16, "silu"),
     "mxfp4": (3, 96, 40, "mxfp4", (1, 32), False, None, BF16, None),
     "mxfp4 with a rest": (1, 74, 130, "mxfp4", (1, 32), False, None, F32, None),
+    "fp8, a part of a block": (3, 70, 45, "fp8_e4m3", (128, 128), False, None, BF16, None),
+    "fp8 x fp8, a part of a block": (3, 70, 45, "fp8_e4m3", (128, 128), False, "fp8", F32, None),
 }
 
 
 # What runs quickly.
 QUICK = ("int8, a channel", "int4, groups of 32", "fp8 x fp8, blocks", "mxfp4 with a rest")
-BY_XLA = (*QUICK, "int8, groups with a rest", "int8 x int8, one scale", "int4 x int8, groups", "int4, a channel")
+BY_XLA = (
+    *QUICK,
+    "fp8 x fp8, a part of a block",
+    "int8, groups with a rest",
+    "int8 x int8, one scale",
+    "int4 x int8, groups",
+    "int4, a channel",
+)
 
 
 def pairs(by_xla):

@@ -27,7 +27,7 @@ from twinax.planner.devices import has_cuda_plugin
 GPU = jax.default_backend() == "gpu"
 SLOW = pytest.mark.slow
 QUICK = ("int4, groups of 32",)
-BY_XLA = ("int8 x int8", "int8 x int8, one scale", "fp8 x fp8")
+BY_XLA = ("int8 x int8", "int8 x int8, one scale", "fp8 x fp8", "fp8 x fp8, a part of a block")
 SPLIT = gpu_triton.Tile(16, 16, 32, splits=4)
 
 
