@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +13,8 @@ from . import fields, output_format
 from .choices import Choice, TokenEntry, chat_logprobs
 from .errors import bad
 from .jobs import Job, check_count, new_id
-from .messages import check_messages, size_of, with_written_arguments
-from .service import Service, include_usage, off_loop, sampling_params, scheduling, usage
+from .messages import check_messages, with_written_arguments
+from .service import Service, include_usage, sampling_params, scheduling, usage
 from .tools import ToolAnswer, ToolUse, tool_use
 
 
@@ -202,14 +203,15 @@ async def chat_prompt(
     def render(messages: list[dict[str, Any]]) -> str:
         return tokenizer.apply_chat_template(messages, tools, add_generation_prompt=add_generation_prompt)
 
+    # Another process does it: one that starts, or is at a novel, holds up nobody else's tokens.
     try:
-        text = await off_loop(size_of(messages), lambda: render(messages))
+        text = await asyncio.to_thread(render, messages)
     except ChatTemplateError as error:
         written = with_written_arguments(messages)  # as templates of DeepSeek want them
         if written == messages:
             raise bad("messages", f"{error}.") from None
         try:
-            text = await off_loop(size_of(messages), lambda: render(written))
+            text = await asyncio.to_thread(render, written)
         except ChatTemplateError:
             raise bad("messages", f"{error}.") from None
     return await service.encode_prompt("messages", text, add_bos=False)

@@ -24,12 +24,6 @@ def check_messages(value: Any, template: str) -> list[dict[str, Any]]:
     return [_message(f"messages[{i}]", message, template) for i, message in enumerate(value)]
 
 
-def size_of(messages: list[dict[str, Any]]) -> int:
-    """About how many characters they have."""
-    calls = sum(len(str(message.get("tool_calls", ""))) for message in messages)
-    return calls + sum(len(message["content"]) for message in messages)
-
-
 def with_written_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same, with the arguments of calls as texts in JSON."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from twinax.checkpoints.tokenizer import Tokenizer
+from twinax.serving.http.chat import chat_prompt
 from twinax.serving.http.errors import ApiError
 from twinax.serving.http.metrics import Metrics
 from twinax.serving.http.service import Service
@@ -59,3 +61,23 @@ def test_a_text_of_many_characters_a_token_that_fits_is_taken_whole(tokenizer):
         ids = asyncio.run(service.encode_prompt("prompt", text, add_bos=False))
         assert ids == tokenizer.encode(text) and 0.9 * CONTEXT < len(ids) < CONTEXT
         assert len(text) > 5 * CONTEXT + (1 << 16), "it was doubtful"
+
+
+def test_a_conversation_that_is_slow_to_render_holds_up_nobody():
+    """It is rendered once the event loop goes on, and not before."""
+    goes_on = threading.Event()
+
+    def render(messages: Any, tools: Any, add_generation_prompt: bool) -> str:
+        assert goes_on.wait(timeout=20)
+        return messages[0]["content"]
+
+    speaker = SimpleNamespace(
+        template_for=lambda tools: "{{ messages }}", apply_chat_template=render, encode=lambda text, add_bos: list(text)
+    )
+
+    async def both() -> list[int]:
+        asyncio.get_running_loop().call_soon(goes_on.set)
+        messages = [{"role": "user", "content": "hello"}]
+        return await chat_prompt(service_of(speaker), messages, add_generation_prompt=True)
+
+    assert asyncio.run(both()) == list("hello")
