@@ -6,8 +6,10 @@ import asyncio
 import atexit
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from .. import wire
 
 MOST_WAITING = 32
+# By the clock, of one grammar; its own limit is of processor time. A process that is silent for longer is ended.
+PATIENCE_SECONDS = 60.0
 _KEPT_VERDICTS = 1024
 _KEPT_CHARACTERS = 16 << 20
 
@@ -75,9 +79,12 @@ class GrammarCheck:
             process = self._process or self._start(ready)
             assert process.stdin is not None
             assert process.stdout is not None
+            timer = threading.Timer(PATIENCE_SECONDS, _kill, [process])
+            timer.start()
             with contextlib.suppress(BrokenPipeError):
                 grammar_child.send(process.stdin, grammar)
             data = grammar_child.receive(process.stdout)
+            timer.cancel()
             if data is not None:
                 return msgspec.msgpack.decode(data, type=str)
             self._end()
@@ -88,7 +95,9 @@ class GrammarCheck:
 
         environment = {name: value for name, value in os.environ.items() if name != "TWINAX_API_KEY"}
         command = [sys.executable, "-P", "-m", "twinax.serving.grammar_child"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        )
         self._process = process
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -99,9 +108,15 @@ class GrammarCheck:
         process, self._process = self._process, None
         if process is None:
             return
-        process.kill()
+        _kill(process)
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
         process.wait()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """With the fork in which it may be trying a grammar, which has the pipes too."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

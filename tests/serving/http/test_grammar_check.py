@@ -58,6 +58,21 @@ def test_each_gets_its_own_answer_and_those_that_kill_hurt_no_other(check):
     assert said(check, Grammar("regex", "c")) == [""]
 
 
+def test_a_process_that_hangs_is_replaced(check, monkeypatch):
+    assert said(check, GOOD) == [""]
+    first, start = check._process.pid, check._start
+
+    def restart(ready):
+        monkeypatch.setattr(grammar_check, "PATIENCE_SECONDS", 60.0)
+        return start(ready)
+
+    monkeypatch.setattr(grammar_check, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(check, "_start", restart)
+    os.kill(first, signal.SIGSTOP)
+    assert said(check, Grammar("regex", "d")) == [""]
+    assert check._process.pid != first
+
+
 def test_no_more_wait_than_a_limit(check, monkeypatch):
     monkeypatch.setattr(grammar_check, "MOST_WAITING", 2)
     answers = said(check, *[Grammar("regex", letter) for letter in "abcd"])
