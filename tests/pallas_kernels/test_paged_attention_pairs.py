@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from tests.pallas_kernels.pairs import pairs
 from tests.pallas_kernels.test_paged_attention_tpu import Case, check, make, run
+from tests.thorough import thorough
 from twinax.pallas_kernels.paged_attention import gpu, tpu
 
 OPTIONS = (
@@ -47,9 +48,7 @@ def paired() -> dict[str, tuple[Case, str]]:
 CASES = paired()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_xla(name):
-    case, layout = CASES[name]
+def check_xla(case: Case, layout: str) -> None:
     with jax.enable_x64(True):
         arguments = make(replace(case, dtype=np.float64), layout)
         out, pages = run(case, "xla", *arguments)
@@ -58,12 +57,22 @@ def test_xla(name):
         jax.tree.map(np.testing.assert_array_equal, pages, wanted_pages)
 
 
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For few tokens and rows, too, on a TPU."""
+    monkeypatch.setattr(tpu, "BLOCK_TOKENS", (64, 64))
+    monkeypatch.setattr(tpu, "tile_rows", lambda T, *_: min(16, -(-T // 16) * 16))
+
+
+@pytest.mark.parametrize("name", thorough(CASES, 3))
+def test_xla(name):
+    check_xla(*CASES[name])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "on_wait"])
 @pytest.mark.parametrize("name", CASES)
 def test_tpu(name, mode, monkeypatch):
-    monkeypatch.setattr(tpu, "BLOCK_TOKENS", (64, 64))
-    monkeypatch.setattr(tpu, "tile_rows", lambda T, *_: min(16, -(-T // 16) * 16))
+    several_blocks(monkeypatch)
     check(CASES[name][0], mode)
 
 
