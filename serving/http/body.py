@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope
 from .errors import ApiError, show
 
 _SLOWEST = 1000  # bytes a second
+_LONG_BODY = 1 << 17  # bytes; ten megabytes of objects take a second to read, in which others' tokens are to be sent
 
 
 class ClientGone(Exception):
@@ -63,7 +64,8 @@ async def read_json(scope: Scope, receive: Receive, limit: int) -> dict[str, Any
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
-    return parse_json(b"".join([piece async for piece in pieces(receive, limit, _too_large(limit))]))
+    data = b"".join([piece async for piece in pieces(receive, limit, _too_large(limit))])
+    return parse_json(data) if len(data) < _LONG_BODY else await asyncio.to_thread(parse_json, data)
 
 
 def parse_json(data: bytes) -> dict[str, Any]:

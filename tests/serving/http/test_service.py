@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from twinax.checkpoints.tokenizer import Tokenizer
+from twinax.serving.http import body
 from twinax.serving.http.chat import chat_prompt
 from twinax.serving.http.errors import ApiError
 from twinax.serving.http.metrics import Metrics
@@ -81,3 +82,24 @@ def test_a_conversation_that_is_slow_to_render_holds_up_nobody():
         return await chat_prompt(service_of(speaker), messages, add_generation_prompt=True)
 
     assert asyncio.run(both()) == list("hello")
+
+
+def test_a_long_body_holds_up_nobody_while_it_is_read(monkeypatch):
+    goes_on, parse = threading.Event(), body.parse_json
+
+    def slowly(data: bytes) -> dict[str, Any]:
+        assert goes_on.wait(timeout=20)
+        return parse(data)
+
+    async def both(value: bytes) -> dict[str, Any]:
+        async def receive() -> dict[str, Any]:
+            asyncio.get_running_loop().call_soon(goes_on.set)
+            return {"type": "http.request", "body": b'{"a": ' + value + b"}"}
+
+        goes_on.clear()
+        return await body.read_json({"headers": [(b"content-type", b"application/json")]}, receive, 1 << 20)
+
+    monkeypatch.setattr(body, "parse_json", slowly)
+    assert asyncio.run(both(b'"' + b"x" * 500_000 + b'"')) == {"a": "x" * 500_000}
+    with pytest.raises(ApiError, match="is given twice"):
+        asyncio.run(both(b"[" + b"1," * 200_000 + b'{"b": 1, "b": 2}]'))
