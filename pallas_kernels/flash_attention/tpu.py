@@ -27,16 +27,16 @@ PART = 2048  # queries: a longer row's backward pass is cut at multiples of this
 
 
 def blocks(
-    chip: str | None, T: int, S: int, causal: bool, plain: bool, bias: bool, is_backward: bool
+    chip: str | None, T: int, S: int, causal: bool, plain: bool, bias: bool, wide: bool, is_backward: bool
 ) -> tuple[int, int]:
     """Queries and keys a block takes at most; powers of two of at least 128.
 
     `plain`: without window, segments and traced offsets. Else a kernel has up to four bodies, and blocks more edges. On
-    v5e larger ones gain 3%, in a program four times as long.
+    v5e larger ones gain 3%, in a program four times as long. `wide`: float32, of which larger ones need 43 MiB.
     """
     if bias:
         return 512, 512
-    if is_backward or not plain or chip in ("v5e", "v5p"):
+    if is_backward or wide or not plain or chip in ("v5e", "v5p"):
         return 1024, 1024
     return (2048, 2048) if causal else (2048, 1024)
 
@@ -44,7 +44,7 @@ def blocks(
 def tuning_space(chip: str, key: dict[str, Any]) -> list[dict[str, int]]:
     """Block sizes worth trying (see `benchmarks.tune`); the first is the closed form."""
     is_backward, causal, T, S = key["kernel"] == "backward", key["causal"], key["T"], key["S"]
-    first = (*blocks(chip, T, S, causal, True, False, is_backward), Plan.chunk)
+    first = (*blocks(chip, T, S, causal, True, False, False, is_backward), Plan.chunk)
     more = [(1024, 1024, 512), (1024, 1024, 128), (512, 512, 256), (512, 512, 128), (512, 1024, 256), (1024, 512, 256)]
     more += [] if is_backward else [(2048, 2048, 256), (1024, 2048, 256), (512, 512, 512), (2048, 1024, 256)]
     fitting = [(min(q, T), min(k, S), chunk) for q, k, chunk in (first, *more)]
@@ -123,7 +123,7 @@ def _backward(
         return *(x.astype(dtype) for x in whole), *(jnp.concatenate(x, 2) for x in d_bias)
 
     segments, bias = q_segment_ids_BT is not None, bias_BHTS is not None
-    plan = _plan((T, S, D, E), causal, window, q_offset, segments, bias, is_backward=True)
+    plan = _plan((T, S, D, E), causal, window, q_offset, segments, bias, q_BTHD.dtype == jnp.float32, is_backward=True)
     Tp, Sp = plan.nq * plan.block_q, plan.nk * plan.block_k
     if "out" in rest and not plan.covered:
         rest = {"delta": delta(rest["out"], d_out_BTHE, rest["d_lse"])}
@@ -180,7 +180,7 @@ def _forward(
     _check(q_BTHD)
     (_, T, _, D), (_, S, _, E) = q_BTHD.shape, v_BSKE.shape
     segments, bias = q_segment_ids_BT is not None, bias_BHTS is not None
-    plan = _plan((T, S, D, E), causal, window, q_offset, segments, bias, is_backward=False)
+    plan = _plan((T, S, D, E), causal, window, q_offset, segments, bias, q_BTHD.dtype == jnp.float32, is_backward=False)
     Tp, Sp = plan.nq * plan.block_q, plan.nk * plan.block_k
     extras, found = _segments(plan, q_segment_ids_BT, kv_segment_ids_BS, q_offset)
     if bias_BHTS is not None:
@@ -219,12 +219,13 @@ def _plan(
     q_offset: Any,
     segments: bool,
     bias: bool,
+    wide: bool,
     is_backward: bool,
 ) -> Plan:
     T, S, D, E = sizes
     offset = q_offset if isinstance(q_offset, int) else None
     plain = window is None and offset is not None and not segments
-    most_q, most_k = blocks(target_chip(), T, S, causal, plain, bias, is_backward)
+    most_q, most_k = blocks(target_chip(), T, S, causal, plain, bias, wide, is_backward)
     chunk = Plan.chunk
     if plain and not bias:
         kernel = "backward" if is_backward else "forward"
