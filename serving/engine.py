@@ -253,7 +253,7 @@ class Engine:
             self.runner.write_pages(sequence.host, sequence.pages, first, count)
         for sequence in plan.admitted:
             sequence.host = None
-            self._prepare_slot(self._live[sequence.id].request, sequence.slot)
+            self._prepare_slot(sequence)
         if plan.copies:
             self.runner.copy_pages(plan.copies)
         bucket = self.runner.bucket_for(len(plan.decodes) + len(plan.chunks), plan.chunk_tokens)
@@ -321,7 +321,7 @@ class Engine:
         if start == sequence.num_cached:
             live.let_in = len(prompt) + len(output)
             live.cached = live.cached if sequence.preemptions else sequence.num_cached
-        flags = live.flags | (sampling.RESET if start == sequence.num_cached else 0)
+        flags = live.flags
         if end - len(prompt) < params.min_tokens:
             flags |= sampling.HOLD_STOPS
         if live.matcher is not None and entry.is_last_chunk:
@@ -431,11 +431,17 @@ class Engine:
             if live is not None and live.pooled is not None:
                 live.pooled.add(entry.start, hidden_TD[row : row + entry.length])
 
-    def _prepare_slot(self, request: Request, slot: int) -> None:
-        params = request.params
-        if params.logit_bias or params.min_tokens:
-            stops = self._live[request.id].stops
-            self.runner.setup_slot(slot, params.logit_bias, sorted(stops) if params.min_tokens else [])
+    def _prepare_slot(self, sequence: Sequence) -> None:
+        params, live = sequence.request.params, self._live[sequence.id]
+        if not (params.logit_bias or params.min_tokens or live.flags & sampling.PENALTIES):
+            return
+        # What is computed is counted then. To a repetition penalty it is all the same whether a token was the prompt's
+        # or generated; a request that `counts_output` too has none of that cached.
+        seen: list[int] = []
+        if params.repetition_penalty != 1.0:
+            seen = (sequence.prompt_ids + sequence.output_ids)[: sequence.num_cached]
+        stops = sorted(live.stops) if params.min_tokens else []
+        self.runner.setup_slot(sequence.slot, params.logit_bias, stops, seen)
 
     def _flag(self, entry: Entry, flag: int) -> bool:
         live = self._live.get(entry.sequence.id)

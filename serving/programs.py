@@ -334,4 +334,5 @@ class Programs:
         values = self._scalars((sampling.MAX_BIAS,), jnp.float32)
         stops = self._scalars((sampling.MAX_STOPS,), jnp.int32)
         slot = self._scalars((), jnp.int32)
-        return self._jit(sampling.setup_slot, (0,)).lower(self.like.state, slot, ids, values, stops)
+        seen = self._scalars((self.config.vocab_size,), jnp.bool_)
+        return self._jit(sampling.setup_slot, (0,)).lower(self.like.state, slot, ids, values, stops, seen)

@@ -171,11 +171,9 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def finds_prefixes(self) -> bool:
         """Whether it may begin behind tokens of its prompt that were computed before.
 
-        Log-probabilities of the prompt and the mean over it come from computing it, and a repetition penalty counts its
-        tokens as they are computed.
+        Log-probabilities of the prompt and the mean over it come from computing it.
         """
-        params = self.params
-        return params.prompt_logprobs is None and self.pooling != "mean" and params.repetition_penalty == 1.0
+        return self.params.prompt_logprobs is None and self.pooling != "mean"
 
     @property
     def counts_output(self) -> bool:

@@ -195,7 +195,7 @@ class Runner:
         self._state, token_R, logprobs = finish(self._outside, self._state, sent.rows_FR, sent.x_RD, allowed)
         return StepResult(token_R, logprobs, sent.prompt_logprobs, sent.hidden)
 
-    def setup_slot(self, slot: int, bias: dict[int, float], stops: list[int]) -> None:
+    def setup_slot(self, slot: int, bias: dict[int, float], stops: list[int], seen: list[int]) -> None:
         """Prepares what is kept for a slot, ahead of the step that admits its request."""
         vocab_size = self.config.vocab_size
         ids = np.full((sampling.MAX_BIAS,), vocab_size, np.int32)
@@ -204,7 +204,9 @@ class Runner:
         values[: len(bias)] = list(bias.values())
         held = np.full((sampling.MAX_STOPS,), vocab_size, np.int32)
         held[: len(stops)] = stops
-        self._state = self._programs["setup", None](self._state, np.int32(slot), ids, values, held)
+        seen_V = np.zeros((vocab_size,), bool)
+        seen_V[seen] = True
+        self._state = self._programs["setup", None](self._state, np.int32(slot), ids, values, held, seen_V)
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
         """Copies whole pages, (from, to), after all steps that were sent."""

@@ -20,7 +20,7 @@ MAX_TOP = 20  # likeliest tokens reported at most, as in OpenAI's API
 MAX_BIAS = 1024  # entries of logit_bias a request may have
 MAX_STOPS = 80  # end-of-sequence and stop tokens that min_tokens can hold back
 # What a row switches on.
-LOGPROBS, PENALTIES, BIAS, HOLD_STOPS, RESET, GRAMMAR = 1, 2, 4, 8, 16, 32
+LOGPROBS, PENALTIES, BIAS, HOLD_STOPS, GRAMMAR = 1, 2, 4, 8, 16
 
 
 @partial(
@@ -34,8 +34,8 @@ class SlotState:
 
     Attributes:
         last_token_S: int32; the token sampled last, so that the next step need not wait for the host to see it.
-        seen_SV: bool; tokens of the prompt (repetition penalty).
-        counts_SV: int32; how often each token was generated.
+        seen_SV: bool; tokens of the prompt, and those that were there when the slot was set up (repetition penalty).
+        counts_SV: int32; how often each token was generated since then.
         bias_SV: float32; logit_bias.
         stops_SN: int32; tokens that min_tokens holds back, padded with V.
     """
@@ -93,23 +93,30 @@ def record_tokens(
 
     def count(state: SlotState) -> SlotState:
         slots = state.last_token_S.shape[0]
-        fresh = jnp.where(rows.has(RESET) & rows.has(PENALTIES), rows.slot, slots)
-        seen = state.seen_SV.at[fresh].set(False, mode="drop")
-        counts = state.counts_SV.at[fresh].set(0, mode="drop")
-        seen = seen.at[jnp.where(generated_T, slots, slot_T), token_T].set(True, mode="drop")
-        counts = counts.at[jnp.where(generated_T, slot_T, slots), token_T].add(1, mode="drop")
+        seen = state.seen_SV.at[jnp.where(generated_T, slots, slot_T), token_T].set(True, mode="drop")
+        counts = state.counts_SV.at[jnp.where(generated_T, slot_T, slots), token_T].add(1, mode="drop")
         return dataclasses.replace(state, seen_SV=seen, counts_SV=counts)
 
     return lax.cond(jnp.any(rows.has(PENALTIES)), count, lambda state: state, state)
 
 
 def setup_slot(
-    state: SlotState, slot: jax.Array, bias_ids: jax.Array, bias_values: jax.Array, stops_N: jax.Array
+    state: SlotState,
+    slot: jax.Array,
+    bias_ids: jax.Array,
+    bias_values: jax.Array,
+    stops_N: jax.Array,
+    seen_V: jax.Array,
 ) -> SlotState:
-    """Gives a slot its logit bias ([MAX_BIAS] ids, padded with V, and values) and held-back stop tokens."""
+    """Gives a slot its logit bias ([MAX_BIAS] ids, padded with V, and values), held-back stop tokens, and the tokens
+    that its request has behind it already. What was counted for the one before is forgotten."""
     row = jnp.zeros(state.bias_SV.shape[1:], jnp.float32).at[bias_ids].add(bias_values, mode="drop")
     return dataclasses.replace(
-        state, bias_SV=state.bias_SV.at[slot].set(row), stops_SN=state.stops_SN.at[slot].set(stops_N)
+        state,
+        seen_SV=state.seen_SV.at[slot].set(seen_V),
+        counts_SV=state.counts_SV.at[slot].set(0),
+        bias_SV=state.bias_SV.at[slot].set(row),
+        stops_SN=state.stops_SN.at[slot].set(stops_N),
     )
 
 

@@ -109,6 +109,8 @@ def flash_attention_backward(
     The whole row's softmax enters by two numbers a query. Over any division of the keys, dq adds up, and dk and dv are
     those of the whole; likewise with queries and keys exchanged. That is how attention over several devices goes back.
 
+    What padding holds is finite here: who cuts a row has seen to it once, for all parts.
+
     Sinks enter by the log-sum-exp alone, and their gradient is a sum over rows: `-exp(sink - lse) * delta`.
 
     Args:

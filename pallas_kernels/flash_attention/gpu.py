@@ -77,11 +77,8 @@ def forward_by(kernel: Any) -> Any:
 
 
 def backward_by(kernel: Any) -> Any:
-    def backward(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKE: jax.Array, *others: jax.Array, **options: Any) -> Any:
+    def backward(q_BTHD: jax.Array, k_BSKD: jax.Array, *others: jax.Array, **options: Any) -> Any:
         o, arrays = options_of(q_BTHD, k_BSKD, **options)
-        q_BTHD = without_padding(q_BTHD, options["q_segment_ids_BT"])
-        k_BSKD, v_BSKE = (without_padding(x, options["kv_segment_ids_BS"]) for x in (k_BSKD, v_BSKE))
-        others = v_BSKE, *others
         grads = kernel(o, arrays, q_BTHD, k_BSKD, *others)
         if not o.bias:
             return grads

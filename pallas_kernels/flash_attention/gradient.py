@@ -39,6 +39,8 @@ def differentiable(
         d_out_BTHE, d_lse_BTH = cotangents
         sinks_H = arrays.get("sinks_H")
         options = {name: x for name, x in (*static, *arrays.items()) if name not in FORWARD_ONLY}
+        ids = (options["q_segment_ids_BT"], *[options["kv_segment_ids_BS"]] * 2)
+        inputs = tuple(without_padding(x, own) for x, own in zip(inputs, ids, strict=True))
         if from_out is not None and sinks_H is None:
             grads = from_out(*inputs, d_out_BTHE, lse_BTH, out_BTHE, d_lse_BTH, **options)
         else:

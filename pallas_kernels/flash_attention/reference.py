@@ -69,8 +69,6 @@ def flash_attention_backward(
 
     The denominator's own share of the gradient is what `delta` takes off.
     """
-    q_BTHD = without_padding(q_BTHD, options["q_segment_ids_BT"])
-    k_BSKD, v_BSKE = (without_padding(x, options["kv_segment_ids_BS"]) for x in (k_BSKD, v_BSKE))
     B, T, H, _ = q_BTHD.shape
     K, wide = k_BSKD.shape[2], lse_BTH.dtype
     lse_BKGT1 = jnp.transpose(lse_BTH.reshape(B, T, K, H // K), (0, 2, 3, 1))[..., None]

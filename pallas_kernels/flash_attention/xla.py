@@ -67,8 +67,6 @@ def flash_attention_backward(
 ) -> tuple[jax.Array, ...]:
     o, offset_B = _options(q_BTHD, k_BSKD, causal, window, q_offset, scale, softcap)
     segments = None if q_segment_ids_BT is None else (q_segment_ids_BT, kv_segment_ids_BS)
-    q_BTHD = without_padding(q_BTHD, q_segment_ids_BT)
-    k_BSKD, v_BSKE = (without_padding(x, kv_segment_ids_BS) for x in (k_BSKD, v_BSKE))
     inputs = q_BTHD, k_BSKD, v_BSKE, segments, offset_B, bias_BHTS, d_out_BTHE, lse_BTH, delta_BTH
     return _by_groups(o, _backward, BACKWARD_CHUNK, inputs)
 

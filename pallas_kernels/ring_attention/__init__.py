@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..candidates import Operation
+from ..flash_attention.gradient import without_padding
 from .zigzag import unzigzag, zigzag
 
 __all__ = ["OPERATION", "ring_attention", "unzigzag", "zigzag"]
@@ -65,9 +66,7 @@ def ring_attention(
         if sinks_H.shape != (H,) or not jnp.issubdtype(sinks_H.dtype, jnp.floating):
             raise ValueError(f"sinks are one float a query head, ({H},), got {sinks_H.dtype}{sinks_H.shape}")
     return OPERATION(
-        q_BTHD,
-        k_BTKD,
-        v_BTKV,
+        *(without_padding(x, segment_ids_BT) for x in (q_BTHD, k_BTKD, v_BTKV)),
         axis=axis,
         segment_ids_BT=segment_ids_BT,
         window=window,

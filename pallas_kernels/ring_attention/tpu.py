@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from .. import tuned
 from ..chips import target_chip
-from ..flash_attention.gradient import without_padding
 from ..flash_attention.tpu_forward import LOG2E, LOWEST, Scores
 from ..flash_attention.tpu_plan import PADDING_K, PADDING_Q
 from . import tpu_backward, tpu_forward, xla
@@ -58,7 +57,6 @@ def ring_attention(
             f"{T} tokens a device and {H // K} query heads a key head need {needed >> 20} MiB of VMEM, "
             f"{limit >> 20} are there; cut the rows over more devices"
         )
-    q_BTHD, k_BTKD, v_BTKD = (without_padding(x, segment_ids_BT) for x in (q_BTHD, k_BTKD, v_BTKD))
     return _attention(o, q_BTHD, k_BTKD, v_BTKD, segment_ids_BT)
 
 

@@ -92,24 +92,32 @@ def test_generated_tokens_are_found_too(cached):
     assert outputs[-1].cached_tokens == 48  # of 20 and 30, of which the last was never an input
 
 
-@pytest.mark.parametrize("more", [{"prompt_logprobs": 0}, {"repetition_penalty": 1.3}])
-def test_what_is_counted_from_the_prompt_is_computed_from_it(plain, cached, more):
+def test_log_probabilities_of_the_prompt_are_computed_from_it(plain, cached):
     prompts = conversations()
     cached.generate(prompts, greedy())
     found_before = cached.stats().cached_tokens
-    want, got = (engine.generate(prompts, greedy(**more)) for engine in (plain, cached))
+    want, got = (engine.generate(prompts, greedy(prompt_logprobs=0)) for engine in (plain, cached))
     assert [one.token_ids for one in got] == [one.token_ids for one in want]
     assert [logprobs_of(one) for one in got] == [logprobs_of(one) for one in want]
     assert cached.stats().cached_tokens == found_before
 
 
-@pytest.mark.parametrize("more", [{"presence_penalty": 1.9}, {"frequency_penalty": 0.7}])
-def test_what_is_counted_from_the_output_finds_prompts_and_after_a_preemption_counts_all_of_it(plain, cached, more):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"presence_penalty": 1.9},
+        {"frequency_penalty": 0.7},
+        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 1.5, "frequency_penalty": 0.7},
+    ],
+)
+def test_penalties_count_what_is_found_and_after_a_preemption_all_that_was_generated(plain, cached, more):
     prompts = conversations()
     cached.generate(prompts, greedy())
     found_before = cached.stats().cached_tokens
     want, got = (engine.generate(prompts, greedy(max_tokens=30, **more)) for engine in (plain, cached))
     assert [one.token_ids for one in got] == [one.token_ids for one in want]
+    assert [logprobs_of(one) for one in got] == [logprobs_of(one) for one in want]
     assert cached.stats().cached_tokens - found_before > 200
     # A request with a lower number takes the place of the one that runs, most of whose pages stay in the cache.
     policy = twin(cached, max_running=1, policy="priority")
@@ -159,9 +167,11 @@ def test_an_unknown_policy_lists_the_choices():
         Engine(loaded(CONFIG), EngineConfig(prefix_cache="fifo", compile_cache=""))
 
 
-@pytest.mark.parametrize("more", [{}, {"presence_penalty": 1.0}])
-def test_choices_of_one_prompt_compute_it_once(plain, cached, monkeypatch, more):
-    prompt = np.random.default_rng(12 + len(more)).integers(0, 256, 75).tolist()
+@pytest.mark.parametrize(
+    ("seed", "more"), [(12, {}), (13, {"presence_penalty": 1.0}), (14, {"repetition_penalty": 9.0})]
+)
+def test_choices_of_one_prompt_compute_it_once(plain, cached, monkeypatch, seed, more):
+    prompt = np.random.default_rng(seed).integers(0, 256, 75).tolist()
     options = {"temperature": 1.0, "max_tokens": 30, "logprobs": 1, "ignore_eos": True, **more}
     requests = [Request(f"choice {n}", prompt, SamplingParams(seed=n, **options)) for n in range(4)]
     copied, computed = [], []

@@ -22,7 +22,8 @@ def engine():
 @pytest.mark.parametrize("cache", [None, "lru"])
 def test_pages_kept_by_the_host_change_no_bit(engine, cache):
     asked = prompts(9)[1:]
-    params = [greedy(max_tokens=30, **({"frequency_penalty": 0.5} if n == 2 else {})) for n in range(8)]
+    more = {2: {"frequency_penalty": 0.5}, 3: {"repetition_penalty": 1.5}, 6: {"repetition_penalty": 1.5}}
+    params = [greedy(max_tokens=30, **more.get(n, {})) for n in range(8)]
     want = twin(engine, prefix_cache=None, swap_pages=0).generate(asked, params)
     crowded = twin(engine, max_running=4, num_pages=9, prefix_cache=cache)
     crowded.scheduler.host_pages.page_seconds = 0.0  # the model is so small that computing may win

@@ -136,13 +136,13 @@ def test_penalties_bias_and_held_back_stops_are_openais_formulas():
     state = SlotState.empty(1, V)
     seen, counts = np.zeros((1, V), bool), np.zeros((1, V), np.int32)
     seen[0, [3, 4, 5]], counts[0, [5, 6, 7]] = True, [1, 2, 4]
-    state = dataclasses.replace(state, seen_SV=jnp.asarray(seen), counts_SV=jnp.asarray(counts))
     ids = np.full(sampling.MAX_BIAS, V, np.int32)
     values = np.zeros(sampling.MAX_BIAS, np.float32)
     ids[:2], values[:2] = [8, 9], [4.0, -100.0]
     stops = np.full(sampling.MAX_STOPS, V, np.int32)
     stops[0] = int(np.argmax(raw))
-    state = sampling.setup_slot(state, jnp.int32(0), jnp.asarray(ids), jnp.asarray(values), jnp.asarray(stops))
+    state = sampling.setup_slot(state, jnp.int32(0), *map(jnp.asarray, (ids, values, stops, seen[0])))
+    state = dataclasses.replace(state, counts_SV=jnp.asarray(counts))
     expected = raw[0].copy()
     met = seen[0] | (counts[0] > 0)
     expected[met] = np.where(expected[met] > 0, expected[met] / 1.5, expected[met] * 1.5)
@@ -164,7 +164,7 @@ def test_penalties_bias_and_held_back_stops_are_openais_formulas():
 
 def test_fed_tokens_are_counted_for_those_who_pay_for_them():
     state = SlotState.empty(2, V)
-    settings = rows({"slot": 0, "flags": sampling.PENALTIES | sampling.RESET}, {"slot": 1})
+    settings = rows({"slot": 0, "flags": sampling.PENALTIES}, {"slot": 1})
     token = jnp.asarray([3, 4, 4, 9], jnp.int32)
     slot = jnp.asarray([0, 0, 0, 2], jnp.int32)  # 2: padding
     generated = jnp.asarray([False, True, True, True])
@@ -172,8 +172,12 @@ def test_fed_tokens_are_counted_for_those_who_pay_for_them():
     assert np.flatnonzero(state.seen_SV[0]).tolist() == [3]
     assert state.counts_SV[0, 4] == 2
     assert int(jnp.sum(state.counts_SV)) == 2
-    again = sampling.record_tokens(state, settings, token[:1], slot[:1], generated[:1])  # RESET forgets
-    assert int(jnp.sum(again.counts_SV)) == 0
+    ids, values = np.full(sampling.MAX_BIAS, V, np.int32), np.zeros(sampling.MAX_BIAS, np.float32)
+    stops, seen = np.full(sampling.MAX_STOPS, V, np.int32), np.arange(V) == 7
+    state = sampling.setup_slot(state, jnp.int32(0), *map(jnp.asarray, (ids, values, stops, seen)))
+    state = sampling.record_tokens(state, settings, token[:1], slot[:1], generated[:1])
+    assert np.flatnonzero(state.seen_SV[0]).tolist() == [3, 7], "of the request before it is all forgotten"
+    assert int(jnp.sum(state.counts_SV)) == 0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
