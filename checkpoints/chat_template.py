@@ -17,11 +17,16 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 CPU_SECONDS = 5  # of one conversation; a megabyte of text takes a tenth of one
+PATIENCE_SECONDS = 60.0  # by the clock, which goes on where a process does not: it may have been stopped
 _LENGTH = struct.Struct(">Q")
 
 
 class ChatTemplateError(ValueError):
     """There is no chat template, or it does not compile, or it refused the conversation."""
+
+
+class ChatTemplateTimeout(ChatTemplateError):
+    """The process that renders said nothing, whatever the conversation."""
 
 
 def send(stream: IO[bytes], message: dict[str, Any]) -> None:
@@ -46,37 +51,59 @@ class Renderer:
 
     Args:
         cpu_seconds: of one conversation, at most (and up to one more).
+        patience: seconds that it may say nothing.
     """
 
-    def __init__(self, cpu_seconds: int):
-        self._seconds, self._lock, self._owner = cpu_seconds, threading.Lock(), 0
+    def __init__(self, cpu_seconds: int, patience: float = PATIENCE_SECONDS):
+        self._seconds, self._patience, self._lock, self._owner = cpu_seconds, patience, threading.Lock(), 0
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Its answer. ChatTemplateError when it died of the request."""
+        """Its answer. ChatTemplateError when it died of the request, ChatTemplateTimeout when two said nothing."""
         with self._lock:
-            process = self._running()
-            stdin, stdout = process.stdin, process.stdout
-            assert stdin is not None
-            assert stdout is not None
-            try:
-                send(stdin, request)
-                answer = receive(stdout)
-            except BrokenPipeError:
-                answer = None
-            except BaseException:  # its answer would be taken for the next one's
-                process.kill()
-                self._end()
-                raise
-            if answer is not None:
-                if "last" in answer:
-                    self._end()
-                return answer
-            status = self._end()
+            for _ in range(2):
+                process, late = self._running(), threading.Event()
+
+                def end(process: subprocess.Popen[bytes] = process, late: threading.Event = late) -> None:
+                    late.set()
+                    process.kill()  # which ends what waits for it below
+
+                timer = threading.Timer(self._patience, end)
+                timer.start()
+                try:
+                    answer = self._exchange(process, request)
+                finally:
+                    timer.cancel()
+                    timer.join()  # it kills now or never
+                if answer is not None:
+                    if "last" in answer or late.is_set():
+                        self._end()
+                    return answer
+                status = self._end()
+                if not late.is_set():
+                    break
+            else:
+                raise ChatTemplateTimeout(
+                    f"the process of chat templates said nothing for {self._patience:g} s, and neither did a new one"
+                )
         reason = f"ended its process with status {status}"
         if status == -signal.SIGXCPU:
             reason = f"took more than {self._seconds} seconds of CPU time on this conversation, and was stopped"
         raise ChatTemplateError(f"the chat template {reason}")
+
+    def _exchange(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> dict[str, Any] | None:
+        """Its answer; None when it has ended."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            send(process.stdin, request)
+            return receive(process.stdout)
+        except BrokenPipeError:
+            return None
+        except BaseException:  # its answer would be taken for the next one's
+            process.kill()
+            self._end()
+            raise
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:

@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ...checkpoints.chat_template import ChatTemplateError
+from ...checkpoints.chat_template import ChatTemplateError, ChatTemplateTimeout
 from ..request import Grammar, Output, Request
 from . import fields, output_format
 from .choices import Choice, TokenEntry, chat_logprobs
-from .errors import bad
+from .errors import bad, unavailable
 from .jobs import Job, check_count, new_id
 from .messages import check_messages, with_written_arguments
 from .service import Service, include_usage, sampling_params, scheduling, usage
@@ -191,7 +191,8 @@ async def chat_job(service: Service, body: dict[str, Any], arrival: float) -> Ch
 async def chat_prompt(
     service: Service, given: Any, *, add_generation_prompt: bool, tools: list[dict[str, Any]] | None = None
 ) -> list[int]:
-    """The token ids of a conversation. Raises 400 where it is malformed or the template refuses it."""
+    """The token ids of a conversation. Raises 400 where it is malformed or the template refuses it, 503 where the
+    process that renders it hangs."""
     tokenizer = service.tokenizer
     template = tokenizer.template_for(bool(tools))
     if template is None:
@@ -200,18 +201,23 @@ async def chat_prompt(
         raise bad("messages", message, "no_chat_template")
     messages = check_messages(given, template)
 
-    def render(messages: list[dict[str, Any]]) -> str:
-        return tokenizer.apply_chat_template(messages, tools, add_generation_prompt=add_generation_prompt)
-
     # Another process does it: one that starts, or is at a novel, holds up nobody else's tokens.
+    async def render(messages: list[dict[str, Any]]) -> str:
+        try:
+            return await asyncio.to_thread(
+                tokenizer.apply_chat_template, messages, tools, add_generation_prompt=add_generation_prompt
+            )
+        except ChatTemplateTimeout as error:
+            raise unavailable(f"{error}. Try again.", "chat_template_timeout") from None
+
     try:
-        text = await asyncio.to_thread(render, messages)
+        text = await render(messages)
     except ChatTemplateError as error:
         written = with_written_arguments(messages)  # as templates of DeepSeek want them
         if written == messages:
             raise bad("messages", f"{error}.") from None
         try:
-            text = await asyncio.to_thread(render, written)
+            text = await render(written)
         except ChatTemplateError:
             raise bad("messages", f"{error}.") from None
     return await service.encode_prompt("messages", text, add_bos=False)

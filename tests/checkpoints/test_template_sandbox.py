@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from twinax.checkpoints import chat_template
-from twinax.checkpoints.chat_template import ChatTemplateError, Renderer, render
+from twinax.checkpoints.chat_template import CPU_SECONDS, ChatTemplateError, ChatTemplateTimeout, Renderer, render
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,37 @@ def test_it_comes_back_when_it_was_killed(hasty):
     process_of(hasty).send_signal(signal.SIGKILL)
     process_of(hasty).wait()
     assert ask(hasty, "{{ x }}", x=3) == {"text": "3"}
+
+
+class Stopped(Renderer):
+    """Of its processes the next `count` are stopped, and waited for in vain."""
+
+    count = 0
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        process = super()._running()
+        self._patience = 0.2 if self.count else 60.0
+        if self.count:
+            self.count -= 1
+            process.send_signal(signal.SIGSTOP)
+        return process
+
+
+@pytest.mark.parametrize("text", ["3", "3" * 300_000], ids=["short", "longer than a pipe holds"])
+def test_one_that_hangs_is_replaced(text):
+    renderer = Stopped(CPU_SECONDS)
+    try:
+        ask(renderer, "")
+        first, renderer.count = process_of(renderer), 1
+        assert ask(renderer, "{{ x }}", x=text) == {"text": text}
+        assert first.returncode == -signal.SIGKILL
+        second, renderer.count = process_of(renderer), 2
+        with pytest.raises(ChatTemplateTimeout, match=r"said nothing for 0\.2 s, and neither did a new one"):
+            ask(renderer, "{{ x }}", x=text)
+        assert second.returncode == -signal.SIGKILL
+        assert ask(renderer, "{{ x }}", x=text) == {"text": text}
+    finally:
+        renderer.close()
 
 
 def test_ctrl_c_in_the_terminal_does_not_end_it(hasty):

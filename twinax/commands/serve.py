@@ -19,8 +19,11 @@ with status 1. What an administrator may do is on a socket of its own, of this u
   curl --unix-socket a.sock -X POST 'http://a/pause?hold=true'      # new requests wait; hold: those that run do too
   curl --unix-socket a.sock -X POST http://a/resume
   curl --unix-socket a.sock -X POST http://a/drain                  # take nothing new, end when all is done
-  curl --unix-socket a.sock -X POST 'http://a/reload?path=/run/new' # other weights of the same model, without a break
+  curl --unix-socket a.sock -X POST 'http://a/reload?path=/run/new' # other weights of the same model (see below)
   curl --unix-socket a.sock -X POST 'http://a/profile?folder=/tmp/p&seconds=5'
+
+A reload cuts no answer: the old weights serve while the new ones are loaded. From then on new requests wait until all
+earlier ones have ended.
 """
 
 from __future__ import annotations

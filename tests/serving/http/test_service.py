@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import signal
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from twinax.checkpoints import chat_template
 from twinax.checkpoints.tokenizer import Tokenizer
 from twinax.serving.http import body
 from twinax.serving.http.chat import chat_prompt
@@ -82,6 +84,29 @@ def test_a_conversation_that_is_slow_to_render_holds_up_nobody():
         return await chat_prompt(service_of(speaker), messages, add_generation_prompt=True)
 
     assert asyncio.run(both()) == list("hello")
+
+
+def test_a_process_of_templates_that_hangs_is_an_error_of_the_servers(monkeypatch):
+    renderer = chat_template.Renderer(chat_template.CPU_SECONDS, patience=0.2)
+    monkeypatch.setattr(chat_template, "_renderer", renderer)
+    start = renderer._running
+
+    def stopped():
+        process = start()
+        process.send_signal(signal.SIGSTOP)
+        return process
+
+    def render(messages: Any, tools: Any, add_generation_prompt: bool) -> str:
+        return chat_template.render("{{ messages[0].content }}", messages)
+
+    speaker = SimpleNamespace(
+        template_for=lambda tools: "{{ messages }}", apply_chat_template=render, encode=lambda text, add_bos: list(text)
+    )
+    chat = chat_prompt(service_of(speaker), [{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    monkeypatch.setattr(renderer, "_running", stopped)
+    with pytest.raises(ApiError, match=r"neither did a new one\. Try again\.") as caught:
+        asyncio.run(chat)
+    assert (caught.value.status, caught.value.code) == (503, "chat_template_timeout")
 
 
 def test_a_long_body_holds_up_nobody_while_it_is_read(monkeypatch):
