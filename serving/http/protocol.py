@@ -49,6 +49,7 @@ class Protocol(HttpToolsProtocol):
     _in_body = False
     _lingers = False
     _unread = False  # what comes now
+    _last_words: bytes | None = None  # for when the answers before them have ended
     _timer: asyncio.TimerHandle | None = None
     _socket: Any  # the transport that is the event loop's
 
@@ -101,9 +102,10 @@ class Protocol(HttpToolsProtocol):
         self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
-        self._in_head, self._in_body = False, True
+        self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
+        self._in_body = True
         assert self.parser is not None
         if self.parser.should_upgrade():  # nobody does; but the parser takes what follows for another protocol
             self._unread = True
@@ -116,8 +118,12 @@ class Protocol(HttpToolsProtocol):
             self._expect_head()
 
     def on_response_complete(self) -> None:
+        last = not self.pipeline
         super().on_response_complete()
-        if self._in_body and self.cycle.response_complete and not self.transport.is_closing():
+        if self._last_words is not None:
+            if last and not self.transport.is_closing():
+                self._end(self._last_words)
+        elif self._in_body and self.cycle.response_complete and not self.transport.is_closing():
             self._stop_timer()
             self._timer = self.loop.call_later(LINGER_SECONDS, self._socket.close)
 
@@ -165,8 +171,24 @@ class Protocol(HttpToolsProtocol):
         body = msgspec.json.encode(error.body())
         head = f"HTTP/1.1 {error.status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self._stop_timer()
-        cycle = self.cycle
-        begun = cycle is not None and cycle.response_started and not cycle.response_complete
-        if not begun and not self.pipeline:  # else it would land in the midst of an answer
-            self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
+        self._unread = True
+        words = f"{head}connection: close\r\n\r\n".encode() + body
+        cycle, own = self.cycle, self._in_body
+        if own and self.pipeline:  # the answer to a request that was not begun
+            self.pipeline.popleft()
+        elif own and not cycle.response_started:  # to one that was, and would wait for the rest
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._end(words)
+            return
+        elif own:  # which has another answer
+            words = b""
+        if self.pipeline or (cycle is not None and not cycle.response_complete):
+            self._last_words = words  # else they would land in the midst of an answer, or before it
+        else:
+            self._end(words)
+
+    def _end(self, words: bytes) -> None:
+        if words:
+            self.transport.write(words)
         self._linger()

@@ -306,6 +306,85 @@ def test_of_a_piece_only_the_head_that_began_before_it_is_counted(monkeypatch):
     serve(client, _reads_json())
 
 
+@pytest.mark.parametrize("begun", [True, False], ids=["begun", "not begun"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("more", "status", "seconds"),
+    [
+        (b"hello\r\n\r\n", 400, 60.0),
+        (GOOD[:-2] + b"x: " + b"a" * MOST_HEAD_BYTES + b"\r\n\r\n", 431, 60.0),
+        (GOOD[:10], 408, 0.1),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nno size\r\n", 400, 60.0),
+    ],
+    ids=["no HTTP", "a long head", "a slow head", "a wrong body"],
+)
+def test_a_refusal_follows_the_answers_to_what_came_before(monkeypatch, begun, count, more, status, seconds):
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", seconds)
+    refused, refuse, errors = asyncio.Event(), Protocol._refuse, []
+    monkeypatch.setattr(Protocol, "_refuse", lambda self, error: (refuse(self, error), refused.set()))
+
+    async def app(scope, receive, send):
+        try:
+            if not begun:
+                await refused.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": b"o", "more_body": True})
+            await refused.wait()
+            await send({"type": "http.response.body", "body": b"k"})
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    async def client(connect):
+        data = count * GOOD + more
+        in_pieces(monkeypatch, len(data))
+        reader, writer = await connect()
+        writer.write(data)
+        for _ in range(count):
+            assert await reader.readuntil(b"\r\n") == b"HTTP/1.1 200 OK\r\n"
+            assert (await reader.readuntil(b"\r\n\r\nok")).count(b"HTTP") == 0
+        rest = await reader.read()
+        assert rest.startswith(b"HTTP/1.1 %d " % status) and rest.count(b"HTTP/1.1 ") == 1
+        writer.close()
+
+    serve(client, app)
+    assert not errors
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["begun", "not begun"])
+def test_a_wrong_body_is_answered_once(monkeypatch, begun):
+    """Whose answer has begun goes on; else it is refused, and what was to answer it writes nothing."""
+    refused, refuse, errors, words = asyncio.Event(), Protocol._refuse, [], asyncio.Event()
+    monkeypatch.setattr(Protocol, "_refuse", lambda self, error: (refuse(self, error), refused.set()))
+
+    async def app(scope, receive, send):
+        try:
+            if not begun:
+                await refused.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+            await refused.wait()
+            await send({"type": "http.response.body", "body": b"ok"})
+        except BaseException as error:
+            errors.append(error)
+            raise
+        finally:
+            words.set()
+
+    async def client(connect):
+        reader, writer = await connect()
+        writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        found = await reader.readuntil(b"\r\n") if begun else b""
+        writer.write(b"no size\r\n")
+        found += await reader.read()
+        await words.wait()
+        assert found.startswith(b"HTTP/1.1 200 " if begun else b"HTTP/1.1 400 ")
+        assert found.count(b"HTTP/1.1 ") == 1 and found.endswith(b"ok" if begun else b"}}")
+        writer.close()
+
+    serve(client, app)
+    assert not errors
+
+
 def test_a_body_in_many_pieces_is_read():
     async def client(connect):
         reader, writer = await connect()
