@@ -34,6 +34,8 @@ def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
 # A product with fewer is never computed with the weights first: XLA:CPU has other kernels for it, which round a row in
 # another way in batches of other sizes.
 FEWEST_OUTPUTS = 64
+# Of more inputs XLA:CPU cuts the sums in parts when there are fewer rows, which rounds them in another way.
+LONGEST_SUM, ROWS_OF_LONG_SUMS = 2048, 16
 _weights_first: ContextVar[bool] = ContextVar("weights_first", default=False)
 
 
@@ -59,9 +61,13 @@ def product(x: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) 
         return jnp.einsum("...i,oi->...o", x, weight_OI, **options)
     # Without the barriers XLA turns the product around again, or has its kernel turn `x`, or who takes the result read
     # it column by column: all slow.
-    x_IN = lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+    x_NI = x.reshape(-1, x.shape[-1])
+    count = len(x_NI)
+    if x.shape[-1] > LONGEST_SUM and count < ROWS_OF_LONG_SUMS:
+        x_NI = jnp.pad(x_NI, ((0, ROWS_OF_LONG_SUMS - count), (0, 0)))
+    x_IN = lax.optimization_barrier(x_NI.T)
     y_ON = lax.optimization_barrier(jnp.einsum("oi,in->on", weight_OI, x_IN, **options))
-    return lax.optimization_barrier(y_ON.T).reshape(*x.shape[:-1], len(weight_OI))
+    return lax.optimization_barrier(y_ON[:, :count].T).reshape(*x.shape[:-1], len(weight_OI))
 
 
 @jax.custom_vjp

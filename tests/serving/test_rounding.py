@@ -1,23 +1,34 @@
 """Products with the weights first: the same values, and rows that round alike in all steps of an engine."""
 
+import jax
 import numpy as np
 import pytest
 
 from tests.serving.engines import engine_of, greedy, logprobs_of, prompts
 from tests.serving.test_engine_prefixes import CONFIG
-from twinax.layers.linear import product, weights_first
+from twinax.layers.linear import FEWEST_OUTPUTS, LONGEST_SUM, product, weights_first
 from twinax.serving import rounding
 from twinax.serving.step_sizes import ROUND, step_sizes
 
 
-@pytest.mark.parametrize("shape", [(30,), (9, 30), (2, 5, 30)])
-def test_the_product_is_the_same(shape):
+@pytest.mark.parametrize("shape", [(30,), (9, 30), (2, 5, 30), (9, LONGEST_SUM + 1), (2, 9, LONGEST_SUM + 1)])
+@pytest.mark.parametrize("outputs", [17, FEWEST_OUTPUTS])
+def test_the_product_is_the_same(shape, outputs):
     rng = np.random.default_rng(0)
-    x, weight = rng.standard_normal(shape, np.float32), rng.standard_normal((17, 30), np.float32)
+    x, weight = rng.standard_normal(shape, np.float32), rng.standard_normal((outputs, shape[-1]), np.float32)
     with weights_first():
         found = product(x, weight)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, x.astype(float) @ weight.T.astype(float), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, x.astype(float) @ weight.T.astype(float), rtol=1e-5, atol=1e-4)
+
+
+def test_few_rows_of_long_sums_round_as_more_do():
+    """XLA:CPU cuts sums of over 2,048 terms when there are fewer than 16 rows."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((16, 4864), np.float32), rng.standard_normal((128, 4864), np.float32)
+    with weights_first():
+        all_rows, few = (np.asarray(jax.jit(product)(x[:count], weight)) for count in (16, 8))
+    np.testing.assert_array_equal(few, all_rows[:8])
 
 
 @pytest.mark.parametrize("slots", [1, 2, 8, 24, 32, 57, 100, 256])
