@@ -16,7 +16,7 @@ from . import Case, Kernel
 # Inputs and outputs, how many rows the groups of a period have, and how many periods there are.
 EIGHT, MANY = (4096, 14336), (2048, 768)
 SHAPES: tuple[tuple[str, tuple[int, int], list[int], int], ...] = (
-    ("8 experts, balanced", EIGHT, [1024] * 2, 4),
+    ("8 experts, balanced", EIGHT, [1024] * 8, 1),  # of a period, the first fetches would count each time
     ("8 experts, skewed", EIGHT, [3072, 64, 1472, 832, 192, 1600, 320, 640], 1),
     ("128 experts, balanced", MANY, [256] * 8, 16),
     ("128 experts, skewed", MANY, [448] * 4 + [64] * 4, 16),
