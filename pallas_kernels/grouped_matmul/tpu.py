@@ -168,18 +168,13 @@ def product(
             y_sc = _dot(x_sa, w, (1, 1 if terms_last else 0))
             return y_sc * scales_1[0, 0, :, own] if bare and contract == 2 else y_sc
 
-        def columns(first: Any, low: Any, high: Any, size: int, *, body: Callable[..., None]) -> None:
-            chunk = b.wide if body is whole else b.chunk
-
+        def columns(first: Any, low: Any, high: Any, size: int, *, body: Callable[..., None], chunk: int) -> None:
             def each(column: Any) -> None:
                 own = pl.ds(column, chunk)
                 is_own = _is_own(low, high, first, (size, chunk))
                 body((pl.ds(first, size), own), is_own, lambda: some(first, size, own))
 
             _parts(b.c, chunk, each)
-
-        def whole(place: Any, is_own: jax.Array, product: Callable[[], jax.Array]) -> None:
-            y_nc[place] = product().astype(y_nc.dtype)
 
         def shared(place: Any, is_own: jax.Array, product: Callable[[], jax.Array]) -> None:
             y_nc[place] = jnp.where(is_own, product(), y_nc[place].astype(jnp.float32)).astype(y_nc.dtype)
@@ -195,21 +190,31 @@ def product(
         def nothing(place: Any, is_own: jax.Array, product: Callable[[], jax.Array]) -> None:
             y_nc[place] = jnp.where(is_own, 0, y_nc[place].astype(jnp.float32)).astype(y_nc.dtype)
 
-        def run(condition: Any, body: Callable[..., None], low: Any = low, high: Any = high) -> None:
-            pl.when(condition)(lambda: _pieces(low, high, b.n, b.s, partial(columns, body=body)))
+        # Of a tile that is its group's alone, all rows.
+        def whole(place: Any, _: jax.Array, product: Callable[[], jax.Array]) -> None:
+            y_nc[place] = product().astype(y_nc.dtype)
+
+        def add_whole(place: Any, _: jax.Array, product: Callable[[], jax.Array]) -> None:
+            scratch[0][place] = jnp.where(part == 0, 0, scratch[0][place]) + product()
+
+        def last_whole(place: Any, _: jax.Array, product: Callable[[], jax.Array]) -> None:
+            y_nc[place] = (scratch[0][place] + product()).astype(y_nc.dtype)
+
+        is_whole = (low == 0) & (high == b.n) & ~is_rest
+
+        def run(condition: Any, rows: Callable[..., None], all_rows: Callable[..., None]) -> None:
+            run_whole = partial(columns, body=all_rows, chunk=b.wide)
+            pl.when(condition & is_whole)(lambda: _parts(b.n, b.s[0], lambda f: run_whole(f, 0, b.n, b.s[0])))
+            run_some = partial(columns, body=rows, chunk=b.chunk)
+            pl.when(condition & ~is_whole & ~is_rest)(lambda: _pieces(low, high, b.n, b.s, run_some))
 
         if parts_a == 1:
-            is_whole = (low == 0) & (high == b.n) & ~is_rest
-            pl.when(is_whole)(lambda: _parts(b.n, b.s[0], lambda f: columns(f, 0, b.n, b.s[0], body=whole)))
-
-            @pl.when(~is_whole)
-            def _() -> None:
-                run(~is_rest, shared)
-                run(is_rest, nothing)
+            run(True, shared, whole)
         else:
-            run((part < parts_a - 1) & ~is_rest, add)
-            run((part == parts_a - 1) & ~is_rest, last)
-            run((part == parts_a - 1) & is_rest, nothing)
+            run(part < parts_a - 1, add, add_whole)
+            run(part == parts_a - 1, last, last_whole)
+        clear = partial(columns, body=nothing, chunk=b.chunk)
+        pl.when((part == parts_a - 1) & is_rest)(lambda: _pieces(low, high, b.n, b.s, clear))
 
     known = None
     if isinstance(sizes_G, tuple):
