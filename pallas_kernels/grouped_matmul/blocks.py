@@ -18,6 +18,7 @@ PARTS = (256, 384, 512, 768, 1024, 1536, 2048, 4096)
 # Of one product, rows times columns times terms, by the side of the chip's unit: the program of a product is unrolled,
 # and takes long to compile. Larger ones are faster.
 LARGEST_PRODUCT = {128: 1 << 30, 256: 2 << 30}
+LARGEST_PART = 1 << 22  # of weights whose terms are cut: larger ones are no faster, and the profiler cannot follow them
 STEP_SECONDS = 0.4e-6  # what a step of the grid takes besides its products
 
 
@@ -148,6 +149,8 @@ def _product_blocks(
         held = 2 * size * (n * a + a * c + n * c) + 4 * n * c * (a < A) + 4 * s[0] * c
         if held > on.vmem * 0.8 or (a < A and a % multiples[0]) or (c < C and c % multiples[1]):
             continue
+        if a < A and a * c > LARGEST_PART:
+            continue
         columns, parts = -(-C // c), -(-A // a)
         visits = -(-N // n) + G
         weights = columns * c * A * (G if parts == 1 else visits) * size
@@ -179,17 +182,17 @@ def gradient_blocks(N: int, I: int, O: int, G: int, dtype: jnp.dtype) -> Gradien
 def _gradient_blocks(on: Chip, N: int, I: int, O: int, G: int, dtype: jnp.dtype) -> GradientBlocks:
     size = dtype.itemsize
     s = pieces(N if N // G > 256 else min(N, 256))
-    n, least = s[0], None
+    n, least = (1024 if N // G >= 1024 else s[0]), None
     for o, i in itertools.product(_cuts(O, PARTS, False), _cuts(I, PARTS, False)):
         held = 2 * size * (n * o + n * i + o * i) + 8 * o * i + 6 * n * (o + i)
-        if held > on.vmem * 0.8 or n * o * i > LARGEST_PRODUCT[128]:
+        if held > on.vmem * 0.8 or n * o * i > LARGEST_PRODUCT[on.unit]:
             continue
         blocks_o, blocks_i = -(-O // o), -(-I // i)
         visits = -(-N // n) + G
         moved = size * (blocks_o * N * I + blocks_i * N * O + G * O * I)
         flops = 2 * (N + G * s[-1]) * blocks_o * o * blocks_i * i * (3 if size == 4 else 1)
-        # dy is turned around for every block of inputs.
-        seconds = max(flops / on.flops * (1 + 256 / i), moved / on.bytes_per_second)
+        # dy is turned around for every block of inputs, x is loaded anew for every block of outputs.
+        seconds = max(flops / on.flops * (1 + 64 / i + 64 / o), moved / on.bytes_per_second)
         seconds += STEP_SECONDS * blocks_o * blocks_i * visits
         if blocks_o * blocks_i % on.cores:
             seconds *= 1 + 1 / (blocks_o * blocks_i)
@@ -197,4 +200,4 @@ def _gradient_blocks(on: Chip, N: int, I: int, O: int, G: int, dtype: jnp.dtype)
             least = seconds, o, i
     if least is None:
         raise NotImplementedError(f"no blocks of {O} by {I} fit the chip's {on.vmem} bytes")
-    return GradientBlocks(n, *least[1:], s[1:] or s)
+    return GradientBlocks(n, *least[1:], tuple(size for size in s if size < n) or s)
