@@ -4,7 +4,8 @@ shares of the rows.
 Both read from prefetched tables which rows are whose, which the static profiler cannot follow. Ours takes static sizes;
 megablox's own kernel is compiled with its tables as functions of the program ids (`_Known`). Where groups repeat, one
 of their periods is profiled, with the block sizes of the whole, and counted as often; and of the columns, over which
-the grids go outermost, a part (`_part`).
+the grids go outermost, a part (`_part`). What is fetched before the first step counts each time then: the larger a
+kernel's blocks, the more too much.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from . import Case, Kernel
 # Inputs and outputs, how many rows the groups of a period have, and how many periods there are.
 EIGHT, MANY = (4096, 14336), (2048, 768)
 SHAPES: tuple[tuple[str, tuple[int, int], list[int], int], ...] = (
-    ("8 experts, balanced", EIGHT, [1024] * 8, 1),  # of a period, the first fetches would count each time
+    ("8 experts, balanced", EIGHT, [1024] * 8, 1),
     ("8 experts, skewed", EIGHT, [3072, 64, 1472, 832, 192, 1600, 320, 640], 1),
     ("128 experts, balanced", MANY, [256] * 8, 16),
     ("128 experts, skewed", MANY, [448] * 4 + [64] * 4, 16),
@@ -32,6 +33,8 @@ def cases(chip: str) -> Iterator[Case]:
     for words, (I, O), sizes, times in SHAPES:
         for kind in ("forward", "dx", "dweight"):
             given: dict[str, Any] = {"I": I, "O": O, "sizes": sizes, "times": times, "kind": kind}
+            if kind == "dx" and words == "8 experts, balanced":  # whole, the profiler needs over 15 GB
+                given |= {"sizes": sizes[:2], "times": 4}
             peers = tuple(Kernel("megablox", {**given, "tiling": tiling}) for tiling in TILINGS[I, O])
             limit = 0.6 if chip == "v5p" else None
             yield Case("grouped_matmul", f"{kind}, {words}", Kernel("ours", given), {"megablox": peers}, of_limit=limit)
