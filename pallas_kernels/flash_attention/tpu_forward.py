@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..chips import target_chip
 from .tpu_plan import Plan
 
 LANES = 128
@@ -39,8 +40,8 @@ SUBLANES = 8  # parts of a row's sum
 TILE = 128
 # Of 64 MiB that the smallest chips have; what the compiler spills comes on top, and its profiler's program needs more.
 VMEM_BYTES = 38 << 20
-# Of the compiler's two schedulers the one that is quicker, by 1 to 8%, where a row is one block, and slower elsewhere.
-SHORT_PROGRAM = {"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True}
+# What is quicker, by 3 to 12%, where a row is one block. Elsewhere the other of the compiler's two schedulers is.
+SCHEDULER = {"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +129,11 @@ def forward(
         transcendentals=B * H * plan.pairs,
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q_BHTD, k_BKSD, v_BKSE)) + B * H * T * (E * 2 + 4),
     )
+    is_short = steps == 1 and bq * bk <= 1 << 20
+    # The compiler spills less of either of two bodies than of the only one. 7x's profiler cannot follow two.
+    in_turns = is_short and len(_kinds(plan, steps)) == 1 and target_chip() != "7x"
     return pl.pallas_call(
-        functools.partial(_kernel, plan, scores, steps, names, list(inputs)),
+        functools.partial(_kernel, plan, scores, steps, in_turns, names, list(inputs)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(names),
             grid=(B, H, grid_rows, steps),
@@ -152,7 +156,7 @@ def forward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_BYTES,
-            flags=SHORT_PROGRAM if steps == 1 and bq * bk <= 1 << 20 else None,
+            flags=SCHEDULER if is_short and target_chip() != "v6e" else None,
         ),
         cost_estimate=cost,
         name="flash_attention_forward",
@@ -172,7 +176,10 @@ def _key_block(plan: Plan, low: Any, high: Any, j: Any) -> Any:
     return jnp.minimum(jnp.maximum(jnp.maximum(high - j, low), 0), plan.nk - 1) if plan.nk > 1 else 0
 
 
-def _kernel(plan: Plan, scores: Scores, steps: int, names: list[str], inputs: list[str], *refs: Any) -> None:
+def _kernel(
+    plan: Plan, scores: Scores, steps: int, in_turns: bool, names: list[str], inputs: list[str], *refs: Any
+) -> None:
+    """`in_turns`: every other head has a body of its own, which is the same."""
     tables = dict(zip(names, refs[: len(names)], strict=True))
     refs = refs[len(names) :]
     x = dict(zip(inputs, refs[: len(inputs)], strict=True))
@@ -190,7 +197,9 @@ def _kernel(plan: Plan, scores: Scores, steps: int, names: list[str], inputs: li
         if (first, not is_edge) in kinds:
             wanted.append(jnp.logical_not(full) if is_edge else full)
         body = functools.partial(rows.run, first=first, last=steps == 1, edge=is_edge)
-        pl.when(functools.reduce(jnp.logical_and, wanted))(body) if wanted else body()
+        for turn in ([h % 2 == 0], [h % 2 == 1]) if in_turns else ([],):
+            conditions = wanted + turn
+            pl.when(functools.reduce(jnp.logical_and, conditions))(body) if conditions else body()
     if steps > 1:
 
         @pl.when(j == high if plan.folded else j == steps - 1)
