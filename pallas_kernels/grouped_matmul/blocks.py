@@ -96,7 +96,7 @@ def tuning_space(name: str, key: dict[str, Any]) -> list[dict[str, Any]]:
         others = [replace(first, n=n, s=pieces(n)) for n in (256, 512, 1024)]
         cuts = [c for c in _cuts(C, PARTS, False) if c >= 512]
         others += [replace(first, c=c, chunk=_chunk(c, first.chunk), wide=_chunk(c, first.wide)) for c in cuts]
-        parts = [_chunk(first.c, first.wide // n) for n in (2, 4)]
+        parts = [_chunk(first.c, first.wide // n) for n in (2, 4) if first.wide // n >= 128]
         others += [replace(first, chunk=part, wide=part) for part in parts]
         held = lambda b: 2 * dtype.itemsize * (b.n * (b.a + b.c) + b.a * b.c)  # noqa: E731
     fitting = [b for b in others if b != first and held(b) <= on.vmem * 0.9]
@@ -143,8 +143,8 @@ def _product_blocks(
 ) -> ProductBlocks:
     size = dtype.itemsize
     s = pieces(N if N // G > 256 else min(N, 256))
-    # Tiles of about a group: in smaller ones weights are less used, in larger ones most are shared.
-    n, least = min(_up(N, s[0]), 1024 if N // G >= 1024 else 512 if N // G > 256 else s[0]), None
+    # Tiles of one or two groups: in smaller ones weights are less used, in larger ones most are shared.
+    n, least = min(_up(N, s[0]), 1024 if N // G >= 1024 else 512 if N // G >= 256 else s[0]), None
     for a, c in itertools.product(_cuts(A, (), True), _cuts(C, PARTS, False)):
         held = 2 * size * (n * a + a * c + n * c) + 4 * n * c * (a < A) + 4 * s[0] * c
         if held > on.vmem * 0.8 or (a < A and a % multiples[0]) or (c < C and c % multiples[1]):
