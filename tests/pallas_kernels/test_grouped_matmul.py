@@ -177,10 +177,11 @@ def test_a_tpu_reads_quantised_weights_as_they_are_kept(kind, cut, monkeypatch):
 
 @pytest.mark.parametrize("static", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tpu_kernels_with_several_blocks_of_every_kind(static):
-    """Terms, columns and rows are cut, the last blocks reach beyond the arrays, and pieces back over each other."""
+    """Terms, columns and rows are cut, the last blocks reach beyond the arrays, and pieces back over each other; two
+    tiles are one group's alone."""
     from twinax.pallas_kernels.grouped_matmul import blocks, tpu
 
-    sizes, I, O = [70, 0, 3, 129, 64, 1, 0], 384, 200
+    sizes, I, O = [70, 0, 3, 329, 64, 1, 0], 384, 200
     rng = np.random.default_rng(0)
     N = sum(sizes) + 50
     x_NI, weight_GOI, dy_NO = (
@@ -301,11 +302,12 @@ def program(target, sizes, I, O, rest, dtype, blocks=None):
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "7x"])
 def test_it_compiles(chip):
-    """Sizes that fill no registers, cut in two or more everywhere, and float32."""
+    """Sizes that fill no registers, cut in two or more everywhere, and float32; a layer of a real mixture."""
     kinds = [
         {"sizes": [9, 0, 3], "I": 100, "O": 72, "rest": 5, "dtype": "bfloat16"},
         {"sizes": [200, 0, 300], "I": 256, "O": 384, "rest": 12, "dtype": "bfloat16"},
         {"sizes": [9, 0, 3], "I": 128, "O": 40, "rest": 5, "dtype": "float32"},
+        {"sizes": [256] * 128, "I": 2048, "O": 768, "rest": 0, "dtype": "bfloat16"},
     ]
     found = compile_all([Request(chip, f"{__file__}:program", kind) for kind in kinds], profiled=False)
     assert [x.failed for x in found] == [None] * len(kinds)
@@ -313,12 +315,13 @@ def test_it_compiles(chip):
 
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "7x"])
 @pytest.mark.parametrize("kernel", ["forward", "dx", "dweight"])
-def test_block_sizes_are_the_closed_form_or_what_was_tuned(chip, kernel, monkeypatch):
+@pytest.mark.parametrize("sizes", [(4096, 1408, 2560, 7), (32768, 2048, 768, 128), (8192, 4096, 14336, 8)])
+def test_block_sizes_are_the_closed_form_or_what_was_tuned(chip, kernel, sizes, monkeypatch):
     from twinax.pallas_kernels.grouped_matmul import blocks, tpu
 
     monkeypatch.setattr(blocks, "target_chip", lambda: chip)
     # Nothing was tuned for these shapes.
-    sizes = (4096, 1408, 2560, 7, jnp.bfloat16)
+    sizes = (*sizes, jnp.bfloat16)
     choose = partial(blocks.gradient_blocks, *sizes)
     if kernel != "dweight":
         choose = partial(blocks.product_blocks, *sizes, 2 if kernel == "forward" else 1)
