@@ -183,6 +183,8 @@ def _gradient_blocks(on: Chip, N: int, I: int, O: int, G: int, dtype: jnp.dtype)
     size = dtype.itemsize
     s = pieces(N if N // G > 256 else min(N, 256))
     n, least = (1024 if N // G >= 1024 else s[0]), None
+    if 256 <= N // G < 1024 and on.unit == 256 and on.vmem > 64 * MIB:  # 2% for groups that are not aligned
+        n = 512
     for o, i in itertools.product(_cuts(O, PARTS, False), _cuts(I, PARTS, False)):
         held = 2 * size * (n * o + n * i + o * i) + 8 * o * i + 6 * n * (o + i)
         if held > on.vmem * 0.8 or n * o * i > LARGEST_PRODUCT[on.unit]:
