@@ -306,6 +306,13 @@ def test_of_a_piece_only_the_head_that_began_before_it_is_counted(monkeypatch):
     serve(client, _reads_json())
 
 
+def a_refusal(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set once a connection has refused something."""
+    refused, refuse = asyncio.Event(), Protocol._refuse
+    monkeypatch.setattr(Protocol, "_refuse", lambda self, error: (refuse(self, error), refused.set()))
+    return refused
+
+
 @pytest.mark.parametrize("begun", [True, False], ids=["begun", "not begun"])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(
@@ -320,8 +327,7 @@ def test_of_a_piece_only_the_head_that_began_before_it_is_counted(monkeypatch):
 )
 def test_a_refusal_follows_the_answers_to_what_came_before(monkeypatch, begun, count, more, status, seconds):
     monkeypatch.setattr(protocol, "HEAD_SECONDS", seconds)
-    refused, refuse, errors = asyncio.Event(), Protocol._refuse, []
-    monkeypatch.setattr(Protocol, "_refuse", lambda self, error: (refuse(self, error), refused.set()))
+    refused, errors = a_refusal(monkeypatch), []
 
     async def app(scope, receive, send):
         try:
@@ -354,8 +360,7 @@ def test_a_refusal_follows_the_answers_to_what_came_before(monkeypatch, begun, c
 @pytest.mark.parametrize("begun", [True, False], ids=["begun", "not begun"])
 def test_a_wrong_body_is_answered_once(monkeypatch, begun):
     """Whose answer has begun goes on; else it is refused, and what was to answer it writes nothing."""
-    refused, refuse, errors, words = asyncio.Event(), Protocol._refuse, [], asyncio.Event()
-    monkeypatch.setattr(Protocol, "_refuse", lambda self, error: (refuse(self, error), refused.set()))
+    refused, errors, words = a_refusal(monkeypatch), [], asyncio.Event()
 
     async def app(scope, receive, send):
         try:
