@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from ..pallas_kernels.chips import known_platform
 from ..pallas_kernels.quantized_matmul import QuantizedWeight, dequantize, quantized_matmul
 from ..sharding.rules import gather
 from .quantization_config import Quantization
@@ -55,8 +56,11 @@ def weights_first(on: bool = True) -> Iterator[None]:
 
 def product(x: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """`x @ weight.T`, [..., I] to [..., O], accumulated and returned in `dtype`, by default that of `x`."""
+    one_row = x.size == x.shape[-1]
+    if x.dtype == jnp.bfloat16 and known_platform() == "cpu":
+        return _narrow_on_cpu(x, weight_OI, one_row).astype(dtype or x.dtype)
     options = {"precision": matmul_precision(x.dtype), "preferred_element_type": dtype}
-    one_row = x.size == x.shape[-1]  # read the same either way, with less ado
+    # One row is read the same either way, with less ado.
     if not _weights_first.get() or one_row or len(weight_OI) < FEWEST_OUTPUTS:
         return jnp.einsum("...i,oi->...o", x, weight_OI, **options)
     # Without the barriers XLA turns the product around again, or has its kernel turn `x`, or who takes the result read
@@ -68,6 +72,15 @@ def product(x: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) 
     x_IN = lax.optimization_barrier(x_NI.T)
     y_ON = lax.optimization_barrier(jnp.einsum("oi,in->on", weight_OI, x_IN, **options))
     return lax.optimization_barrier(y_ON[:, :count].T).reshape(*x.shape[:-1], len(weight_OI))
+
+
+def _narrow_on_cpu(x: jax.Array, weight_OI: jax.Array, one_row: bool) -> jax.Array:
+    """In float32. XLA:CPU has quick kernels for bfloat16 with sums of float32, of at least two rows, which round a row
+    alike whatever their number; for one row, or results of bfloat16, it has but a loop, ten times as slow.
+    """
+    rows = jnp.concatenate([x, jnp.zeros_like(x)], axis=-2) if one_row and x.ndim > 1 else x
+    y = jnp.einsum("...i,oi->...o", rows, weight_OI, preferred_element_type=jnp.float32)
+    return y[..., :1, :] if rows is not x else y
 
 
 @jax.custom_vjp

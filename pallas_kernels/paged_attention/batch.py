@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .pages import Pages, quantise
+from .pages import Pages, quantise, to_bits
 
 
 class TokenRows(NamedTuple):
@@ -80,8 +80,9 @@ def write(
     new = as_kept(pages, k_TKD, v_TKV)
     k, v, kv, scale = pages.k_LPKDS, pages.v_LPKSD, pages.kv_LPKNSX, pages.scale_LPKZ
     if k is not None and v is not None:
-        k = k.at[layer, page_T, :, :, slot_T].set(new.k_TKD, mode="drop")
-        v = v.at[layer, page_T, :, slot_T].set(new.v_TKV, mode="drop")
+        k_TKD, v_TKV = (to_bits(x) if pages.layout == "bits" else x for x in (new.k_TKD, new.v_TKV))
+        k = k.at[layer, page_T, :, :, slot_T].set(k_TKD, mode="drop")
+        v = v.at[layer, page_T, :, slot_T].set(v_TKV, mode="drop")
     if kv is not None:
         tiles_TKNX = pages.join(new.k_TKD, new.v_TKV).reshape(len(page_T), *kv.shape[2:4], -1)
         kv = kv.at[layer, page_T, :, :, slot_T].set(tiles_TKNX, mode="drop")

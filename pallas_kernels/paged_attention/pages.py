@@ -16,7 +16,8 @@ from .. import float8
 from ..chips import known_platform
 
 LANES = 128
-LAYOUTS = ("split", "joint")
+LAYOUTS = ("split", "bits", "joint")
+BITS = jnp.dtype(jnp.uint16)
 QUANTISED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number of each
 
 
@@ -34,6 +35,7 @@ class Pages:
     - "split": keys transposed and values, so that both products of attention contract the last axis on the left with
       the last but one on the right. Of XLA:CPU's products that kind is quick for few rows and rounds a row the same
       whatever rows stand beside it. Values of a latent are kept a second time.
+    - "bits": as "split", of bfloat16, kept as integers: XLA:CPU makes a pool of bfloat16 float32 to write to it.
     - "joint": each token's key and then its value, in lanes, one tile of lanes after the other, so that a page of all
       heads is one plain copy to a TPU's memory, and as the matrix unit wants it. A latent is kept once.
 
@@ -52,7 +54,9 @@ class Pages:
 
     @property
     def layout(self) -> str:
-        return "split" if self.kv_LPKNSX is None else "joint"
+        if self.kv_LPKNSX is not None:
+            return "joint"
+        return "bits" if self._tokens.dtype == BITS else "split"
 
     @property
     def _tokens(self) -> jax.Array:
@@ -78,7 +82,8 @@ class Pages:
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self._tokens.dtype
+        """Of the numbers."""
+        return jnp.dtype(jnp.bfloat16) if self.layout == "bits" else self._tokens.dtype
 
     @property
     def quantised(self) -> bool:
@@ -95,10 +100,11 @@ class Pages:
         return 0 if self.latent else value_lane(self.head_dim)
 
     def take(self, layer: int | jax.Array, page_W: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys [..., K, D, S] and values [..., K, S, V] of pages, as they are kept."""
+        """Keys [..., K, D, S] and values [..., K, S, V] of pages, in the pages' dtype."""
         if self.kv_LPKNSX is None:
             assert self.k_LPKDS is not None and self.v_LPKSD is not None
-            return self.k_LPKDS[layer, page_W], self.v_LPKSD[layer, page_W]
+            k, v = self.k_LPKDS[layer, page_W], self.v_LPKSD[layer, page_W]
+            return (from_bits(k), from_bits(v)) if self.layout == "bits" else (k, v)
         kv = jnp.swapaxes(self.kv_LPKNSX[layer, page_W], -2, -3)  # [..., K, S, N, X]
         kv = kv.reshape(*kv.shape[:-2], -1)
         first = self.value_lane
@@ -136,7 +142,7 @@ def init_pages(
     Args:
       dtype: a floating one of 16 bits or more, or int8 or float8_e4m3fn: quantised as it is written.
       latent: the value of a token is the first so many numbers of its key (latent attention, arXiv:2405.04434).
-      layout: "split" or "joint"; None: what the platform's kernels want.
+      layout: "split", "bits" or "joint"; None: what the platform's kernels want.
     """
     sizes = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
     if min(sizes) < 1:
@@ -144,24 +150,37 @@ def init_pages(
     if latent is not None and not 1 <= latent <= head_dim:
         raise ValueError(f"latent is how many of a key's {head_dim} numbers are its value, got {latent}")
     if layout is None:
-        layout = "joint" if (known_platform() or jax.default_backend()) == "tpu" else "split"
+        platform = known_platform() or jax.default_backend()
+        narrow = "bits" if platform == "cpu" and dtype == jnp.bfloat16 else "split"
+        layout = "joint" if platform == "tpu" else narrow
     if layout not in LAYOUTS:
         raise ValueError(f"layout is one of {', '.join(LAYOUTS)}, got {layout!r}")
     dtype = jnp.dtype(dtype)
+    if layout == "bits" and dtype != jnp.bfloat16:
+        raise ValueError(f"pages of the layout 'bits' are bfloat16, got {dtype.name}; use 'split'")
     # Other floats of 8 bits would have no scales, and numbers beyond their reach be lost.
     if dtype.name not in QUANTISED and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1):
         raise ValueError(f"pages are floats of 16 bits or more, or one of {', '.join(QUANTISED)}; got {dtype.name}")
     V, rows = latent or head_dim, sizes[:4]
     k = v = kv = scale = None
-    if layout == "split":
-        k = jnp.zeros((*rows[:3], head_dim, page_size), dtype)
-        v = jnp.zeros((*rows, V), dtype)
+    if layout != "joint":
+        kept = BITS if layout == "bits" else dtype
+        k = jnp.zeros((*rows[:3], head_dim, page_size), kept)
+        v = jnp.zeros((*rows, V), kept)
     else:
         E = head_dim if latent else value_lane(head_dim) + head_dim
         kv = jnp.zeros((*rows[:3], -(-E // LANES), page_size, LANES), dtype)
     if dtype.name in QUANTISED:
         scale = jnp.zeros((*rows[:3], 2 * page_size), jnp.float32)
     return Pages(k, v, kv, scale, head_dim, V, latent is not None)
+
+
+def to_bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, BITS)
+
+
+def from_bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
 
 
 def value_lane(head_dim: int) -> int:

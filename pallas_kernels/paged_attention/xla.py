@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..chips import known_platform
 from .batch import SharedPrefixes, token_rows, write
 from .pages import Pages
 
@@ -50,6 +51,10 @@ def paged_attention(
     sinks_H: jax.Array | None,
     prefixes: SharedPrefixes | None,
 ) -> tuple[jax.Array, Pages]:
+    dtype = q_THD.dtype
+    if known_platform() == "cpu":
+        # Its products of bfloat16 are slow where one row is multiplied.
+        q_THD = q_THD.astype(jnp.promote_types(dtype, jnp.float32))
     T, H, D = q_THD.shape
     R, K = len(page_table_RM), k_TKD.shape[1]
     rows = token_rows(T, lengths_R, query_start_R, query_length_R)
@@ -85,7 +90,7 @@ def paged_attention(
         out_TKGV = out_TKGV.at[:N].set(new_NKGV)
     if decode_rows < T:
         out_TKGV = jax.lax.fori_loop(0, R, chunk, out_TKGV)
-    return out_TKGV[:T].reshape(T, H, pages.value_dim), pages
+    return out_TKGV[:T].reshape(T, H, pages.value_dim).astype(dtype), pages
 
 
 @dataclass(frozen=True)
