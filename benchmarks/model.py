@@ -1,9 +1,10 @@
-"""The models that both sides run: Llama shape, float32, random weights, in a Hugging Face folder."""
+"""The models that both sides run: Llama shape, random weights, in a Hugging Face folder."""
 
 import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -51,11 +52,11 @@ def tokenizer(vocab_size: int) -> Tokenizer:
     return Tokenizer.from_backend(backend)
 
 
-def write(folder: Path, config: DecoderConfig = CONFIG) -> Path:
+def write(folder: Path, config: DecoderConfig = CONFIG, dtype: str = "float32") -> Path:
     """Writes the model to `folder` and returns it."""
-    params = {name: np.asarray(value) for name, value in init_params(config, 0).items()}
+    params = {name: np.asarray(value, jnp.dtype(dtype)) for name, value in init_params(config, 0).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**llama.to_hf(config), "torch_dtype": "float32"}))
+    (folder / "config.json").write_text(json.dumps({**llama.to_hf(config), "torch_dtype": dtype}))
     tokenizer(config.vocab_size).save(folder)
     tensors = {
         entry.hf_name: params[entry.name][entry.index]

@@ -1,11 +1,10 @@
 """Serving against llama.cpp's server and transformers' continuous batching: a trace at saturation, and one stream.
 
-All sides have the same random weights and greedy sampling; servers are asked over HTTP by `twinax bench serve`'s own
-client, transformers within its process. In each round all sides are measured one after another, with prompts that no
-earlier round had; the row shows the round whose ratio is the median. llama.cpp's tokens are compared with ours before.
-
-Beside them stands what nobody can pass in float32: all tokens multiplied with all weights, at the speed at which
-numpy's BLAS multiplies two large matrices in the same round.
+All sides have the same random weights and greedy sampling; we and transformers compute in --dtype. Servers are asked
+over HTTP by `twinax bench serve`'s own client, transformers within its process. In each round all sides are measured
+one after another, with prompts that no earlier round had; the row shows the round whose ratio is the median. In
+float32 llama.cpp's tokens are compared with ours before, and beside them stands what nobody can pass: all tokens
+multiplied with all weights, at the speed at which numpy's BLAS multiplies two large matrices in the same round.
 
 llama.cpp: build `llama-server` and name it with --llama-server; --gguf-python is a Python with the gguf package, which
 writes the model's files.
@@ -37,7 +36,8 @@ from twinax.serving.bench.traces import Trace
 from . import model, report
 
 SLOTS, THREADS = 8, 2
-KINDS = ("F32", "F16", "Q8_0")
+# Of llama.cpp's weights, by the dtype that we compute in; the first has a goal.
+KINDS = {"float32": ("F32", "F16", "Q8_0"), "bfloat16": ("BF16", "F32", "F16")}
 SIZES = {"110M": model.CONFIG_110M, "500M": model.CONFIG_500M}
 STREAM = {"requests": 3, "concurrency": 1, "prompt_tokens": "32", "output_tokens": "128"}
 PEER = Path(__file__).parent / "peers"
@@ -71,8 +71,8 @@ def _ready(url: str) -> bool:
         return False
 
 
-def ours(folder: Path, slots: int) -> contextlib.AbstractContextManager[str]:
-    return local_server(str(folder), {"max_running": slots})
+def ours(folder: Path, slots: int, dtype: str) -> contextlib.AbstractContextManager[str]:
+    return local_server(str(folder), {"max_running": slots, "dtype": dtype})
 
 
 def same_tokens(a: str, b: str, vocab_size: int) -> tuple[int, int]:
@@ -159,16 +159,17 @@ def saturation(options: Any, folder: Path, files: dict[str, Path], version: str)
         "scale": options.scale,
         "rate": "inf",
     }
-    case = f"{options.size}, {options.requests} requests of {Path(options.trace).name}, lengths x {options.scale}"
+    case = f"{_model(options)}, {options.requests} requests of {Path(options.trace).name}, lengths x {options.scale}"
     context = SIZES[options.size].max_position_embeddings
     comparisons: dict[str, Comparison] = {}
     with contextlib.ExitStack() as stack:
-        urls = {"ours": stack.enter_context(ours(folder, SLOTS))}
+        urls = {"ours": stack.enter_context(ours(folder, SLOTS, options.dtype))}
         for kind, file in files.items():
             urls[kind] = stack.enter_context(llama(options.llama_server, file, SLOTS, context))
-            goal = 1.0 if kind == "F32" else None
+            goal = 1.0 if kind == KINDS[options.dtype][0] else None
             comparisons[kind] = Comparison(f"{case}, {SLOTS} slots", f"{version} {kind}", goal)
-        if "F32" in urls:
+        # In bfloat16 every side rounds in other places, and tokens of a random model soon differ.
+        if "F32" in urls and options.dtype == "float32":
             same, of = same_tokens(urls["ours"], urls["F32"], SIZES[options.size].vocab_size)
             print(f"greedy tokens the same as llama.cpp's F32: {same} of {of}")
             if same < 0.9 * of:
@@ -180,10 +181,11 @@ def saturation(options: Any, folder: Path, files: dict[str, Path], version: str)
         if report.peer_has(options.peer_python, "torch", "transformers"):
             comparisons["transformers"] = Comparison(f"{case}, {SLOTS} running", "transformers", 3.0)
             sides["transformers"] = lambda seed: transformers(options, folder, settings, seed)
-        comparisons["most"] = Comparison(case, "the most that float32 allows: numpy's sgemm", None)
-        sides["most"] = lambda seed: most(
-            SIZES[options.size], load_of(BenchConfig(url="http://none", seed=seed, **settings)), sgemm_flops()
-        )
+        if options.dtype == "float32":
+            comparisons["most"] = Comparison(case, "the most that float32 allows: numpy's sgemm", None)
+            sides["most"] = lambda seed: most(
+                SIZES[options.size], load_of(BenchConfig(url="http://none", seed=seed, **settings)), sgemm_flops()
+            )
         compare(options.rounds, sides, comparisons)
     return [one.row() for one in comparisons.values()]
 
@@ -195,7 +197,8 @@ def transformers(options: Any, folder: Path, settings: dict[str, Any], seed: int
         {"prompt": rng.integers(0, 256, one.prompt_tokens).tolist(), "tokens": one.output_tokens}
         for one in trace.arrivals
     ]
-    question = {"model": str(folder), "requests": requests, "batch": SLOTS, "chunk": 256}
+    sizes = {"batch": SLOTS, "chunk": 256, "dtype": options.dtype}
+    question = {"model": str(folder), "requests": requests, **sizes}
     answer = report.run_json([options.peer_python, str(PEER / "torch_llama.py"), "serve"], question)
     if [len(tokens) for tokens in answer["tokens"]] != [one["tokens"] for one in requests]:
         raise RuntimeError("transformers did not produce the tokens that were asked for")
@@ -206,13 +209,14 @@ def one_stream(options: Any, folder: Path, files: dict[str, Path], version: str)
     """One request at a time, of servers with one slot; and what the many-slot server makes of it."""
     context = SIZES[options.size].max_position_embeddings
     with contextlib.ExitStack() as stack:
-        urls = {"ours": stack.enter_context(ours(folder, 1))}
+        urls = {"ours": stack.enter_context(ours(folder, 1, options.dtype))}
         for kind, file in files.items():
             urls[kind] = stack.enter_context(llama(options.llama_server, file, 1, context))
-        urls["many"] = stack.enter_context(ours(folder, SLOTS))
-        case = f"{options.size}, one stream"
+        urls["many"] = stack.enter_context(ours(folder, SLOTS, options.dtype))
+        case = f"{_model(options)}, one stream"
         comparisons = {
-            kind: Comparison(case, f"{version} {kind}", 1.0 if kind == "F32" else None) for kind in files
+            kind: Comparison(case, f"{version} {kind}", 1.0 if kind == KINDS[options.dtype][0] else None)
+            for kind in files
         } | {"many": Comparison(case, f"ours with {SLOTS} slots", None)}
         sides: dict[str, Callable[[int], float]] = {
             name: lambda seed, url=url: speed(measure(BenchConfig(url=url, seed=seed, **STREAM)).summary)
@@ -230,7 +234,8 @@ def llama_files(options: Any, folder: Path) -> tuple[dict[str, Path], str]:
         return {}, ""
     if not report.peer_has(options.gguf_python, "gguf"):
         return {}, ""
-    files = {kind: folder / f"{kind}.gguf" for kind in options.kinds.split(",")}
+    kinds = options.kinds.split(",") if options.kinds else KINDS[options.dtype]
+    files = {kind: folder / f"{kind}.gguf" for kind in kinds}
     for kind, file in files.items():
         if file.exists():
             continue
@@ -238,6 +243,11 @@ def llama_files(options: Any, folder: Path) -> tuple[dict[str, Path], str]:
     said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
     words = (said.stdout + said.stderr).split()
     return files, "llama.cpp " + (words[words.index("version:") + 1] if "version:" in words else "")
+
+
+def _model(options: Any) -> str:
+    """What rows call the model: the dtype is named where it is not float32."""
+    return options.size if options.dtype == "float32" else f"{options.size} in {options.dtype}"
 
 
 def main() -> None:
@@ -249,15 +259,16 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder that keeps the models' files for further runs")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side is measured")
     parser.add_argument("--only", choices=("saturation", "stream"), help="one of the two comparisons")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="weights of llama.cpp")
+    parser.add_argument("--dtype", choices=KINDS, default="float32", help="of the model, of ours and transformers")
+    parser.add_argument("--kinds", help="weights of llama.cpp, with commas; by default what fits --dtype")
     parser.add_argument("--llama-server", help="llama.cpp's llama-server")
     parser.add_argument("--gguf-python", default=sys.executable, help="Python that has the gguf package")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        path = (options.models or Path(folder)).absolute() / options.size
+        path = (options.models or Path(folder)).absolute() / _model(options).replace(" in ", "-")
         if not (path / "model.safetensors").exists():
-            model.write(path, SIZES[options.size])
+            model.write(path, SIZES[options.size], options.dtype)
         files, version = llama_files(options, path)
         if options.only != "stream":
             rows += saturation(options, path, files, version)

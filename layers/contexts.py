@@ -22,7 +22,7 @@ from ..sharding.plan import CHOICES
 from ..sharding.rules import ACTIVATION_RULES, current, mesh_axes, partition_spec
 from .cache import Cache
 from .convolution import Convolution, next_state, packed_inputs, paged_inputs
-from .linear import matmul_precision
+from .linear import einsum
 from .mixers.attention import Mixing
 
 PLAIN = Mixing()
@@ -111,8 +111,7 @@ class PackedContext:
             latent_BTR, k_turned_BT1P: what keys and values come from, and the key of the turned part of all heads.
             up: from a latent to each head's key [H, N, R] and value [H, V, R].
         """
-        precision = matmul_precision(latent_BTR.dtype)
-        k_BTHN, v_BTHV = (jnp.einsum("btr,hcr->bthc", latent_BTR, weight, precision=precision) for weight in up)
+        k_BTHN, v_BTHV = (einsum("btr,hcr->bthc", latent_BTR, weight) for weight in up)
         k_turned = jnp.broadcast_to(k_turned_BT1P, (*k_BTHN.shape[:3], k_turned_BT1P.shape[-1]))
         k_BTHD = jnp.concatenate([k_BTHN, k_turned], axis=-1)
         return self.attend(jnp.concatenate(q, axis=-1), k_BTHD, v_BTHV, cache, layer, mixing)
@@ -325,15 +324,14 @@ class PagedContext:
         """
         q_THN, q_THP = q
         up_HNR, up_HVR = up
-        precision = matmul_precision(latent_TR.dtype)
-        q_THR = jnp.einsum("thn,hnr->thr", q_THN, up_HNR, precision=precision)
+        q_THR = einsum("thn,hnr->thr", q_THN, up_HNR)
         k_T1D = jnp.concatenate([latent_TR[:, None], k_turned_T1P], axis=-1)
         mixed_THR, cache = self.attend(jnp.concatenate([q_THR, q_THP], axis=-1), k_T1D, None, cache, layer, mixing)
         up_HRV = jnp.swapaxes(up_HVR, 1, 2)
         if known_platform() == "cpu":
             # Turned in memory: otherwise XLA:CPU rounds a row in another way in batches of another size.
             up_HRV = jax.lax.optimization_barrier(up_HRV)
-        return jnp.einsum("thr,hrv->thv", mixed_THR, up_HRV, precision=precision), cache
+        return einsum("thr,hrv->thv", mixed_THR, up_HRV), cache
 
     def convolve(
         self, convolution: Convolution, x_TC: jax.Array, cache: Cache, layer: Any, mixer: str

@@ -57,12 +57,12 @@ def weights_first(on: bool = True) -> Iterator[None]:
 def product(x: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """`x @ weight.T`, [..., I] to [..., O], accumulated and returned in `dtype`, by default that of `x`."""
     one_row = x.size == x.shape[-1]
-    if x.dtype == jnp.bfloat16 and known_platform() == "cpu":
-        return _narrow_on_cpu(x, weight_OI, one_row).astype(dtype or x.dtype)
-    options = {"precision": matmul_precision(x.dtype), "preferred_element_type": dtype}
+    if one_row and x.ndim > 1 and x.dtype == jnp.bfloat16 and known_platform() == "cpu":
+        # Nor are there quick kernels for one row. Two are rounded as any number of them.
+        return einsum("...i,oi->...o", jnp.concatenate([x, x], axis=-2), weight_OI, dtype)[..., :1, :]
     # One row is read the same either way, with less ado.
     if not _weights_first.get() or one_row or len(weight_OI) < FEWEST_OUTPUTS:
-        return jnp.einsum("...i,oi->...o", x, weight_OI, **options)
+        return einsum("...i,oi->...o", x, weight_OI, dtype)
     # Without the barriers XLA turns the product around again, or has its kernel turn `x`, or who takes the result read
     # it column by column: all slow.
     x_NI = x.reshape(-1, x.shape[-1])
@@ -70,17 +70,20 @@ def product(x: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) 
     if x.shape[-1] > LONGEST_SUM and count < ROWS_OF_LONG_SUMS:
         x_NI = jnp.pad(x_NI, ((0, ROWS_OF_LONG_SUMS - count), (0, 0)))
     x_IN = lax.optimization_barrier(x_NI.T)
-    y_ON = lax.optimization_barrier(jnp.einsum("oi,in->on", weight_OI, x_IN, **options))
+    y_ON = lax.optimization_barrier(einsum("oi,in->on", weight_OI, x_IN, dtype))
     return lax.optimization_barrier(y_ON[:, :count].T).reshape(*x.shape[:-1], len(weight_OI))
 
 
-def _narrow_on_cpu(x: jax.Array, weight_OI: jax.Array, one_row: bool) -> jax.Array:
-    """In float32. XLA:CPU has quick kernels for bfloat16 with sums of float32, of at least two rows, which round a row
-    alike whatever their number; for one row, or results of bfloat16, it has but a loop, ten times as slow.
+def einsum(subscripts: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """A product accumulated and returned in `dtype`, by default that of `a`.
+
+    XLA:CPU has quick kernels for bfloat16 with sums of float32, and for results of bfloat16 a loop, ten times as slow.
     """
-    rows = jnp.concatenate([x, jnp.zeros_like(x)], axis=-2) if one_row and x.ndim > 1 else x
-    y = jnp.einsum("...i,oi->...o", rows, weight_OI, preferred_element_type=jnp.float32)
-    return y[..., :1, :] if rows is not x else y
+    dtype = dtype or a.dtype
+    narrow = a.dtype == jnp.bfloat16 and known_platform() == "cpu"
+    sums = jnp.promote_types(dtype, jnp.float32) if narrow else dtype
+    y = jnp.einsum(subscripts, a, b, precision=matmul_precision(a.dtype), preferred_element_type=sums)
+    return y.astype(dtype)
 
 
 @jax.custom_vjp
@@ -94,11 +97,10 @@ def _product_forward(x: jax.Array, weight_OI: jax.Array) -> tuple[jax.Array, tup
 
 def _product_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight_OI = kept
-    precision = matmul_precision(x.dtype)
-    dx = jnp.einsum("...o,oi->...i", dy, weight_OI, precision=precision)
+    dx = einsum("...o,oi->...i", dy, weight_OI)
     # As x^T dy and not dy^T x: XLA:CPU copies the left side transposed, and fuses all that made dy into that slow copy
     # (15% of a training step). Without the barrier it turns the product around again.
-    dweight_IO = jnp.einsum("...i,...o->io", x, dy, precision=precision)
+    dweight_IO = einsum("...i,...o->io", x, dy)
     return dx, jax.lax.optimization_barrier(dweight_IO).T
 
 

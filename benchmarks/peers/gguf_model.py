@@ -1,7 +1,8 @@
-"""A Hugging Face folder as GGUF: `python gguf_model.py FOLDER OUT.gguf F32|F16|Q8_0`. Needs the gguf package only.
+"""A Hugging Face folder as GGUF: `python gguf_model.py FOLDER OUT.gguf F32|BF16|F16|Q8_0`. Needs the gguf package only.
 
-Llama's shape without biases, float32 safetensors, a byte-level BPE tokenizer. llama.cpp rotates neighbouring pairs of
-dimensions where Hugging Face's files rotate the two halves of a head, so the rows of Q and K are reordered.
+Llama's shape without biases, safetensors in float32 or bfloat16, a byte-level BPE tokenizer. llama.cpp rotates
+neighbouring pairs of dimensions where Hugging Face's files rotate the two halves of a head, so the rows of Q and K are
+reordered.
 """
 
 import json
@@ -37,10 +38,13 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
     header.pop("__metadata__", None)
     found = {}
     for name, one in header.items():
-        if one["dtype"] != "F32":
-            sys.exit(f"{name} is {one['dtype']}; float32 is read here")
+        if one["dtype"] not in ("F32", "BF16"):
+            sys.exit(f"{name} is {one['dtype']}; float32 and bfloat16 are read here")
         begin, end = (8 + size + at for at in one["data_offsets"])
-        found[name] = data[begin:end].view("<f4").reshape(one["shape"])
+        array = data[begin:end]
+        # bfloat16 is the upper half of a float32.
+        wide = array.view("<f4") if one["dtype"] == "F32" else (array.view("<u2").astype("<u4") << 16).view("<f4")
+        found[name] = wide.reshape(one["shape"])
     return found
 
 
@@ -53,7 +57,7 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 def write(folder: Path, out: Path, kind: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     quantization = gguf.GGMLQuantizationType[kind]
-    file_type = {"F32": 0, "F16": 1, "Q8_0": 7}[kind]
+    file_type = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}[kind]
     writer = gguf.GGUFWriter(out, "llama")
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer.add_file_type(file_type)

@@ -42,7 +42,7 @@ def decode(question: dict) -> dict:
 def serve(question: dict) -> dict:
     """transformers' continuous batching: all requests at once, `batch` of them running, `chunk` tokens a step."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        question["model"], dtype=torch.float32, attn_implementation="sdpa"
+        question["model"], dtype=getattr(torch, question["dtype"]), attn_implementation="sdpa"
     ).eval()
     requests, page = question["requests"], 64
     longest = max(len(one["prompt"]) + one["tokens"] for one in requests)

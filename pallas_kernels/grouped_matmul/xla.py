@@ -68,7 +68,7 @@ def _by_ragged_dot(x_NA: jax.Array, weight_GOI: Weights, sizes_G: jax.Array, con
 
 def _by_blocks(x_NA: jax.Array, weight_GOI: Weights, sizes_G: jax.Array, contract: int) -> jax.Array:
     N, C = len(x_NA), weight_GOI.shape[3 - contract]
-    blocks = _Blocks(N, sizes_G)
+    blocks, wide = _Blocks(N, sizes_G), jnp.promote_types(x_NA.dtype, jnp.float32)
     x_MA = jnp.pad(x_NA, ((0, blocks.rows), (0, 0)))
 
     def body(index: jax.Array, y_MC: jax.Array) -> jax.Array:
@@ -79,7 +79,8 @@ def _by_blocks(x_NA: jax.Array, weight_GOI: Weights, sizes_G: jax.Array, contrac
             x_BA,
             _of_group(weight_GOI, group, x_NA.dtype),
             precision=_precision(x_NA.dtype),
-        )
+            preferred_element_type=wide,  # XLA:CPU has no quick kernel with results of bfloat16
+        ).astype(x_NA.dtype)
         # What a group's last block writes beyond its rows is not theirs; the next group's first block comes after it.
         return jax.lax.dynamic_update_slice_in_dim(y_MC, y_BC, start, axis=0)
 

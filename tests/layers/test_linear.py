@@ -1,4 +1,4 @@
-"""A linear layer whose weight is kept quantised."""
+"""Linear layers whose weight is kept quantised, and products of bfloat16."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from twinax.layers.linear import Linear
+from tests.quick import full_compile
+from twinax.layers.linear import Linear, product
 from twinax.layers.quantization_config import Quantization
 from twinax.pallas_kernels.quantized_matmul import QuantizedWeight, dequantize
 
@@ -30,3 +31,17 @@ def test_a_quantised_weight_takes_the_place_of_an_array(format, block):
     dx = jax.grad(lambda x: nnx.merge(graph, state)(x).sum())(x)
     column_sums = np.asarray(weight, np.float64).sum(0)
     np.testing.assert_allclose(dx, np.broadcast_to(column_sums, x.shape), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (768, 256), (2304, 96)])
+def test_rows_of_bfloat16_are_rounded_alike_whatever_their_number(inputs, outputs):
+    shapes = ((72, inputs), (outputs, inputs))
+    x, weight = (jax.random.normal(jax.random.key(n), shape, jnp.bfloat16) for n, shape in enumerate(shapes))
+    with full_compile():
+        every = {n: np.asarray(jax.jit(product)(x[:n], weight), np.float32) for n in (1, 2, 3, 8, 17, 64, 72)}
+        sums = np.asarray(jax.jit(lambda x, w: product(x, w, jnp.float32))(x, weight))
+    for n, rows in every.items():
+        np.testing.assert_array_equal(rows, every[72][:n])
+    want = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-6 * inputs)
+    np.testing.assert_array_equal(every[72], np.asarray(jnp.asarray(sums).astype(jnp.bfloat16), np.float32))

@@ -79,6 +79,21 @@ def test_layouts_mean_the_same(kinds):
     np.testing.assert_allclose(outs[1], outs[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_bits_are_bfloat16(implementation):
+    """Of a bfloat16 pool and of one that keeps its bits: the same results, and the same pool."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in inputs())
+    found = []
+    for layout in ("split", "bits"):
+        pages = init_pages(2, R * 3, S, 2, 8, jnp.bfloat16, layout=layout)
+        _, pages = step(q, k, v, pages, {}, implementation)
+        out, pages = step(q, k, v, pages, {}, implementation)
+        found.append((np.asarray(out, np.float32), *(np.asarray(x, np.float32) for x in pages.take(1, jnp.arange(R)))))
+    assert np.abs(found[0][0]).max() > 0.1 and np.abs(found[0][1]).max() > 0.1
+    for split, bits in zip(*found, strict=True):
+        np.testing.assert_array_equal(bits, split)
+
+
 @pytest.mark.parametrize(("dtype", "layout"), [(jnp.int8, "joint"), (jnp.float8_e4m3fn, "split")], ids=["int8", "fp8"])
 def test_quantised_pages(dtype, layout):
     """As if the pages held, unquantised, what quantised numbers stand for; and each token's error is its own."""
