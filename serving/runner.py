@@ -172,8 +172,7 @@ class Runner:
     def send(self, bucket: Bucket, batch: HostBatch) -> SentStep:
         """Sends a step but for its sampling, and returns at once: what may be sampled need not be known yet."""
         program = self._programs
-        array = self._put(batch.array)
-        self._state, rows_FR, x, ropes = program["begin", bucket](self._outside, self._state, array)
+        self._state, array, rows_FR, x, ropes = program["begin", bucket](self._outside, self._state, batch.array)
         cache = self._cache
         for blocks, layers, places in self._calls[bucket]:
             x, cache = program[blocks](layers, places, x, cache, ropes, array)

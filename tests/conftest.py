@@ -29,6 +29,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 hypothesis.settings.register_profile("twinax", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("twinax")
 
+_CACHED = jax.config.jax_enable_compilation_cache
+
 
 def pytest_collection_finish():
     """What was imported stays: the collector need not look through it again and again. Tracing makes much at once."""
@@ -39,11 +41,13 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def compile_cache():
-    """The cache is there again after a test with several devices, for which a plan's mesh turned it off."""
-    enabled = jax.config.jax_enable_compilation_cache
+    """The cache is there again after a test with several devices, for which a plan's mesh turned it off.
+
+    As at the start, not as before the test: what a file makes for all of its tests may have turned it off already.
+    """
     yield
-    if jax.config.jax_enable_compilation_cache != enabled:
-        jax.config.update("jax_enable_compilation_cache", enabled)
+    if jax.config.jax_enable_compilation_cache != _CACHED:
+        jax.config.update("jax_enable_compilation_cache", _CACHED)
         compilation_cache.reset_cache()
 
 
