@@ -12,6 +12,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
+from tests.thorough import thorough
 from twinax.pallas_kernels.paged_attention import SharedPrefixes, init_pages, paged_attention, tpu, tpu_block
 
 MODES = ("eager", "on_wait")
@@ -25,9 +26,11 @@ def small_blocks(monkeypatch):
 
 
 @contextlib.contextmanager
-def interpreted(mode):
+def interpreted(mode, cores=1):
     """What is not there yet is nan."""
-    params = pltpu.InterpretParams(dma_execution_mode=mode, detect_races=True, uninitialized_memory="nan")
+    params = pltpu.InterpretParams(
+        dma_execution_mode=mode, detect_races=True, uninitialized_memory="nan", num_cores_or_threads=cores
+    )
     with pltpu.force_tpu_interpret_mode(params):
         yield
     assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
@@ -150,9 +153,9 @@ SLOW = {
 }
 
 
-def check(case, mode):
+def check(case, mode, cores=1):
     arguments = make(case)
-    with interpreted(mode):
+    with interpreted(mode, cores):
         out, pages = jax.block_until_ready(run(case, "tpu", *arguments))
     with jax.enable_x64(True):
         wide = [None if x is None else np.asarray(x, np.float64) for x in arguments[0]]
@@ -173,6 +176,26 @@ def test_against_the_reference(name):
 @pytest.mark.parametrize("name", SLOW)
 def test_more_against_the_reference(name):
     check(*SLOW[name])
+
+
+TWO_CORES = {
+    "decodes": (Case(((6, 1), (0, 0), (69, 1)), 3, K=2, H=4), "on_wait"),
+    "a mix": (Case(A_MIX, 5, K=2, H=6, spare=4, sinks=True), "eager"),
+    "int8, prefixes": (
+        Case(
+            ((70, 1), (66, 1), (40, 5), (81, 1)), 4, K=2, H=4, S=32, kept=jnp.int8, dtype=jnp.bfloat16,
+            prefixes=((0, 1, 2, 1), (0, 2, 0, 2)),
+        ),
+        "on_wait",
+    ),
+    "a latent, which is one head's": (Case(((40, 1), (0, 5)), 2, D=48, S=32, H=4, latent=32), "on_wait"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", thorough(TWO_CORES))
+def test_two_cores_that_are_one_device_share_the_heads(name, monkeypatch):
+    monkeypatch.setattr(tpu, "target_chip", lambda: "v5p")
+    check(*TWO_CORES[name], cores=2)
 
 
 @pytest.mark.slow
