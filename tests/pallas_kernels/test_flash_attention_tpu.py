@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.static import Request, compile_all
 from tests.pallas_kernels import test_flash_attention as contract
+from tests.pallas_kernels import test_flash_attention_backward as backward_contract
 from twinax.pallas_kernels.flash_attention import flash_attention, tpu
 from twinax.pallas_kernels.flash_attention.tpu_plan import Plan
 
@@ -98,6 +99,18 @@ def test_bfloat16_sums_in_float32_and_large_scores_stay_finite():
     q, k = (np.asarray(x * np.float32(1e4), q.dtype) for x in (q, k))
     out, lse = attend(q, k, v)
     assert np.isfinite(np.asarray(out, np.float32)).all() and np.isfinite(lse).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["causal, grouped, a rest", "segments, sinks, softcap", "heads of 192, 128"])
+def test_gradients_of_bfloat16(case):
+    contract.check_bfloat16_gradients(case, "tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["causal", "window both sides", "segments, window", "bias of every head"])
+def test_parts_add_up_to_the_gradients_of_the_whole(case):
+    backward_contract.check_parts(case, "tpu", T=300, dtype=jnp.float32, tolerance=3e-6)
 
 
 @pytest.mark.parametrize(
