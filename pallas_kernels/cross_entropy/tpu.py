@@ -6,8 +6,9 @@ The softmax's sum is taken online over tiles of the vocabulary (Milakov and Gime
 each of 128 lanes by itself: what a tile adds is element by element, and lanes meet once, after the last tile.
 
 Gradients are left to XLA: a kernel that keeps no logits computes them again, a fourth product of tokens, words and
-width where XLA has three. By the static profile (v5p, 2,048 tokens, 6,144 words, width 4,096) that product is 417,000
-cycles, and all that XLA does to the logits of a forward pass 43,000; what it does backward was not measured.
+width where XLA has three. By `python -m benchmarks.kernels --target v5p --op cross_entropy` (2,048 tokens, 6,144 words,
+width 4,096) that product is 417,000 cycles, and all that XLA does to the logits of a forward pass 43,000; what it does
+backward was not measured.
 """
 
 from typing import Any
@@ -22,10 +23,12 @@ from ..chips import target_chip
 from . import Options
 
 LANES = 128
-TOKENS, WORDS = 1024, 768  # of a block
+TOKENS, WORDS = 1024, 768  # of a block at most, of 16 bits
 PIECE = 512, 256  # tokens and words that are multiplied at a time: their program is unrolled
 NOTHING = -1e30  # stands for -inf where a difference of two of them must not be nan
-VMEM_BYTES = {"v5e": 96 << 20, "v6e": 96 << 20}  # others have half as much
+VMEM_BYTES = {"v5e": 96 << 20, "v6e": 96 << 20}
+VMEM_ELSEWHERE = 56 << 20
+BESIDE = 14 << 20  # for what is no block of hidden states or words: sums, results, spilled registers
 MOST_WIDTH = 1 << 14
 
 
@@ -56,10 +59,13 @@ def _statistics(
         raise NotImplementedError(f"this kernel takes bfloat16 and float32, not {hidden_BTD.dtype}")
     if D * size > MOST_WIDTH:
         raise NotImplementedError(f"this kernel holds whole hidden states, of up to {MOST_WIDTH} bytes, not {D * size}")
-    # Half as many of twice the bytes.
-    n = min(TOKENS * 2 // size, -(-N // 16) * 16)
+    # Half as many of twice the bytes. Both blocks are there twice.
+    tokens, most_words = TOKENS * 2 // size, WORDS * 2 // size
+    while 2 * (tokens + most_words) * D * size > VMEM_BYTES.get(target_chip() or "", VMEM_ELSEWHERE) - BESIDE:
+        tokens //= 2
+    n = min(tokens, -(-N // 16) * 16)
     rows, words = (PIECE if size == 2 else (256, 128)) if n % PIECE[0] == 0 else (n, LANES)
-    v = min(WORDS * 2 // size, -(-V // words) * words)
+    v = min(most_words, -(-V // words) * words)
     smooth = bool(options.label_smoothing)
 
     def kernel(hidden: Any, weight: Any, target: Any, lse: Any, label: Any, mean: Any, *scratch: Any) -> None:
@@ -116,7 +122,7 @@ def _statistics(
         scratch_shapes=[pltpu.VMEM((n, LANES), jnp.float32)] * 4,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES.get(target_chip() or "", 56 << 20),
+            vmem_limit_bytes=2 * (n + v) * D * size + BESIDE,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * N * V * D, transcendentals=N * V, bytes_accessed=(N * D + pl.cdiv(N, n) * V * D) * size

@@ -4,9 +4,10 @@ Requests are taken in turn, each block by block (of 8-bit pages two blocks at on
 computed the next ones' pages are copied, be they of this request or of the next. The new token is put into the last
 block's buffer, and its tile of slots copied back while the next request is computed.
 
-On a chip whose two cores are one device each core takes half of the heads, which is an equal share whatever the
-requests are. (Equal shares of the pages, as in Lean Attention, arXiv:2405.10480, would have to keep every block's part
-of a request that is cut to merge them in order, or the result would depend on where the cut falls.)
+On a chip whose two cores are one device each core takes half of the key heads, which is an equal share whatever the
+requests are; an odd number of them, such as a latent's one, stays on one core. (Equal shares of the pages, as in Lean
+Attention, arXiv:2405.10480, would have to keep every block's part of a request that is cut to merge them in order, or
+the result would depend on where the cut falls.)
 
 Shapes: as in tpu_block; N request rows of a program, r rows of a key head: its query heads, padded to 8.
 """

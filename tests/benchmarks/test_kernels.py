@@ -204,11 +204,19 @@ def test_a_kernel_is_compiled_for_a_chip_that_is_not_there(tmp_path):
 
 
 LIVE = '''
+import jax
 import jax.numpy as jnp
+from benchmarks.kernels_timed import InPlace
 from benchmarks.static import Program
 
 
-def product(target, n, broken=False):
+def product(target, n, broken=False, update=False):
+    if update:
+        def step(x, kept):
+            return x @ kept["a"], {"a": kept["a"].at[0].add(1)}
+
+        given = target.array((n, n)), {"a": target.array((n, n))}
+        return InPlace(jax.jit(step, donate_argnums=1), given, 2 * n**3, 0, updated=1)
     if broken:
         raise NotImplementedError("not here")
     ids = target.array((n,), "int32")
@@ -226,6 +234,8 @@ def test_a_kernel_is_timed_where_there_is_a_device(tmp_path, monkeypatch):
     found = kernels_timed.time_one(f"{file}:product", {"n": 64}, V6E)
     assert found.failed is None and found.microseconds > 0.1
     assert found.of_limit == pytest.approx(2 * 64**3 / V6E.flops / (1e-6 * found.microseconds))
+    found = kernels_timed.time_one(f"{file}:product", {"n": 64, "update": True}, V6E)
+    assert found.failed is None and found.microseconds > 0.1, "what is given away comes back"
     assert "not here" in kernels_timed.time_one(f"{file}:product", {"n": 64, "broken": True}, V6E).failed
     with pytest.raises(RuntimeError, match="no GPU here"):
         kernels_timed.timed((), None, None, Console(quiet=True))

@@ -256,12 +256,14 @@ def program(target, N, D, V, dtype, options):
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "7x"])
 def test_it_compiles(chip):
-    """Sizes that fill no registers, several pieces and blocks, and float32."""
+    """Sizes that fill no registers, several pieces and blocks, float32, and the widest states that are taken."""
     everything = {"scale": 0.5, "softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}
     kinds = [
         {"N": 5, "D": 72, "V": 301, "dtype": "bfloat16", "options": everything},
         {"N": 1500, "D": 128, "V": 1000, "dtype": "bfloat16", "options": {}},
         {"N": 600, "D": 128, "V": 500, "dtype": "float32", "options": {}},
+        {"N": 2048, "D": 8192, "V": 2000, "dtype": "bfloat16", "options": everything},
+        {"N": 600, "D": 4096, "V": 2000, "dtype": "float32", "options": {}},
     ]
     found = compile_all([Request(chip, f"{__file__}:program", kind) for kind in kinds], profiled=False)
     assert [x.failed for x in found] == [None] * len(kinds)

@@ -206,6 +206,37 @@ def test_bfloat16_keeps_its_dtype_and_sums_in_float32(implementation):
     np.testing.assert_allclose(np.asarray(out, np.float64), wanted_out, atol=2**-6)
 
 
+def check_bfloat16_gradients(case, implementation):
+    """Within what rounding inputs, weights and results to 8 bits makes, of the largest of each gradient."""
+    inputs, options = make(case, jnp.bfloat16)
+    if "sinks_H" in options:
+        options["sinks_H"] = options["sinks_H"].astype(np.float32)
+    d_out = np.random.default_rng(0).standard_normal((*inputs[0].shape[:3], inputs[2].shape[3]))
+    d_out = np.asarray(d_out, jnp.bfloat16)
+    learned = {name: options.pop(name) for name in ("bias_BHTS", "sinks_H") if name in options}
+    options = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+
+    def gradients(given, d_out, implementation):
+        def attend(inputs, learned):
+            return flash_attention(*inputs, **learned, **options, implementation=implementation)
+
+        return jax.tree.leaves(jax.jit(lambda given, d_out: jax.vjp(attend, *given)[1](d_out))(given, d_out))
+
+    got = gradients((inputs, learned), d_out, implementation)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), ((inputs, learned), d_out))
+        wanted = gradients(*wide, "reference")
+    for x, y, like in zip(got, wanted, jax.tree.leaves((inputs, learned)), strict=True):
+        assert x.dtype == like.dtype
+        np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=2**-6 * np.abs(y).max())
+
+
+@ALL
+@pytest.mark.parametrize("case", ["causal with rests", "sinks", "bias of every row"])
+def test_gradients_of_bfloat16(case, implementation):
+    check_bfloat16_gradients(case, implementation)
+
+
 @ALL
 @pytest.mark.parametrize("scales", ["one number", "one a head"])
 def test_float8_is_its_numbers_times_their_scales(scales, implementation):

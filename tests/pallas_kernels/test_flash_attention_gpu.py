@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels.gpu_emulator import emulate
 from tests.pallas_kernels.test_flash_attention import headed, paired
+from tests.pallas_kernels.test_flash_attention_backward import check_parts
 from twinax.pallas_kernels.flash_attention import (
     OPERATION,
     _check_options,
@@ -166,6 +167,17 @@ def test_output_and_gradients(kernel, case):
         close(grad, want, name)
     if learned["bias_BHTS"] is not None:
         close(d_learned["bias_BHTS"], wanted[1]["bias_BHTS"], "d bias")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("case", ["causal", "window both sides", "segments, window", "bias of every head"])
+def test_parts_add_up_to_the_gradients_of_the_whole_in_float32(case, monkeypatch):
+    """By Triton's kernels, which alone take float32."""
+    if not GPU:
+        monkeypatch.setattr(gpu, "known_platform", lambda: "cuda")
+        monkeypatch.setattr(gpu, "target_chip", lambda: "a100")
+    check_parts(case, "gpu", T=150, dtype=jnp.float32, tolerance=3e-6)
 
 
 @pytest.mark.slow

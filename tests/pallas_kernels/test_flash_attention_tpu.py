@@ -14,7 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.static import Request, compile_all
 from tests.pallas_kernels import test_flash_attention as contract
-from twinax.pallas_kernels.flash_attention import flash_attention, tpu
+from tests.pallas_kernels import test_flash_attention_backward as backward_contract
+from twinax.pallas_kernels.flash_attention import flash_attention, tpu, tpu_forward
 from twinax.pallas_kernels.flash_attention.tpu_plan import Plan
 
 # B, T, S, H, K, D, options: as in the contract.
@@ -100,6 +101,18 @@ def test_bfloat16_sums_in_float32_and_large_scores_stay_finite():
     assert np.isfinite(np.asarray(out, np.float32)).all() and np.isfinite(lse).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["causal, grouped, a rest", "segments, sinks, softcap", "heads of 192, 128"])
+def test_gradients_of_bfloat16(case):
+    contract.check_bfloat16_gradients(case, "tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["causal", "window both sides", "segments, window", "bias of every head"])
+def test_parts_add_up_to_the_gradients_of_the_whole(case):
+    backward_contract.check_parts(case, "tpu", T=300, dtype=jnp.float32, tolerance=3e-6)
+
+
 @pytest.mark.parametrize(
     "case", ["causal, grouped, a rest", pytest.param("segments, sinks, softcap", marks=pytest.mark.slow)]
 )
@@ -157,6 +170,31 @@ def test_under_the_diagonal_every_step_of_the_grid_has_a_pair_and_each_pair_a_st
     else:  # the other kernel's part of a longer row
         assert (offset < 0) != per_key_block or rows % 2
         assert set(wanted) <= set(got)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(700, 900, 128, 256, True, 300, 128, segments=False),
+        Plan(700, 900, 128, 256, False, 200, -70, segments=False),
+        Plan(512, 512, 128, 128, True, None, 0, segments=False),
+        Plan(500, 1500, 128, 128, True, 90, None, segments=False),  # the offset is known when it runs
+    ],
+)
+def test_the_forward_kernel_loads_no_block_that_the_mask_empties(plan):
+    """A step without a block of its own names the one that is there, or of a row that sees nothing the first."""
+    tables = {"offset": np.asarray([700])} if plan.offset is None else {}
+    seen = dict.fromkeys(range(plan.nq), frozenset())
+    for n in range(plan.grid[0]):
+        for t in range(plan.grid[1]):
+            i, j = (int(x) for x in plan.place(n, t))
+            low, high = (int(x) for x in plan.keys_of(i, tables, 0))
+            block = int(tpu_forward._key_block(plan, low, high, j))
+            assert low <= block <= high or high < low
+            seen[i] |= {block}
+    for i, blocks in seen.items():
+        low, high = (int(x) for x in plan.keys_of(i, tables, 0))
+        assert blocks == set(range(low, high + 1)) or (high < low and len(blocks) == 1)
 
 
 def test_blocks_of_other_segments_are_not_loaded():

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels.test_paged_attention import Case, filled, make, run
+from tests.pallas_kernels.test_paged_attention_tpu import check_bits
 from twinax.pallas_kernels.paged_attention import OPERATION, SharedPrefixes, gpu, init_pages
 from twinax.planner.devices import has_cuda_plugin
 
@@ -160,6 +161,14 @@ def test_neighbours_change_no_bit():
     out, _ = run(batch, pages, "gpu")
     batch.ragged["query_length_R"] = np.where(np.arange(5) == 4, batch.ragged["query_length_R"], 0)
     np.testing.assert_array_equal(run(batch, pages, "gpu")[0][mine], out[mine])
+
+
+@SLOW
+@pytest.mark.usefixtures("full_compile")
+@pytest.mark.parametrize("kept", [None, jnp.int8])
+def test_a_request_gives_the_same_bits_in_any_company(kept):
+    """With float32 and bfloat16 rows."""
+    check_bits(kept, "gpu")
 
 
 def build(target, dtype="bfloat16", H=32, K=8, D=128, latent=None, sinks=False, prefixes=False, **options):

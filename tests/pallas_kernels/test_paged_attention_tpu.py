@@ -12,6 +12,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
+from tests.thorough import thorough
 from twinax.pallas_kernels.paged_attention import SharedPrefixes, init_pages, paged_attention, tpu, tpu_block
 
 MODES = ("eager", "on_wait")
@@ -25,9 +26,11 @@ def small_blocks(monkeypatch):
 
 
 @contextlib.contextmanager
-def interpreted(mode):
+def interpreted(mode, cores=1):
     """What is not there yet is nan."""
-    params = pltpu.InterpretParams(dma_execution_mode=mode, detect_races=True, uninitialized_memory="nan")
+    params = pltpu.InterpretParams(
+        dma_execution_mode=mode, detect_races=True, uninitialized_memory="nan", num_cores_or_threads=cores
+    )
     with pltpu.force_tpu_interpret_mode(params):
         yield
     assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
@@ -150,9 +153,9 @@ SLOW = {
 }
 
 
-def check(case, mode):
+def check(case, mode, cores=1):
     arguments = make(case)
-    with interpreted(mode):
+    with interpreted(mode, cores):
         out, pages = jax.block_until_ready(run(case, "tpu", *arguments))
     with jax.enable_x64(True):
         wide = [None if x is None else np.asarray(x, np.float64) for x in arguments[0]]
@@ -175,6 +178,26 @@ def test_more_against_the_reference(name):
     check(*SLOW[name])
 
 
+TWO_CORES = {
+    "decodes": (Case(((6, 1), (0, 0), (69, 1)), 3, K=2, H=4), "on_wait"),
+    "a mix": (Case(A_MIX, 5, K=2, H=6, spare=4, sinks=True), "eager"),
+    "int8, prefixes": (
+        Case(
+            ((70, 1), (66, 1), (40, 5), (81, 1)), 4, K=2, H=4, S=32, kept=jnp.int8, dtype=jnp.bfloat16,
+            prefixes=((0, 1, 2, 1), (0, 2, 0, 2)),
+        ),
+        "on_wait",
+    ),
+    "a latent, which is one head's": (Case(((40, 1), (0, 5)), 2, D=48, S=32, H=4, latent=32), "on_wait"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", thorough(TWO_CORES))
+def test_two_cores_that_are_one_device_share_the_heads(name, monkeypatch):
+    monkeypatch.setattr(tpu, "target_chip", lambda: "v5p")
+    check(*TWO_CORES[name], cores=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [None, jnp.int8])
 def test_large_scores_stay_finite(kept):
@@ -194,7 +217,7 @@ def test_float8_is_multiplied_as_it_is_kept(requests, monkeypatch):
     check(case, "eager")
 
 
-def feed(q, k, v, counts, *, row, neighbours, seed, shared=False, kept=None):
+def feed(q, k, v, counts, *, row, neighbours, seed, shared=False, kept=None, implementation="tpu"):
     """One request's tokens through the cache in steps of `counts`, in request row `row` of three; its results.
 
     `shared`: a neighbour's first pages are this request's, and its decodes are in one group with it.
@@ -202,7 +225,8 @@ def feed(q, k, v, counts, *, row, neighbours, seed, shared=False, kept=None):
     rng = np.random.default_rng(seed)
     S, M, R, chunk = (16, 6, 3, 77) if kept is None else (32, 3, 3, 77)
     table = rng.permutation(R * M).reshape(R, M).astype(np.int32)
-    pages = init_pages(1, R * M, S, 1, 16, kept or q.dtype, layout="joint")
+    layout = "joint" if implementation == "tpu" else "split"
+    pages = init_pages(1, R * M, S, 1, 16, kept or q.dtype, layout=layout)
     pages = jax.tree.map(lambda x: jnp.full_like(x, np.nan), pages)
     lengths, done, outs = np.zeros(R, np.int32), 0, []
     for count in counts:
@@ -227,7 +251,7 @@ def feed(q, k, v, counts, *, row, neighbours, seed, shared=False, kept=None):
             leader[other], alike[[row, other]] = row, same
             arrays["prefixes"] = SharedPrefixes(leader, alike)
         lengths += news
-        out, pages = step(batch, pages, {**arrays, "lengths_R": lengths.copy()}, R, "tpu", ())
+        out, pages = step(batch, pages, {**arrays, "lengths_R": lengths.copy()}, R, implementation, ())
         outs.append(np.asarray(out)[mine])
     return np.concatenate(outs)
 
@@ -238,34 +262,38 @@ def tree_over_lanes(x):
     return x
 
 
+WAYS = {
+    "decodes": ([66, 1, 1], {"row": 0, "neighbours": (), "seed": 0}),
+    "chunks": ([60, 8], {"row": 2, "neighbours": (1,), "seed": 3}),
+    "beside": ([66, 1, 1], {"row": 2, "neighbours": (1,), "seed": 3}),
+    "shared": ([66, 1, 1], {"row": 0, "neighbours": (1,), "seed": 1, "shared": True}),
+}
+
+
+def check_bits(kept, implementation):
+    """In chunks, decode by decode, beside a neighbour, and in one group with it: decodes and chunks are two kernels."""
+    rng = np.random.default_rng(7)
+    dtype = jnp.float32 if kept is None else jnp.bfloat16
+    q, k, v = (np.asarray(jnp.asarray(rng.standard_normal((68, heads, 16)), dtype)) for heads in (2, 1, 1))
+    go = partial(feed, q, k, v, kept=kept, implementation=implementation)
+    alone = go([40, 28], row=0, neighbours=(), seed=0)
+    assert np.isfinite(np.asarray(alone, np.float32)).all()
+    for way, (counts, how) in WAYS.items():
+        np.testing.assert_array_equal(go(counts, **how), alone, err_msg=way)
+
+
 @pytest.mark.usefixtures("full_compile")
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", [None, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("kept", [None, jnp.int8, jnp.float8_e4m3fn])
 def test_a_request_gives_the_same_bits_in_any_company(kept, monkeypatch):
-    """In chunks, decode by decode, beside a neighbour, and in one group with it: decodes and chunks are two kernels.
-
-    The CPU that stands in for a TPU rounds rows alike in products with 64 columns and more, but adds up a row in an
+    """The CPU that stands in for a TPU rounds rows alike in products with 64 columns and more, but adds up a row in an
     order that hangs on how many there are. A TPU does that, for the 128 lanes at the end, by an instruction.
     """
     monkeypatch.setattr(tpu, "BLOCK_TOKENS", (64, 64))
     monkeypatch.setattr(tpu_block, "over_lanes", tree_over_lanes)
     monkeypatch.setattr(tpu_block, "target_chip", lambda: "7x")
-    rng = np.random.default_rng(7)
-    dtype = jnp.float32 if kept is None else jnp.bfloat16
-    q, k, v = (np.asarray(jnp.asarray(rng.standard_normal((68, heads, 16)), dtype)) for heads in (2, 1, 1))
-    go = partial(feed, q, k, v, kept=kept)
-    ways = {
-        "decodes": ([66, 1, 1], dict(row=0, neighbours=(), seed=0)),
-        "chunks": ([60, 8], dict(row=2, neighbours=(1,), seed=3)),
-        "beside": ([66, 1, 1], dict(row=2, neighbours=(1,), seed=3)),
-        "shared": ([66, 1, 1], dict(row=0, neighbours=(1,), seed=1, shared=True)),
-    }
     with interpreted("on_wait"):
-        alone = go([40, 28], row=0, neighbours=(), seed=0)
-        ways = {name: go(counts, **how) for name, (counts, how) in list(ways.items())[: 4 if kept is None else 1]}
-    assert np.isfinite(np.asarray(alone, np.float32)).all()
-    for way, out in ways.items():
-        np.testing.assert_array_equal(out, alone, err_msg=way)
+        check_bits(kept, "tpu")
 
 
 def test_what_the_kernels_refuse():

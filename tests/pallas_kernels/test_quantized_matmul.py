@@ -52,6 +52,7 @@ CASES = {
     "mxfp4 with a rest": (1, 74, 130, "mxfp4", (1, 32), False, None, F32, None),
     "fp8, a part of a block": (3, 70, 45, "fp8_e4m3", (128, 128), False, None, BF16, None),
     "fp8 x fp8, a part of a block": (3, 70, 45, "fp8_e4m3", (128, 128), False, "fp8", F32, None),
+    "int4, a channel, zero points": (5, 200, 40, "int4", (1, None), True, None, BF16, "silu"),
 }
 
 

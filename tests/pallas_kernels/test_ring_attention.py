@@ -183,6 +183,18 @@ def test_bfloat16_keeps_its_dtype_and_nearly_its_numbers():
         np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=2**-6, atol=2**-7 * np.abs(y).max())
 
 
+@pytest.mark.parametrize("two_way", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one way", "two ways"])
+def test_large_scores_stay_finite(two_way):
+    """Beside padding, which holds inf."""
+    devices, (q, k, v, d_out), ids, options = make("segments on four", np.float32)
+    places = order(devices, q.shape[1])
+    run = on_a_ring(devices, ids[:, places], {**options, "two_way": two_way})
+    arrays = (q * 1e4, k * 1e4, v, d_out)
+    out, *gradients = run(*(jnp.asarray(x[:, places], jnp.float32) for x in arrays))
+    assert all(np.isfinite(x).all() for x in (out, *gradients))
+    assert not np.asarray(out)[ids[:, places] == 0].any()
+
+
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
 def test_zigzag_is_the_order_and_unzigzag_its_inverse(devices):
     x = np.arange(48 * 2).reshape(2, 48)
