@@ -26,8 +26,9 @@ def loaded(config: DecoderConfig) -> LoadedModel:
 
 def engine_of(config: DecoderConfig, **limits) -> Engine:
     limits = {"max_running": 6, "page_size": 16, "chunk_tokens": 64, "max_waiting": 9, "compile_cache": "", **limits}
+    model = loaded(config)  # whose random numbers take longer to compile than a step, and need not be a user's
     with full_compile():
-        engine = Engine(loaded(config), EngineConfig(**limits))
+        engine = Engine(model, EngineConfig(**limits))
         engine.warmup()
     return engine
 
