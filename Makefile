@@ -57,7 +57,9 @@ test: $(VENV)/installed-test
 test-slow: $(VENV)/installed-test
 	$(PY) -m pytest -q -n 2 --dist worksteal -m slow $(PYTEST_ARGS)
 
-test-all: test test-slow
+# One run of both: what is made for a file's tests, an engine or a server, is made once for the quick and the slow ones.
+test-all: $(VENV)/installed-test
+	$(PY) -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-test
 	$(PY) -m ruff check .

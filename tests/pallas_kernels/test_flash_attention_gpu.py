@@ -5,7 +5,7 @@ Where there is a GPU, the same cases run on it. Compiling needs JAX's CUDA plug-
 
 import itertools
 import shutil
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,23 @@ def make(case):
     return tuple(inputs), d_out, NOTHING | checked | {"sinks_H": sinks}
 
 
+@cache
+def wanted(case):
+    """Of the reference in float64: out, lse, and the gradients of inputs and bias. All kernels are held against it."""
+    inputs, d_out, options = make(case)
+    learned = {"bias_BHTS": options.pop("bias_BHTS")}
+    reference = OPERATION.load("reference")
+    with jax.enable_x64(True):
+        wide, wide_d_out = jax.tree.map(lambda x: x.astype(np.float64), jax.device_get(((inputs, learned), d_out)))
+
+        @jax.jit
+        def plain(wide, d_out):
+            (out, lse), pull = jax.vjp(lambda x, more: reference(*x, **options, **more), *wide)
+            return out, lse, pull((d_out, jnp.zeros_like(lse)))
+
+        return jax.device_get(plain(wide, wide_d_out))
+
+
 def attention(forward, backward):
     return differentiable(gpu.forward_by(forward), gpu.backward_by(backward))
 
@@ -143,16 +160,6 @@ def test_output_and_gradients(kernel, case):
     skip_unless_for_this_gpu(kernel)
     inputs, d_out, options = make(case)
     learned = {"bias_BHTS": options.pop("bias_BHTS")}
-    reference = OPERATION.load("reference")
-    with jax.enable_x64(True):
-        wide, wide_d_out = jax.tree.map(lambda x: x.astype(np.float64), jax.device_get(((inputs, learned), d_out)))
-
-        @jax.jit
-        def plain(wide, d_out):
-            (out, lse), pull = jax.vjp(lambda x, more: reference(*x, **options, **more), *wide)
-            return out, lse, pull((d_out, jnp.zeros_like(lse)))
-
-        out, lse, wanted = plain(wide, wide_d_out)
     static = {name: x for name, x in options.items() if not isinstance(x, jax.Array)}
     arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
 
@@ -161,12 +168,13 @@ def test_output_and_gradients(kernel, case):
         return out, lse, pull((d_out, jnp.zeros_like(lse)))
 
     got_out, got_lse, (grads, d_learned) = run(kernel, both)(inputs, learned, d_out, arrays)
+    out, lse, (wanted_grads, wanted_learned) = wanted(case)
     close(got_out, out, "out")
     np.testing.assert_allclose(got_lse, lse, rtol=1e-5, atol=1e-5)
-    for name, grad, want in zip(("dq", "dk", "dv"), grads, wanted[0], strict=True):
+    for name, grad, want in zip(("dq", "dk", "dv"), grads, wanted_grads, strict=True):
         close(grad, want, name)
     if learned["bias_BHTS"] is not None:
-        close(d_learned["bias_BHTS"], wanted[1]["bias_BHTS"], "d bias")
+        close(d_learned["bias_BHTS"], wanted_learned["bias_BHTS"], "d bias")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What tests of the engine over several kinds of models share."""
 
+import contextlib
 import dataclasses
 import pathlib
 
@@ -24,10 +25,12 @@ def loaded(config: DecoderConfig) -> LoadedModel:
     return LoadedModel(config, init_params(config, 0), TOKENIZER, "llama", {}, pathlib.Path("here"), "step")
 
 
-def engine_of(config: DecoderConfig, **limits) -> Engine:
+def engine_of(config: DecoderConfig, bits: bool = True, **limits) -> Engine:
+    """A warm engine, compiled as for a user if its `bits` are asked for."""
     limits = {"max_running": 6, "page_size": 16, "chunk_tokens": 64, "max_waiting": 9, "compile_cache": "", **limits}
-    with full_compile():
-        engine = Engine(loaded(config), EngineConfig(**limits))
+    model = loaded(config)  # whose random numbers take longer to compile than a step, and need not be a user's
+    with full_compile() if bits else contextlib.nullcontext():
+        engine = Engine(model, EngineConfig(**limits))
         engine.warmup()
     return engine
 

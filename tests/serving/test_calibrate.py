@@ -14,7 +14,7 @@ from twinax.serving.simulator import requests_of, simulate
 
 @pytest.mark.slow
 def test_every_step_is_timed_and_the_simulator_can_go_by_them():
-    engine = engine_of(CONFIG, prefix_cache="", max_waiting=100)
+    engine = engine_of(CONFIG, bits=False, prefix_cache="", max_waiting=100)
     asked = renamed(requests_of(poisson(12, 1000.0, (2, 40), (2, 9), 0)), "a")
     found = replay(engine, asked)
     assert [len(track.tokens) for track in found.outcome.tracks] == [one.params.max_tokens for one in asked]
