@@ -22,7 +22,7 @@ from ..sharding.plan import CHOICES
 from ..sharding.rules import ACTIVATION_RULES, current, mesh_axes, partition_spec
 from .cache import Cache
 from .convolution import Convolution, next_state, packed_inputs, paged_inputs
-from .linear import einsum
+from .linear import matmul_precision
 from .mixers.attention import Mixing
 
 PLAIN = Mixing()
@@ -111,7 +111,7 @@ class PackedContext:
             latent_BTR, k_turned_BT1P: what keys and values come from, and the key of the turned part of all heads.
             up: from a latent to each head's key [H, N, R] and value [H, V, R].
         """
-        k_BTHN, v_BTHV = (einsum("btr,hcr->bthc", latent_BTR, weight) for weight in up)
+        k_BTHN, v_BTHV = (_by_head("btr,hcr->bthc", latent_BTR, weight) for weight in up)
         k_turned = jnp.broadcast_to(k_turned_BT1P, (*k_BTHN.shape[:3], k_turned_BT1P.shape[-1]))
         k_BTHD = jnp.concatenate([k_BTHN, k_turned], axis=-1)
         return self.attend(jnp.concatenate(q, axis=-1), k_BTHD, v_BTHV, cache, layer, mixing)
@@ -142,6 +142,14 @@ class PackedContext:
         rows = partition_spec(("batch",), mesh, ACTIVATION_RULES)
         local = jax.shard_map(_attend_linear_rows, in_specs=(rows,) * 5, out_specs=rows, check_vma=False)
         return local(*arguments), cache
+
+
+def _by_head(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """A product for each head, in the dtype of `x`. XLA:CPU has none of bfloat16 with sums of float32."""
+    dtype, precision = x.dtype, matmul_precision(x.dtype)
+    if known_platform() == "cpu":
+        x, weight = (a.astype(jnp.promote_types(dtype, jnp.float32)) for a in (x, weight))
+    return jnp.einsum(subscripts, x, weight, precision=precision).astype(dtype)
 
 
 def _attend_linear_rows(
@@ -324,14 +332,14 @@ class PagedContext:
         """
         q_THN, q_THP = q
         up_HNR, up_HVR = up
-        q_THR = einsum("thn,hnr->thr", q_THN, up_HNR)
+        q_THR = _by_head("thn,hnr->thr", q_THN, up_HNR)
         k_T1D = jnp.concatenate([latent_TR[:, None], k_turned_T1P], axis=-1)
         mixed_THR, cache = self.attend(jnp.concatenate([q_THR, q_THP], axis=-1), k_T1D, None, cache, layer, mixing)
         up_HRV = jnp.swapaxes(up_HVR, 1, 2)
         if known_platform() == "cpu":
             # Turned in memory: otherwise XLA:CPU rounds a row in another way in batches of another size.
             up_HRV = jax.lax.optimization_barrier(up_HRV)
-        return einsum("thr,hrv->thv", mixed_THR, up_HRV), cache
+        return _by_head("thr,hrv->thv", mixed_THR, up_HRV), cache
 
     def convolve(
         self, convolution: Convolution, x_TC: jax.Array, cache: Cache, layer: Any, mixer: str

@@ -59,10 +59,10 @@ def product(x: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) 
     one_row = x.size == x.shape[-1]
     if one_row and x.ndim > 1 and x.dtype == jnp.bfloat16 and known_platform() == "cpu":
         # Nor are there quick kernels for one row. Two are rounded as any number of them.
-        return einsum("...i,oi->...o", jnp.concatenate([x, x], axis=-2), weight_OI, dtype)[..., :1, :]
+        return _einsum("...i,oi->...o", jnp.concatenate([x, x], axis=-2), weight_OI, dtype)[..., :1, :]
     # One row is read the same either way, with less ado.
     if not _weights_first.get() or one_row or len(weight_OI) < FEWEST_OUTPUTS:
-        return einsum("...i,oi->...o", x, weight_OI, dtype)
+        return _einsum("...i,oi->...o", x, weight_OI, dtype)
     # Without the barriers XLA turns the product around again, or has its kernel turn `x`, or who takes the result read
     # it column by column: all slow.
     x_NI = x.reshape(-1, x.shape[-1])
@@ -70,12 +70,12 @@ def product(x: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) 
     if x.shape[-1] > LONGEST_SUM and count < ROWS_OF_LONG_SUMS:
         x_NI = jnp.pad(x_NI, ((0, ROWS_OF_LONG_SUMS - count), (0, 0)))
     x_IN = lax.optimization_barrier(x_NI.T)
-    y_ON = lax.optimization_barrier(einsum("oi,in->on", weight_OI, x_IN, dtype))
+    y_ON = lax.optimization_barrier(_einsum("oi,in->on", weight_OI, x_IN, dtype))
     return lax.optimization_barrier(y_ON[:, :count].T).reshape(*x.shape[:-1], len(weight_OI))
 
 
-def einsum(subscripts: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """A product accumulated and returned in `dtype`, by default that of `a`.
+def _einsum(subscripts: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """A product of two matrices, accumulated and returned in `dtype`, by default that of `a`.
 
     XLA:CPU has quick kernels for bfloat16 with sums of float32, and for results of bfloat16 a loop, ten times as slow.
     """
@@ -97,10 +97,10 @@ def _product_forward(x: jax.Array, weight_OI: jax.Array) -> tuple[jax.Array, tup
 
 def _product_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight_OI = kept
-    dx = einsum("...o,oi->...i", dy, weight_OI)
+    dx = _einsum("...o,oi->...i", dy, weight_OI)
     # As x^T dy and not dy^T x: XLA:CPU copies the left side transposed, and fuses all that made dy into that slow copy
     # (15% of a training step). Without the barrier it turns the product around again.
-    dweight_IO = einsum("...i,...o->io", x, dy)
+    dweight_IO = _einsum("...i,...o->io", x, dy)
     return dx, jax.lax.optimization_barrier(dweight_IO).T
 
 

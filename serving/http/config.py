@@ -24,7 +24,7 @@ class ServeConfig:
       max_running: requests decoded together.
       max_waiting: requests that may queue; more are answered 429.
       max_model_len: tokens of prompt and completion together; at most, and by default, the model's own context.
-      dtype: of weights and compute, "float32" or "bfloat16".
+      dtype: of weights and compute, "float32" (the default on a CPU) or "bfloat16" (elsewhere; half of the memory).
       page_size, num_pages, cache_bytes: the paged cache; `num_pages` pages of `page_size` tokens, or a size in bytes.
       chunk_tokens: prompt tokens computed per step.
       prefix_cache: what goes first from the cache of prompts that were computed before, when room is needed:
