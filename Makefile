@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -52,14 +53,14 @@ demo: $(VENV)/installed
 	@$(PY) -m twinax.demo $(if $(DATA),--data '$(DATA)')
 
 test: $(VENV)/installed-test
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/installed-test
-	$(PY) -m pytest -q -n 2 --dist worksteal -m slow $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m slow $(PYTEST_ARGS)
 
 # One run of both: what is made for a file's tests, an engine or a server, is made once for the quick and the slow ones.
 test-all: $(VENV)/installed-test
-	$(PY) -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-test
 	$(PY) -m ruff check .
