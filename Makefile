@@ -52,15 +52,15 @@ setup-test: $(VENV)/installed-test
 demo: $(VENV)/installed
 	@$(PY) -m twinax.demo $(if $(DATA),--data '$(DATA)')
 
+# SLOW=1 adds the slow tests, in one run: what is made for a file's tests, an engine or a server, is made once for both.
 test: $(VENV)/installed-test
-	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n $(WORKERS) $(if $(SLOW),--dist worksteal,--dist loadfile -m "not slow") $(PYTEST_ARGS)
 
 test-slow: $(VENV)/installed-test
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m slow $(PYTEST_ARGS)
 
-# One run of both: what is made for a file's tests, an engine or a server, is made once for the quick and the slow ones.
-test-all: $(VENV)/installed-test
-	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+test-all:
+	@$(MAKE) --no-print-directory test SLOW=1
 
 lint: $(VENV)/installed-test
 	$(PY) -m ruff check .
