@@ -46,6 +46,8 @@ class Layout:
     inputs_first: bool
     # None, or how many inputs there are: the kernel makes its rows ready itself (`tpu_inside.py`).
     inside: int | None
+    # The format that it rounds them to, then.
+    quantized: str | None
     # Weights are scaled in bfloat16.
     narrow_scales: bool
     # Whether what codes are off by comes from outside; else it is `CODES_OFF` times their scales.
@@ -55,6 +57,11 @@ class Layout:
     def contract(self) -> int:
         """The dimension of the weights' values that is inputs."""
         return 0 if self.format in PACKED or self.inputs_first else 1
+
+    @property
+    def scaled_inside(self) -> bool:
+        """Whether rows that the kernel makes ready have scales."""
+        return self.inside is not None and (self.quantized is not None or self.operand.dtype != jnp.bfloat16)
 
     @property
     def totals_inside(self) -> bool:
@@ -81,7 +88,7 @@ def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, *refs: Any) 
     sums_ref = next(given) if layout.steps > 1 else None
     if layout.inside is not None:
         rows_ref = next(given)
-        x_scales_ref = next(given) if layout.operand.dtype != jnp.bfloat16 else None
+        x_scales_ref = next(given) if layout.scaled_inside else None
         totals_ref = next(given) if layout.totals_inside else None
 
         raw_ref, end = x_ref, layout.inside
@@ -90,7 +97,8 @@ def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, *refs: Any) 
         def _():
             size = layout.size if layout.sums_apart and layout.size else layout.tile
             packed, given = layout.format in PACKED, (raw_ref, rows_ref, x_scales_ref, totals_ref)
-            prepare(*given, taken=layout.operand, end=end, tile=layout.tile, size=size, packed=packed)
+            cut = {"end": end, "tile": layout.tile, "size": size, "packed": packed}
+            prepare(*given, taken=layout.operand, quantized=layout.quantized, **cut)
 
         x_ref = rows_ref
     # Some outputs at a time, so that their sums stay in registers.

@@ -33,12 +33,15 @@ CASES = {
     "codes as float8, eight blocks": ("7x", 1 << 14, (3, 1024, 40, "int4", (1, 128), False, None, "bfloat16", "relu")),
     "two cores": ("v5p", 1 << 14, (3, 300, 2040, "int8", (1, None), False, None, "bfloat16", None)),
     "no int8 unit": ("7x", 1 << 14, (3, 300, 40, "int8", (1, 64), False, None, "float32", None)),
+    "rows rounded inside": ("v5e", 1 << 14, (64, 300, 140, "int8", (1, None), True, "int8", "bfloat16", None)),
+    "rows rounded inside, four bits": ("v6e", 1 << 14, (9, 512, 40, "int4", (1, None), True, "int8", "float32", None)),
+    "rows rounded inside, float8": ("7x", 1 << 14, (3, 300, 40, "fp8_e4m3", (1, None), False, "fp8", "bfloat16", None)),
     "blocks of inputs": ("v5e", 256, (3, 600, 140, "int8", (1, None), False, "int8", "float32", "relu")),
     "blocks of grouped inputs": ("v6e", 1024, (3, 1300, 40, "int4", (1, 128), True, "int8", "float32", None)),
     "blocks of float8 with a rest": ("v6e", 256, (3, 600, 40, "fp8_e4m3", (1, None), False, None, "bfloat16", None)),
     "several tiles of rows": ("v5e", 1 << 14, (150, 64, 40, "int4", (1, 64), False, None, "float32", "gelu")),
 }
-QUICK = ("scaled first, in bfloat16", "many rows of four bits", "codes as float8, eight blocks")
+QUICK = ("scaled first, in bfloat16", "many rows of four bits", "codes as float8, eight blocks", "rows rounded inside")
 
 
 @pytest.mark.parametrize("case", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in CASES])
@@ -93,11 +96,12 @@ def test_many_rows_meet_weights_that_were_scaled(chip, format, block, zeros, mon
     contract.check(x, weight, bias, options, contract.run(contract.product, "tpu", x, weight, bias, **options))
 
 
-def test_rows_that_are_not_finite_are_no_numbers(monkeypatch):
+@pytest.mark.parametrize("activation_format", [None, "int8"])
+def test_rows_that_are_not_finite_are_no_numbers(activation_format, monkeypatch):
     monkeypatch.setattr(tpu, "target_chip", lambda: "v6e")
     x = jnp.ones((4, 256)).at[1, 7].set(jnp.inf).at[2, 200].set(jnp.nan).at[3, 0].set(3e38)
     weight = quantize(jnp.ones((8, 256)), "int8", block=(1, None))
-    y = np.asarray(contract.run(contract.product, "tpu", x, weight, None))
+    y = np.asarray(contract.run(contract.product, "tpu", x, weight, None, activation_format=activation_format))
     assert np.isnan(y[1:3]).all() and np.isfinite(y[0]).all() and np.isfinite(y[3]).all()
 
 
