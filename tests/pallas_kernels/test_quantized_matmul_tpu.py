@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels import test_quantized_matmul as contract
 from twinax.pallas_kernels import tuned
 from twinax.pallas_kernels.chips import target_chip
 from twinax.pallas_kernels.quantized_matmul import INPUTS_FIRST, quantize, quantized_matmul, tpu, with_inputs_first, xla
+from twinax.pallas_kernels.quantized_matmul.formats import from_e2m1
+from twinax.pallas_kernels.quantized_matmul.tpu_codes import ELEVEN, UNITS, eleven, spread
 from twinax.pallas_kernels.quantized_matmul.tpu_rows import evens_first, operand, split
 
 SLOW = pytest.mark.slow
@@ -27,6 +31,7 @@ CASES = {
     "many rows": ("v5e", 1 << 14, (40, 70, 200, "int8", (1, None), True, None, "bfloat16", None)),
     "many rows of four bits": ("v5e", 1 << 14, (40, 70, 200, "int4", (1, None), True, None, "bfloat16", None)),
     "many rows of four bits, 7x": ("7x", 1 << 14, (140, 70, 40, "int4", (1, None), False, None, "bfloat16", None)),
+    "many rows of float8": ("v5e", 1 << 14, (100, 300, 40, "fp8_e4m3", (128, 128), False, None, "bfloat16", None)),
     "many rows of e2m1": ("v5e", 1 << 14, (100, 32, 40, "mxfp4", (1, 32), False, None, "bfloat16", None)),
     "many sums scaled": ("v5e", 1 << 14, (40, 300, 40, "int4", (1, 128), True, None, "bfloat16", None)),
     "codes as float8": ("7x", 1 << 14, (3, 300, 40, "int4", (1, 128), True, None, "float32", None)),
@@ -121,6 +126,31 @@ def test_pieces_add_up(dtype):
     total = total * np.asarray(scales, np.float64)
     error = np.abs(total[:4] - x[:4]).max(axis=1)
     assert (error <= 2.0**-22 * np.abs(x[:4]).max(axis=1)).all() and not np.isfinite(total[4]).all()
+
+
+@pytest.mark.parametrize("form", ["fp8_e4m3", "mxfp4"])
+def test_every_sixteenth_of_float8_is_one(form):
+    """With the bias of 11: no negative zero, which is nan there, and nan as 480."""
+    codes = np.arange(256, dtype=np.uint8).repeat(16)
+
+    def kernel(x_ref, *refs):
+        words = pltpu.bitcast(x_ref[...], jnp.int32)
+        made = [eleven(x_ref[...])] if form == "fp8_e4m3" else spread(form, words, ELEVEN)
+        for ref, x in zip(refs, made, strict=True):
+            ref[...] = x.astype(jnp.float32)
+
+    # In interpret mode the bytes of a word are rows that follow one another, as on a TPU.
+    x = jnp.asarray(codes.reshape(32, 128))
+    shapes = [jax.ShapeDtypeStruct((32, 128), jnp.float32)] * (1 if form == "fp8_e4m3" else 2)
+    found = pl.pallas_call(kernel, out_shape=shapes, interpret=True)(x)
+    if form == "mxfp4":
+        numbers = np.asarray(from_e2m1(jnp.arange(16)), np.float32) / UNITS[form, ELEVEN]
+        wanted = [numbers[codes & 15], numbers[codes >> 4]]
+    else:
+        numbers = np.asarray(jax.lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e4m3fn), np.float32)
+        wanted = [np.where(np.isnan(numbers), np.where(codes > 127, -480, 480), numbers) / 16]
+    for y, want in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(y), want.reshape(32, 128))
 
 
 def test_evens_come_first():
