@@ -15,7 +15,16 @@ from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels import test_quantized_matmul as contract
 from twinax.pallas_kernels import tuned
 from twinax.pallas_kernels.chips import target_chip
-from twinax.pallas_kernels.quantized_matmul import INPUTS_FIRST, quantize, quantized_matmul, tpu, with_inputs_first, xla
+from twinax.pallas_kernels.quantized_matmul import (
+    INPUTS_FIRST,
+    quantize,
+    quantized_matmul,
+    tpu,
+    tpu_codes,
+    tpu_kernel,
+    with_inputs_first,
+    xla,
+)
 from twinax.pallas_kernels.quantized_matmul.formats import from_e2m1
 from twinax.pallas_kernels.quantized_matmul.tpu_codes import ELEVEN, UNITS, eleven, spread
 from twinax.pallas_kernels.quantized_matmul.tpu_rows import evens_first, operand, split
@@ -46,13 +55,20 @@ CASES = {
     "blocks of float8 with a rest": ("v6e", 256, (3, 600, 40, "fp8_e4m3", (1, None), False, None, "bfloat16", None)),
     "several tiles of rows": ("v5e", 1 << 14, (150, 64, 40, "int4", (1, 64), False, None, "float32", "gelu")),
 }
-QUICK = ("scaled first, in bfloat16", "many rows of four bits", "codes as float8, eight blocks", "rows rounded inside")
+QUICK = (
+    "scaled first, in bfloat16",
+    "many rows of four bits",
+    "many rows of float8",
+    "codes as float8, eight blocks",
+    "rows rounded inside",
+)
 
 
 @pytest.mark.parametrize("case", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in CASES])
 def test_every_way_is_the_reference(case, monkeypatch):
     chip, most_inputs, sizes = CASES[case]
-    monkeypatch.setattr(tpu, "target_chip", lambda: chip)
+    for module in (tpu, tpu_kernel, tpu_codes):
+        monkeypatch.setattr(module, "target_chip", lambda: chip)
     monkeypatch.setattr(tpu, "MOST_INPUTS", most_inputs)
     monkeypatch.setattr(contract, "CASES", {case: sizes})
     x, weight, bias, options = contract.make(case)
