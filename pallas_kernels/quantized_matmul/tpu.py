@@ -146,7 +146,8 @@ def quantized_matmul(
     padded = steps * cut.inputs
     G_all = padded // size if grouped else 1
     fill = [(0, tiles * cut.rows - M), (0, 0)]
-    inside = activation_format is None and makes_rows(cut, M, I, O, weight, chip)
+    whole = activation_format is None or (not grouped and scale is None)
+    inside = whole and makes_rows(cut, M, I, O, weight, chip)
     # Codes taken as they are, 0 to 15, are 8 too large.
     coded = weight.format == "int4" and taken.dtype == FLOAT8
     shift_given = weight.zeros is not None or (coded and not inside)
@@ -212,6 +213,7 @@ def quantized_matmul(
         steps=steps,
         inputs_first=inputs_first,
         inside=I if inside else None,
+        quantized=activation_format,
         narrow_scales=cut.scaled_first and weight.zeros is None and chip in DEEP and size % 32 == 0,
         shift_given=shift_given,
     )
@@ -259,7 +261,7 @@ def quantized_matmul(
     scratch = [pltpu.VMEM((R, BO), sums)] if steps > 1 else []
     if inside:
         scratch.append(pltpu.VMEM((J_R, cut.inputs), taken.dtype))
-        scratch += [pltpu.VMEM((M, 1), jnp.float32)] if taken.dtype != jnp.bfloat16 else []
+        scratch += [pltpu.VMEM((M, 1), jnp.float32)] if layout.scaled_inside else []
         scratch += [pltpu.VMEM((M, len(PARTS) * G_all), jnp.bfloat16)] if layout.totals_inside else []
     y_MO = pl.pallas_call(
         lambda *refs: kernel(layout, *refs),

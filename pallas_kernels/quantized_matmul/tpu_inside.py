@@ -12,43 +12,64 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
-from .formats import FLOAT8
+from .formats import FLOAT8, LARGEST
+from .quantize_rows import FORMATS
 from .tpu_rows import Operand
 
 # Three bfloat16 hold a float32; of the products of two such sums, those that count, as (left part, right part).
 PARTS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0))
 # Added to a float32 below 2 ** 22, it leaves a whole number in the low bits.
 WHOLE = 1.5 * 2.0**23
+# Rows at a time, where each is one of the unit's: what is found of so many stays in registers.
+ROWS = 32
 
 
 def prepare(
     x_ref: Any, rows_ref: Any, scales_ref: Any, totals_ref: Any, *, taken: Operand, end: int, tile: int, size: int,
-    packed: bool,
+    packed: bool, quantized: str | None,
 ) -> None:  # fmt: skip
     """Fills `rows_ref` [J * R, I] as `split`, `evens_first` and `apart` would, and the pieces' scales [M, 1].
 
+    `quantized`: the format that whole rows are first rounded to, as `quantize_rows` would.
     `totals_ref`, if not None: the sums of each block of `size` inputs, in bfloat16 parts [M, 6 * G] for `outer`.
     `end`: inputs from there on are none.
     """
+    M, refs = x_ref.shape[0], (x_ref, rows_ref, scales_ref, totals_ref)
+    cut = {"taken": taken, "end": end, "tile": tile, "size": size, "packed": packed, "quantized": quantized}
+    if M <= ROWS or M % ROWS or rows_ref.shape[0] > M or packed:
+        return _prepare(*refs, **cut)
+
+    @pl.loop(0, M // ROWS)
+    def _(n: jax.Array) -> None:
+        _prepare(*(None if ref is None else ref.at[pl.ds(n * ROWS, ROWS)] for ref in refs), **cut)
+
+
+def _prepare(
+    x_ref: Any, rows_ref: Any, scales_ref: Any, totals_ref: Any, *, taken: Operand, end: int, tile: int, size: int,
+    packed: bool, quantized: str | None,
+) -> None:  # fmt: skip
     I, C = rows_ref.shape[1], chunk(tile)
     up_M1 = None
-    if taken.dtype != jnp.bfloat16:
-        reach_M1 = flaw_M1 = jnp.zeros((x_ref.shape[0], 1), jnp.float32)
-        for first in range(0, I, C):
-            x_MC = _inputs(x_ref, first, C, end)
-            reach_M1 = jnp.maximum(reach_M1, jnp.max(jnp.abs(x_MC), axis=1, keepdims=True))
-            flaw_M1 = flaw_M1 + jnp.sum(x_MC * 0, axis=1, keepdims=True)
-        up_M1, down_M1 = reach_scales(reach_M1, taken)
-        # Rows that are not finite are zeros, and their scale is not a number.
-        scales_ref[...] = jnp.where(flaw_M1 == 0, down_M1, jnp.nan)
-        up_M1 = jnp.where(flaw_M1 == 0, up_M1, 0)
+    if quantized is not None or taken.dtype != jnp.bfloat16:
+        reach_M1, flaw_M1 = _reach(x_ref, I, end)
+        if quantized is None:
+            up_M1, down_M1 = reach_scales(reach_M1, taken)
+            # Rows that are not finite are zeros, and their scale is not a number.
+            scales_ref[...] = jnp.where(flaw_M1 == 0, down_M1, jnp.nan)
+            up_M1 = jnp.where(flaw_M1 == 0, up_M1, 0)
+        else:
+            unit_M1 = jnp.maximum(reach_M1 * (1 / LARGEST[FORMATS[quantized][0]]), jnp.finfo(jnp.float32).tiny)
+            # A row that is not finite: whatever it becomes, times what is not a number.
+            scales_ref[...] = up_M1 = jnp.where(flaw_M1 == 0, unit_M1, jnp.nan)
     totals_MG = None
     for first in range(0, I, C):
         x_MC = _inputs(x_ref, first, C, end)
+        pieces = _pieces(x_MC, up_M1, taken) if quantized is None else [_rounded(x_MC / up_M1, taken)]
         if totals_ref is not None:
-            totals_MG = _add_totals(totals_MG, x_MC, first, size, I // size)
-        pieces = _pieces(x_MC, up_M1, taken)
+            means_MC = x_MC if quantized is None else pieces[0] * up_M1
+            totals_MG = _add_totals(totals_MG, means_MC, first, size, I // size)
         x_RC = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=0)
         place = [(first, 0, C)]
         if packed:
@@ -95,6 +116,15 @@ def reach_scales(reach_M1: jax.Array, taken: Operand) -> tuple[jax.Array, jax.Ar
     return up, down
 
 
+def _reach(x_ref: Any, I: int, end: int) -> tuple[jax.Array, jax.Array]:
+    """The largest magnitude of each row [M, 1], and 0 if all of it is finite."""
+    reach_MC = flaw_MC = jnp.zeros((x_ref.shape[0], 128), jnp.float32)
+    for first in range(0, I, 128):
+        x_MC = _inputs(x_ref, first, 128, end)
+        reach_MC, flaw_MC = jnp.maximum(reach_MC, jnp.abs(x_MC)), flaw_MC + x_MC * 0
+    return jnp.max(reach_MC, axis=1, keepdims=True), jnp.sum(flaw_MC, axis=1, keepdims=True)
+
+
 def _inputs(x_ref: Any, first: int, C: int, end: int) -> jax.Array:
     x_MC = x_ref[:, first : first + C].astype(jnp.float32)
     if first + C > end:
@@ -123,6 +153,11 @@ def _pieces(x_MC: jax.Array, up_M1: Any, taken: Operand) -> list[jax.Array]:
         pieces.insert(0, digit.astype(jnp.float32))
         rest = (rest - digit) >> 8
     return [rest.astype(jnp.float32), *pieces]
+
+
+def _rounded(values_MC: jax.Array, taken: Operand) -> jax.Array:
+    """float32 with values of `taken`, within whose reach they are."""
+    return jnp.round(values_MC) if taken.dtype == jnp.int8 else values_MC.astype(FLOAT8).astype(jnp.float32)
 
 
 def _evens_first(C: int) -> jax.Array:

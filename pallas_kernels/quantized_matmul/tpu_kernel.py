@@ -14,10 +14,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..chips import target_chip
 from ..float8 import to_bfloat16
 from .activations import finish
 from .formats import FLOAT8, PACKED
-from .tpu_codes import UNITS, on_the_way, spread
+from .tpu_codes import SIXTEEN, TURNING, UNITS, eleven, on_the_way, spread
 from .tpu_inside import outer, prepare
 from .tpu_rows import Operand
 
@@ -46,6 +47,8 @@ class Layout:
     inputs_first: bool
     # None, or how many inputs there are: the kernel makes its rows ready itself (`tpu_inside.py`).
     inside: int | None
+    # The format that it rounds them to, then.
+    quantized: str | None
     # Weights are scaled in bfloat16.
     narrow_scales: bool
     # Whether what codes are off by comes from outside; else it is `CODES_OFF` times their scales.
@@ -57,17 +60,30 @@ class Layout:
         return 0 if self.format in PACKED or self.inputs_first else 1
 
     @property
+    def scaled_inside(self) -> bool:
+        """Whether rows that the kernel makes ready have scales."""
+        return self.inside is not None and (self.quantized is not None or self.operand.dtype != jnp.bfloat16)
+
+    @property
     def totals_inside(self) -> bool:
         return self.shifted and not self.scaled_first and self.inside is not None
 
     @property
     def unit(self) -> float:
-        return UNITS[self.format, self.codes] if self.format in PACKED else 1.0
+        """What the unit's weights count for."""
+        if self.format in PACKED:
+            return UNITS[self.format, self.codes]
+        return SIXTEEN if self.turns else 1.0
 
     @property
     def codes(self) -> jnp.dtype:
         """What four bits become first."""
         return FLOAT8 if self.operand.dtype == FLOAT8 else on_the_way(self.format)
+
+    @property
+    def turns(self) -> bool:
+        """Whether float8 becomes `eleven` on its way to bfloat16."""
+        return self.format == "fp8_e4m3" and self.operand.dtype == jnp.bfloat16 and target_chip() in TURNING
 
 
 def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, *refs: Any) -> None:
@@ -81,7 +97,7 @@ def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, *refs: Any) 
     sums_ref = next(given) if layout.steps > 1 else None
     if layout.inside is not None:
         rows_ref = next(given)
-        x_scales_ref = next(given) if layout.operand.dtype != jnp.bfloat16 else None
+        x_scales_ref = next(given) if layout.scaled_inside else None
         totals_ref = next(given) if layout.totals_inside else None
 
         raw_ref, end = x_ref, layout.inside
@@ -90,7 +106,8 @@ def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, *refs: Any) 
         def _():
             size = layout.size if layout.sums_apart and layout.size else layout.tile
             packed, given = layout.format in PACKED, (raw_ref, rows_ref, x_scales_ref, totals_ref)
-            prepare(*given, taken=layout.operand, end=end, tile=layout.tile, size=size, packed=packed)
+            cut = {"end": end, "tile": layout.tile, "size": size, "packed": packed}
+            prepare(*given, taken=layout.operand, quantized=layout.quantized, **cut)
 
         x_ref = rows_ref
     # Some outputs at a time, so that their sums stay in registers.
@@ -186,19 +203,24 @@ def _weights(layout: Layout, w_ref: Any, n: int, scales_ref: Any, shift_ref: Any
             first = pl.program_id(2) * layout.inputs + n * T if layout.steps > 1 else n * T
             inside = first + lax.broadcasted_iota(jnp.int32, values.shape, layout.contract) < layout.end
             values = jnp.where(inside, values.astype(jnp.float32), 0).astype(values.dtype)
-        values = to_bfloat16(values) if values.dtype == FLOAT8 and dtype == jnp.bfloat16 else values.astype(dtype)
+        if layout.turns:
+            values = eleven(values).astype(dtype)
+        else:
+            values = to_bfloat16(values) if values.dtype == FLOAT8 and dtype == jnp.bfloat16 else values.astype(dtype)
         if not layout.scaled_first:
             return values
-        return _scaled(layout, values, _scales(scales_ref[...]), layout.size or layout.inputs, shift_ref)
+        scales_GO = _scales(scales_ref[...]) * layout.unit
+        return _scaled(layout, values, scales_GO, layout.size or layout.inputs, shift_ref).astype(dtype)
     words = pltpu.bitcast(w_ref[n * T // 2 : (n + 1) * T // 2], jnp.int32)
     low, high = spread(layout.format, words, layout.codes)
+    # Put together before they are bfloat16, whose halves the compiler would take apart again.
     if not layout.scaled_first:
-        return jnp.concatenate([low.astype(dtype), high.astype(dtype)], axis=0)
+        return jnp.concatenate([low, high], axis=0).astype(dtype)
     # [T / 2, O] each, of which size / 2 rows share a scale.
     scales_GO = _scales(scales_ref[...]) * layout.unit
     half = (layout.size or layout.inputs) // 2
     parts = [_scaled(layout, codes, scales_GO, half, shift_ref) for codes in (low, high)]
-    return jnp.concatenate(parts, axis=0)
+    return jnp.concatenate(parts, axis=0).astype(dtype)
 
 
 def _scaled(layout: Layout, values_TO: jax.Array, scales_GO: jax.Array, size: int, shift_ref: Any) -> jax.Array:
@@ -210,7 +232,7 @@ def _scaled(layout: Layout, values_TO: jax.Array, scales_GO: jax.Array, size: in
     values_GBO = values_TO.astype(jnp.float32).reshape(-1, size, values_TO.shape[1])
     if shift_ref is not None:
         values_GBO = values_GBO - shift_ref[...][:, None] / layout.unit
-    return (values_GBO * scales_GO[:, None]).reshape(values_TO.shape).astype(layout.operand.dtype)
+    return (values_GBO * scales_GO[:, None]).reshape(values_TO.shape)
 
 
 def _scales(scales: jax.Array) -> jax.Array:

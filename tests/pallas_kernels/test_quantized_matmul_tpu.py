@@ -8,12 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.static import Program, Request, compile_all
 from tests.pallas_kernels import test_quantized_matmul as contract
 from twinax.pallas_kernels import tuned
 from twinax.pallas_kernels.chips import target_chip
-from twinax.pallas_kernels.quantized_matmul import INPUTS_FIRST, quantize, quantized_matmul, tpu, with_inputs_first, xla
+from twinax.pallas_kernels.quantized_matmul import (
+    INPUTS_FIRST,
+    quantize,
+    quantized_matmul,
+    tpu,
+    tpu_codes,
+    tpu_kernel,
+    with_inputs_first,
+    xla,
+)
+from twinax.pallas_kernels.quantized_matmul.formats import from_e2m1
+from twinax.pallas_kernels.quantized_matmul.tpu_codes import ELEVEN, UNITS, eleven, spread
 from twinax.pallas_kernels.quantized_matmul.tpu_rows import evens_first, operand, split
 
 SLOW = pytest.mark.slow
@@ -27,24 +40,35 @@ CASES = {
     "many rows": ("v5e", 1 << 14, (40, 70, 200, "int8", (1, None), True, None, "bfloat16", None)),
     "many rows of four bits": ("v5e", 1 << 14, (40, 70, 200, "int4", (1, None), True, None, "bfloat16", None)),
     "many rows of four bits, 7x": ("7x", 1 << 14, (140, 70, 40, "int4", (1, None), False, None, "bfloat16", None)),
+    "many rows of float8": ("v5e", 1 << 14, (100, 300, 40, "fp8_e4m3", (128, 128), False, None, "bfloat16", None)),
     "many rows of e2m1": ("v5e", 1 << 14, (100, 32, 40, "mxfp4", (1, 32), False, None, "bfloat16", None)),
     "many sums scaled": ("v5e", 1 << 14, (40, 300, 40, "int4", (1, 128), True, None, "bfloat16", None)),
     "codes as float8": ("7x", 1 << 14, (3, 300, 40, "int4", (1, 128), True, None, "float32", None)),
     "codes as float8, eight blocks": ("7x", 1 << 14, (3, 1024, 40, "int4", (1, 128), False, None, "bfloat16", "relu")),
     "two cores": ("v5p", 1 << 14, (3, 300, 2040, "int8", (1, None), False, None, "bfloat16", None)),
     "no int8 unit": ("7x", 1 << 14, (3, 300, 40, "int8", (1, 64), False, None, "float32", None)),
+    "rows rounded inside": ("v5e", 1 << 14, (64, 300, 140, "int8", (1, None), True, "int8", "bfloat16", None)),
+    "rows rounded inside, four bits": ("v6e", 1 << 14, (9, 512, 40, "int4", (1, None), True, "int8", "float32", None)),
+    "rows rounded inside, float8": ("7x", 1 << 14, (3, 300, 40, "fp8_e4m3", (1, None), False, "fp8", "bfloat16", None)),
     "blocks of inputs": ("v5e", 256, (3, 600, 140, "int8", (1, None), False, "int8", "float32", "relu")),
     "blocks of grouped inputs": ("v6e", 1024, (3, 1300, 40, "int4", (1, 128), True, "int8", "float32", None)),
     "blocks of float8 with a rest": ("v6e", 256, (3, 600, 40, "fp8_e4m3", (1, None), False, None, "bfloat16", None)),
     "several tiles of rows": ("v5e", 1 << 14, (150, 64, 40, "int4", (1, 64), False, None, "float32", "gelu")),
 }
-QUICK = ("scaled first, in bfloat16", "many rows of four bits", "codes as float8, eight blocks")
+QUICK = (
+    "scaled first, in bfloat16",
+    "many rows of four bits",
+    "many rows of float8",
+    "codes as float8, eight blocks",
+    "rows rounded inside",
+)
 
 
 @pytest.mark.parametrize("case", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in CASES])
 def test_every_way_is_the_reference(case, monkeypatch):
     chip, most_inputs, sizes = CASES[case]
-    monkeypatch.setattr(tpu, "target_chip", lambda: chip)
+    for module in (tpu, tpu_kernel, tpu_codes):
+        monkeypatch.setattr(module, "target_chip", lambda: chip)
     monkeypatch.setattr(tpu, "MOST_INPUTS", most_inputs)
     monkeypatch.setattr(contract, "CASES", {case: sizes})
     x, weight, bias, options = contract.make(case)
@@ -93,11 +117,12 @@ def test_many_rows_meet_weights_that_were_scaled(chip, format, block, zeros, mon
     contract.check(x, weight, bias, options, contract.run(contract.product, "tpu", x, weight, bias, **options))
 
 
-def test_rows_that_are_not_finite_are_no_numbers(monkeypatch):
+@pytest.mark.parametrize("activation_format", [None, "int8"])
+def test_rows_that_are_not_finite_are_no_numbers(activation_format, monkeypatch):
     monkeypatch.setattr(tpu, "target_chip", lambda: "v6e")
     x = jnp.ones((4, 256)).at[1, 7].set(jnp.inf).at[2, 200].set(jnp.nan).at[3, 0].set(3e38)
     weight = quantize(jnp.ones((8, 256)), "int8", block=(1, None))
-    y = np.asarray(contract.run(contract.product, "tpu", x, weight, None))
+    y = np.asarray(contract.run(contract.product, "tpu", x, weight, None, activation_format=activation_format))
     assert np.isnan(y[1:3]).all() and np.isfinite(y[0]).all() and np.isfinite(y[3]).all()
 
 
@@ -117,6 +142,31 @@ def test_pieces_add_up(dtype):
     total = total * np.asarray(scales, np.float64)
     error = np.abs(total[:4] - x[:4]).max(axis=1)
     assert (error <= 2.0**-22 * np.abs(x[:4]).max(axis=1)).all() and not np.isfinite(total[4]).all()
+
+
+@pytest.mark.parametrize("form", ["fp8_e4m3", "mxfp4"])
+def test_every_sixteenth_of_float8_is_one(form):
+    """With the bias of 11: no negative zero, which is nan there, and nan as 480."""
+    codes = np.arange(256, dtype=np.uint8).repeat(16)
+
+    def kernel(x_ref, *refs):
+        words = pltpu.bitcast(x_ref[...], jnp.int32)
+        made = [eleven(x_ref[...])] if form == "fp8_e4m3" else spread(form, words, ELEVEN)
+        for ref, x in zip(refs, made, strict=True):
+            ref[...] = x.astype(jnp.float32)
+
+    # In interpret mode the bytes of a word are rows that follow one another, as on a TPU.
+    x = jnp.asarray(codes.reshape(32, 128))
+    shapes = [jax.ShapeDtypeStruct((32, 128), jnp.float32)] * (1 if form == "fp8_e4m3" else 2)
+    found = pl.pallas_call(kernel, out_shape=shapes, interpret=True)(x)
+    if form == "mxfp4":
+        numbers = np.asarray(from_e2m1(jnp.arange(16)), np.float32) / UNITS[form, ELEVEN]
+        wanted = [numbers[codes & 15], numbers[codes >> 4]]
+    else:
+        numbers = np.asarray(jax.lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e4m3fn), np.float32)
+        wanted = [np.where(np.isnan(numbers), np.where(codes > 127, -480, 480), numbers) / 16]
+    for y, want in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(y), want.reshape(32, 128))
 
 
 def test_evens_come_first():
