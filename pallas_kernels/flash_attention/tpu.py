@@ -139,9 +139,13 @@ def _backward(
         "k": _heads(k_BSKD, Sp, kv_segment_ids_BS),
         "v": _heads(v_BSKE, Sp, kv_segment_ids_BS),
         "d_out": queries(d_out_BTHE),
-        "lse2": rows(jnp.where(lse_BTH > -jnp.inf, lse_BTH * LOG2E, UNSEEN), UNSEEN),
     }
-    arrays |= {name: queries(x) if name == "out" else rows(x) for name, x in rest.items()}
+    lse2 = rows(jnp.where(lse_BTH > -jnp.inf, lse_BTH * LOG2E, UNSEEN), UNSEEN)
+    if "out" in rest:
+        arrays["out"] = queries(rest["out"])
+    # Together, as each operation of XLA's that makes one takes as long as a few blocks.
+    is_first = jnp.arange(2)[:, None] == 0
+    arrays["rows"] = jnp.where(is_first, lse2, rows(rest["d_lse" if "out" in rest else "delta"]))
     extras, found = _segments(plan, q_segment_ids_BT, kv_segment_ids_BS, q_offset)
     arrays |= extras
     if bias_BHTS is not None:

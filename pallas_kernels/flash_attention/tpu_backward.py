@@ -1,12 +1,15 @@
 """Flash attention on TPU, backward (Dao 2023, arXiv:2307.08691): one kernel, five products a pair of blocks.
 
-Scores are held [key, query]: what there is one of a query (log-sum-exp, delta) is then a row. All three gradients are
-summed transposed, [D, queries] and [D, keys]: so p and ds, [key, query], fill the matrix unit as its weights, which D
-alone does not, and what is transposed is only inputs and results. The gradient of the queries stays in vector memory
-while the blocks of keys pass; that of the keys is summed over the queries of all heads that share them.
+Scores are held [key, query]: what there is one of a query (log-sum-exp, delta) is then a row. The gradient of the
+queries is summed transposed, [D, queries], so that ds, [key, query], is the matrix unit's weights as it is. Those of
+keys and values are summed [keys, D], of rows of ds and p; but where D does not fill the unit as weights (`SIDES`) they
+are transposed too, and what is transposed is only inputs and results. The gradient of the queries stays in vector
+memory while the blocks of keys pass; that of the keys is summed over the queries of all heads that share them.
 
-Where every block of queries meets the first block of keys (`Plan.covered`), sums begin and end with the blocks that
-come first and last, and delta is made here from the output. Else sums are set to zero before, and written after, all.
+The matrix unit is what there is too little of, and it waits while anything is done between two pairs of blocks. Where
+every block meets some, and of queries the first of keys (`Plan.covered`), a pair so does all beside its products: its
+sums begin with its own term if it is the first, results are written by each pair over those of the one before, and
+delta is made from the output, each time. Else sums are set to zero before, and written after, all.
 
 Shapes: B batch rows, T queries, S keys, K key/value heads, G query heads of each, D head size, E head size of values; T
 and S padded to whole blocks.
@@ -23,8 +26,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..chips import target_chip
 from .tpu_forward import LOG2E, VMEM_BYTES, Scores, column, dot
 from .tpu_plan import Plan
+
+SIDES = {"v6e": 256, "7x": 256}  # of the matrix unit; else 128
 
 
 def backward(
@@ -36,14 +42,14 @@ def backward(
 ) -> tuple[jax.Array, ...]:
     """dq [B, K, G, T, D], dk [B, K, S, D] and dv [B, K, S, E] in `dtype`; d_bias [B, K, G, S, T] in float32.
 
-    `arrays`, in this order: q [B, K, G, T, D], k [B, K, S, D], v [B, K, S, E], d_out [B, K, G, T, E], lse2 (in base 2,
-    large where nothing is seen) [B, K, G, 1, T]; then delta, alike, or, where the plan is `covered`, out and d_lse;
-    perhaps q_ids, kv_ids [B, 1, length], and the bias, transposed, [B or 1, K or 1, G or 1, S, T].
+    `arrays`, in this order: q [B, K, G, T, D], k [B, K, S, D], v [B, K, S, E], d_out [B, K, G, T, E]; where the plan is
+    `covered`, out, alike; rows [B, K, G, 2, T]: lse2 (in base 2, large where nothing is seen), and delta, or, with out,
+    d_lse; perhaps q_ids, kv_ids [B, 1, length], and the bias, transposed, [B or 1, K or 1, G or 1, S, T].
     """
     B, K, G, T, D = arrays["q"].shape
     S, E = arrays["v"].shape[2:]
     bq, bk, (grid_rows, steps) = plan.block_q, plan.block_k, plan.grid
-    names = list(tables)
+    names, turned = list(tables), min(D, E) < SIDES.get(target_chip() or "", 128)
 
     def key_block(n: Any, t: Any) -> Any:
         return plan.place(n, t)[0]
@@ -58,24 +64,16 @@ def backward(
     def row_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
         return b, h, g, 0, query_block(b, n, t, refs)
 
-    def out_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
-        # It is read with the first block of keys only, and so not loaded again.
-        is_first = key_block(n, t) == 0
-        return b, h, jnp.where(is_first, g, G - 1), jnp.where(is_first, query_block(b, n, t, refs), plan.nq - 1), 0
-
     def k_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
         return b, h, key_block(n, t), 0
 
-    row = pl.BlockSpec((None, None, None, 1, bq), row_map)
     specs = {
         "q": pl.BlockSpec((None, None, None, bq, D), q_map),
         "k": pl.BlockSpec((None, None, bk, D), k_map),
         "v": pl.BlockSpec((None, None, bk, E), k_map),
         "d_out": pl.BlockSpec((None, None, None, bq, E), q_map),
-        "lse2": row,
-        "delta": row,
-        "out": pl.BlockSpec((None, None, None, bq, E), out_map),
-        "d_lse": row,
+        "out": pl.BlockSpec((None, None, None, bq, E), q_map),
+        "rows": pl.BlockSpec((None, None, None, 2, bq), row_map),
         "q_ids": pl.BlockSpec((None, 1, bq), lambda b, h, n, t, g, *refs: (b, 0, query_block(b, n, t, refs))),
         "kv_ids": pl.BlockSpec((None, 1, bk), lambda b, h, n, t, *_: (b, 0, key_block(n, t))),
     }
@@ -105,9 +103,7 @@ def backward(
     if not _whole_queries(plan):
         scratch["dq"] = (G, D, T)
     if not _whole_keys(plan, G):
-        scratch |= {"dk": (D, bk), "dv": (E, bk)}
-    if "out" in arrays and not _whole_queries(plan):
-        scratch["delta"] = (G, 1, T)
+        scratch |= {"dk": (D, bk), "dv": (E, bk)} if turned else {"dk": (bk, D), "dv": (bk, E)}
     moved = (*arrays.values(), *out_shapes)
     cost = pl.CostEstimate(
         flops=2 * B * K * G * plan.pairs * (3 * plan.D + 2 * plan.E),
@@ -116,7 +112,9 @@ def backward(
     )
     return tuple(
         pl.pallas_call(
-            functools.partial(_kernel, plan, scores, steps, (names, list(arrays), len(out_shapes), list(scratch))),
+            functools.partial(
+                _kernel, plan, scores, steps, turned, (names, list(arrays), len(out_shapes), list(scratch))
+            ),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(names),
                 grid=(B, K, grid_rows, steps, G),
@@ -142,7 +140,7 @@ def _whole_queries(plan: Plan) -> bool:
 
 def _whole_keys(plan: Plan, G: int) -> bool:
     """The same of the keys'."""
-    return plan.covered and plan.nq == G == 1 and plan.keys_of(0, None, 0)[1] == plan.nk - 1
+    return plan.covered and plan.nq == G == 1
 
 
 def _query_block(plan: Plan, low: Any, high: Any, t: Any) -> Any:
@@ -151,7 +149,7 @@ def _query_block(plan: Plan, low: Any, high: Any, t: Any) -> Any:
     return jnp.minimum(jnp.maximum(jnp.minimum(low + t, high), 0), plan.nq - 1) if plan.nq > 1 else 0
 
 
-def _kernel(plan: Plan, scores: Scores, steps: int, parts: Any, *refs: Any) -> None:
+def _kernel(plan: Plan, scores: Scores, steps: int, turned: bool, parts: Any, *refs: Any) -> None:
     names, inputs, count, sums = parts
     left = iter(refs)
     tables, x = ({name: next(left) for name in given} for given in (names, inputs))
@@ -172,15 +170,25 @@ def _kernel(plan: Plan, scores: Scores, steps: int, parts: Any, *refs: Any) -> N
         dq_ref[g, queries(i, part)] = jnp.transpose((dq * late).astype(dq_ref.dtype))
 
     def write_keys(keys: slice, dk: jax.Array, dv: jax.Array) -> None:
-        dk_ref[keys] = jnp.transpose((dk * late).astype(dk_ref.dtype))
-        dv_ref[keys] = jnp.transpose(dv.astype(dv_ref.dtype))
+        for ref, x in ((dk_ref, dk * late), (dv_ref, dv)):
+            x = x.astype(ref.dtype)
+            ref[keys] = jnp.transpose(x) if turned else x
+
+    def add(ref: Any, is_first: Any, more: jax.Array) -> jax.Array:
+        old = ref[...]
+        ref[...] = new = (jnp.where(is_first, 0, old) if plan.covered else old) + more
+        return new
 
     def add_queries(part: slice, dq: jax.Array) -> None:
-        sums["dq"][g, :, queries(i, part)] += dq
+        dq = add(sums["dq"].at[g, :, queries(i, part)], j == 0, dq)
+        if plan.covered:
+            write_queries(g, i, part, dq)
 
     def add_keys(keys: slice, dk: jax.Array, dv: jax.Array) -> None:
-        sums["dk"][:, keys] += dk
-        sums["dv"][:, keys] += dv
+        at, is_first = (slice(None), keys) if turned else (keys,), (g == 0) & (t == 0)
+        dk, dv = (add(sums[name].at[at], is_first, x) for name, x in (("dk", dk), ("dv", dv)))
+        if plan.covered:
+            write_keys(keys, dk, dv)
 
     def each_block(body: Any) -> None:
         """Of queries, of all heads."""
@@ -196,28 +204,18 @@ def _kernel(plan: Plan, scores: Scores, steps: int, parts: Any, *refs: Any) -> N
     def end(g: Any, i: Any) -> None:
         write_queries(g, i, slice(0, bq), sums["dq"][g, :, queries(i)])
 
-    if "dq" in sums and plan.covered:
-
-        @pl.when(visited & (j == 0))
-        def _() -> None:
-            begin(g, i)
-            if "delta" in sums:
-                sums["delta"][g, :, queries(i)] = delta(x)
-
-    elif "dq" in sums:
+    if not plan.covered:
         pl.when((n == 0) & (g == 0) & (step == 0))(lambda: each_block(begin))
-    if "dk" in sums:
 
         @pl.when((g == 0) & (t == 0))
         def _() -> None:
             for name in ("dk", "dv"):
                 sums[name][...] = jnp.zeros_like(sums[name])
 
-    if "delta" in sums:
-        x["delta"] = sums["delta"].at[g, :, queries(i)]
     to_queries = add_queries if "dq" in sums else functools.partial(write_queries, g, i)
     to_keys = add_keys if "dk" in sums else write_keys
-    pair = Pair(plan, scores, x, tables, (b, i, j), to_queries, to_keys, *d_bias)
+    x["lse2"], x["d_lse" if "out" in x else "delta"] = x["rows"].at[:1], x["rows"].at[1:]
+    pair = Pair(plan, scores, x, tables, (b, i, j), to_queries, to_keys, turned, *d_bias)
     full = plan.is_full(i, j, tables, b)
     kinds = _kinds(plan)
     for is_edge in kinds:
@@ -225,12 +223,9 @@ def _kernel(plan: Plan, scores: Scores, steps: int, parts: Any, *refs: Any) -> N
         body = functools.partial(pair.run, edge=is_edge)
         body() if wanted is True else pl.when(wanted)(body)
 
-    if "dq" in sums and plan.covered:
-        pl.when(visited & (j == plan.last_keys(i)))(lambda: end(g, i))
-    elif "dq" in sums:
+    if not plan.covered:
         is_last = (n == pl.num_programs(2) - 1) & (step == steps - 1) & (g == heads - 1)
         pl.when(is_last)(lambda: each_block(end))
-    if "dk" in sums:
 
         @pl.when((g == heads - 1) & (low + t == high if plan.folded else t == steps - 1))
         def _() -> None:
@@ -259,7 +254,7 @@ def _kinds(plan: Plan) -> list[bool]:
 class Pair:
     """A block of queries that meets a block of keys.
 
-    Of parts of the block, `to_queries` takes dq and `to_keys` dk and dv, transposed.
+    Of parts of the block, `to_queries` takes dq, transposed, and `to_keys` dk and dv, transposed if `turned`.
     """
 
     plan: Plan
@@ -269,23 +264,25 @@ class Pair:
     at: tuple[Any, Any, Any]
     to_queries: Callable[[slice, jax.Array], None]
     to_keys: Callable[[slice, jax.Array, jax.Array], None]
+    turned: bool = True
     d_bias_ref: Any = None
+    _delta: Any = None
 
     def run(self, edge: bool) -> None:
         x = self.x
-        if "delta" not in x:
-            x = self.x = {**x, "delta": delta(x)}
+        # Of the output in every pair again: beside the first products this costs nothing.
+        self._delta = x["delta"][...] if "delta" in x else delta(x)
         diagonal = edge and self.plan.diagonal
         size = min(self.plan.chunk, self.plan.block_k)
         chunks = [slice(start, start + size) for start in range(0, self.plan.block_k, size)]
         # On the diagonal, earlier queries see nothing of a chunk.
         firsts = [chunk.start if diagonal else 0 for chunk in chunks]
-        transposed = jnp.transpose(x["q"][...]), jnp.transpose(x["d_out"][...])
+        rows = [jnp.transpose(x[name][...]) if self.turned else x[name] for name in ("q", "d_out")]
         products = self._products(chunks[0], firsts[0])
         dq = None
         for n, chunk in enumerate(chunks):
             following = self._products(chunks[n + 1], firsts[n + 1]) if n + 1 < len(chunks) else None
-            term = self._pass(chunk, firsts[n], products, transposed, edge)
+            term = self._pass(chunk, firsts[n], products, rows, edge)
             dq = term if dq is None else dq + term
             if diagonal:  # what later chunks do not see is complete
                 self.to_queries(chunk, dq[:, :size])
@@ -300,9 +297,9 @@ class Pair:
         x = self.x
         return dot(x["k"][chunk], x["q"][first:], (1, 1)), dot(x["v"][chunk], x["d_out"][first:], (1, 1))
 
-    def _pass(self, chunk: slice, first: int, products: Any, transposed: Any, edge: bool) -> jax.Array:
+    def _pass(self, chunk: slice, first: int, products: Any, rows: Any, edge: bool) -> jax.Array:
         """Passes on dk and dv; returns the term of dq, transposed, of queries from `first` on."""
-        x, scores, slope, (s, dp), (qT, d_outT) = self.x, self.scores, None, products, transposed
+        x, scores, slope, (s, dp), (q, d_out) = self.x, self.scores, None, products, rows
         if scores.softcap is not None:
             bent = jnp.tanh(s * (scores.scale / scores.softcap))
             slope = 1 - bent * bent
@@ -315,14 +312,18 @@ class Pair:
         if edge:
             logits = self._mask(chunk, first, logits)
         p = jnp.exp2(logits)
-        ds = p * (dp - x["delta"][:, first:])
+        ds = p * (dp - self._delta[:, first:])
         if self.d_bias_ref is not None:
             self.d_bias_ref[chunk, first:] = ds
         if slope is not None:
             ds = ds * slope
-        p, ds = p.astype(d_outT.dtype), ds.astype(qT.dtype)
-        self.to_keys(chunk, dot(qT[:, first:], ds, (1, 1)), dot(d_outT[:, first:], p, (1, 1)))
-        return dot(jnp.transpose(x["k"][chunk]), ds, (1, 0))
+        p, ds = p.astype(d_out.dtype), ds.astype(q.dtype)
+        if self.turned:
+            self.to_keys(chunk, dot(q[:, first:], ds, (1, 1)), dot(d_out[:, first:], p, (1, 1)))
+            return dot(jnp.transpose(x["k"][chunk]), ds, (1, 0))
+        dq = dot(jnp.transpose(x["k"][chunk]), ds, (1, 0))  # first, as it alone is turned around in the end
+        self.to_keys(chunk, dot(ds, q[first:], (1, 0)), dot(p, d_out[first:], (1, 0)))
+        return dq
 
     def _mask(self, chunk: slice, first: int, logits: jax.Array) -> jax.Array:
         b, i, j = self.at

@@ -84,13 +84,11 @@ class Plan:
 
     @property
     def covered(self) -> bool:
-        """Whether it is known that each block of queries meets the first block of keys."""
-        return self.is_static and self.queries_of(0, None, 0) == (0, self.nq - 1)
-
-    def last_keys(self, i: Any) -> Any:
-        """The block of keys that block i of the queries meets last, if `covered` and `per_key_block`."""
-        last = self.keys_of(i, None, 0)[1]
-        return _min(last, self.nk // 2) if self.folded else last
+        """Whether it is known that each block of queries meets the first block of keys, and each block of keys some."""
+        if not self.is_static or self.queries_of(0, None, 0) != (0, self.nq - 1):
+            return False
+        ranges = (self.queries_of(j, None, 0) for j in range(self.nk))
+        return all(low <= high for low, high in ranges)
 
     @property
     def folded(self) -> bool:
