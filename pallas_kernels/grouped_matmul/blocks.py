@@ -183,8 +183,8 @@ def _gradient_blocks(on: Chip, N: int, I: int, O: int, G: int, dtype: jnp.dtype)
     size = dtype.itemsize
     s = pieces(N if N // G > 256 else min(N, 256))
     n, least = (1024 if N // G >= 1024 else s[0]), None
-    # 2% for groups that are not aligned; slower with small units, and 7x's profiled program would not fit.
-    if 256 <= N // G < 1024 and on.unit == 256 and on.vmem > 64 * MIB:
+    # 2 to 3% for groups that are not aligned; no faster on v5e, and 7x's profiled program would not fit.
+    if 256 <= N // G < 1024 and on in (CHIPS["v5p"], CHIPS["v6e"]):
         n = 512
     for o, i in itertools.product(_cuts(O, PARTS, False), _cuts(I, PARTS, False)):
         held = 2 * size * (n * o + n * i + o * i) + 8 * o * i + 6 * n * (o + i)

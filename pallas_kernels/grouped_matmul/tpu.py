@@ -25,7 +25,7 @@ from ..quantized_matmul import QuantizedWeight, dequantize
 from .blocks import GradientBlocks, ProductBlocks, gradient_blocks, product_blocks, vmem_bytes
 from .blocks import tuning_space as tuning_space
 from .tpu_quantized import Arranged, arrange, fill
-from .visits import FIRST, GROUP, HIGH, LAST, LOW, TILE, Known, quotient, visits
+from .visits import FIRST, GROUP, HIGH, LOW, TILE, Known, quotient, visits
 
 ALIGNMENT = 16  # rows at whose multiples a piece may begin: a register of bfloat16
 
@@ -224,7 +224,7 @@ def product(
         found = visits(sizes_G, N, b.n, rest=True)
         # The rows of no group read no weights: those that are there stay.
         last = jnp.max(jnp.where(sizes_G > 0, jnp.arange(G, dtype=jnp.int32), 0))
-        count, scalars = found.count, (found.table_6V, last[None])
+        count, scalars = found.count, (found.table_5V, last[None])
 
     def at(visit: Any, refs: tuple[Any, ...]) -> tuple[Any, Any]:
         table, final = refs if known is None else (known, (last,))
@@ -291,7 +291,7 @@ def gradient(
         count, scalars = known.count, ()
     else:
         found = visits(sizes_G, N, b.n, rest=False)
-        count, scalars = found.count, (found.table_6V,)
+        count, scalars = found.count, (found.table_5V,)
 
     def kernel(*refs: Any) -> None:
         table, (x_ni, dy_no, dweight_1oi, sum_oi) = (refs[0], refs[1:]) if known is None else (known, refs)
@@ -300,28 +300,25 @@ def gradient(
 
         is_first, is_whole = table[FIRST, visit] == 1, (low == 0) & (high == b.n)
 
-        @pl.when(is_whole)
-        def _() -> None:
-            # Not zeroed beforehand: that would be a pass over the sums.
-            sum_oi[...] = jnp.where(is_first, 0, sum_oi[...]) + _dot(dy_no[...], x_ni[...], (0, 0))
+        def add(is_first: Any, dy: jax.Array, x: jax.Array) -> None:
+            # Neither zeroed before nor copied after: those would be passes over the sums that no product hides.
+            sum_oi[...] = total = jnp.where(is_first, 0, sum_oi[...]) + _dot(dy, x, (0, 0))
+            dweight_1oi[0] = total.astype(dweight_1oi.dtype)
 
-        @pl.when(is_first & ~is_whole)
-        def _() -> None:
-            sum_oi[...] = jnp.zeros_like(sum_oi)
-
-        def add(first: Any, low: Any, high: Any, size: int) -> None:
+        def add_own(first: Any, begin: Any, high: Any, size: int) -> None:
             place = pl.ds(first, size)
             dy_so, x_si = (
-                jnp.where(_is_own(low, high, first, z.shape), z.astype(jnp.float32), 0).astype(z.dtype)
+                jnp.where(_is_own(begin, high, first, z.shape), z.astype(jnp.float32), 0).astype(z.dtype)
                 for z in (dy_no[place, :], x_ni[place, :])
             )
-            sum_oi[...] += _dot(dy_so, x_si, (0, 0))
+            add(is_first & (begin == low), dy_so, x_si)
 
-        pl.when(~is_whole & (low < high))(lambda: _pieces(low, high, b.n, b.s, add))
+        pl.when(is_whole)(lambda: add(is_first, dy_no[...], x_ni[...]))
+        pl.when(~is_whole & (low < high))(lambda: _pieces(low, high, b.n, b.s, add_own))
 
-        @pl.when(table[LAST, visit] == 1)
+        @pl.when(low == high)
         def _() -> None:
-            dweight_1oi[0] = sum_oi[...].astype(dweight_1oi.dtype)
+            dweight_1oi[...] = jnp.zeros_like(dweight_1oi)
 
     def read(row: int, visit: Any, refs: tuple[Any, ...]) -> Any:
         return (refs[0] if known is None else known)[row, visit]

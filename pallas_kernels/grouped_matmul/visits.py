@@ -3,7 +3,7 @@
 Shapes: N rows in M tiles of `tile` rows, G groups, V visits at most.
 
 A tile in which groups meet is visited by each of them in turn, so its block of the result stays on the chip meanwhile.
-What a visit is, is known on the device only: six numbers a visit, which kernels get as prefetched scalars. They are
+What a visit is, is known on the device only: five numbers a visit, which kernels get as prefetched scalars. They are
 cumulative sums and one comparison of visits with groups, so cheap. (megablox, which has the same idea, sorts it out by
 repeats and histograms.) When the sizes are known while tracing, `known` gives the same from closed forms: the static
 profiler follows these, and not what lies in memory.
@@ -18,18 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-GROUP, TILE, LOW, HIGH, FIRST, LAST = range(6)
+GROUP, TILE, LOW, HIGH, FIRST = range(5)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["table_6V", "count"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["table_5V", "count"], meta_fields=[])
 @dataclass(frozen=True)
 class Visits:
-    """`count` visits; `table_6V` holds of each
+    """`count` visits; `table_5V` holds of each
 
-    group, tile, the tile's rows [low, high) that are the group's, and whether it is the group's first and its last.
+    group, tile, the tile's rows [low, high) that are the group's, and whether it is the group's first.
     """
 
-    table_6V: Any
+    table_5V: Any
     count: Any
 
 
@@ -57,8 +57,8 @@ def _visits(np_: Any, sizes_G: Any, N: int, tile: int, rest: bool) -> Visits:
     group_V = np_.minimum(np_.sum(stop_G <= visit_V[:, None], axis=1, dtype=int32), G - 1)
     tile_V = np_.minimum((first_G + tiles_G - stop_G)[group_V] + visit_V, M - 1).astype(int32)
     low_V, high_V = (np_.clip(row_G[group_V] - tile_V * tile, 0, tile) for row_G in (end_G - sizes_G, end_G))
-    is_first_V, is_last_V = visit_V == (stop_G - tiles_G)[group_V], visit_V == stop_G[group_V] - 1
-    rows = (group_V, tile_V, low_V, high_V, is_first_V, is_last_V)
+    is_first_V = visit_V == (stop_G - tiles_G)[group_V]
+    rows = (group_V, tile_V, low_V, high_V, is_first_V)
     return Visits(np_.stack([row_V.astype(int32) for row_V in rows]), stop_G[-1])
 
 
@@ -74,7 +74,7 @@ class Known:
     def __init__(self, sizes: Sequence[int], N: int, tile: int, *, rest: bool):
         found = _visits(np, np.asarray(sizes, np.int32), N, tile, rest)
         self.count = int(found.count)
-        self._rows = [_Steps(row[: self.count]) for row in found.table_6V]
+        self._rows = [_Steps(row[: self.count]) for row in found.table_5V]
 
     def __getitem__(self, at: tuple[int, Any]) -> Any:
         return self._rows[at[0]](at[1])

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from benchmarks.static import Request, compile_all
 from tests.pallas_kernels import test_flash_attention as contract
 from tests.pallas_kernels import test_flash_attention_backward as backward_contract
-from twinax.pallas_kernels.flash_attention import flash_attention, tpu, tpu_forward
+from twinax.pallas_kernels.flash_attention import flash_attention, tpu, tpu_backward, tpu_forward
 from twinax.pallas_kernels.flash_attention.tpu_plan import Plan
 
 # B, T, S, H, K, D, options: as in the contract.
@@ -77,6 +77,37 @@ def test_forward_and_backward(case):
         assert (ids == 0).any(1).all()
         inputs = [np.where((ids == 0)[:, :, None, None], np.float32(np.inf), x) for x in inputs]
     contract.check(contract.outputs_and_gradients(inputs, options, "tpu"), wanted, 3e-6)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [name if name == "causal, grouped, a rest" else pytest.param(name, marks=pytest.mark.slow) for name in QUICK],
+)
+def test_where_heads_do_not_fill_the_matrix_unit_their_gradients_are_made_transposed(case, monkeypatch):
+    monkeypatch.setattr(tpu_backward, "target_chip", lambda: "v6e")
+    test_forward_and_backward(case)
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "causal", "window", "offset"),
+    [
+        (1024, 1024, True, None, 0), (640, 640, True, None, 0), (512, 512, False, None, 0), (256, 512, True, None, 128),
+        (512, 256, True, None, -128), (256, 512, True, None, 256), (512, 512, True, 700, 0), (512, 512, True, 200, 0),
+    ],
+)  # fmt: skip
+def test_covered_blocks_begin_with_the_first_keys_and_the_first_step(T, S, causal, window, offset):
+    plan = Plan(T, S, 128, 128, causal, window, offset, segments=False, per_key_block=True)
+    rows, steps = plan.grid
+    seen: dict[tuple[str, int], int] = {}  # of each block, the number of what it meets first
+    for n in range(rows):
+        for step in range(steps):
+            j, t = map(int, plan.place(n, step))
+            low, high = plan.queries_of(j, None, 0)
+            if low + t <= high:
+                seen.setdefault(("queries", low + t), j)
+                seen.setdefault(("keys", j), t)
+    is_covered = len(seen) == plan.nq + plan.nk and not any(seen.values())
+    assert plan.covered == is_covered
 
 
 @pytest.mark.slow
