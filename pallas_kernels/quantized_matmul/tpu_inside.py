@@ -51,7 +51,7 @@ def _prepare(
     packed: bool, quantized: str | None,
 ) -> None:  # fmt: skip
     I, C = rows_ref.shape[1], chunk(tile)
-    up_M1 = None
+    up_M1: Any = None
     if quantized is not None or taken.dtype != jnp.bfloat16:
         reach_M1, flaw_M1 = _reach(x_ref, I, end)
         if quantized is None:
