@@ -94,6 +94,28 @@ HOPPERS = {
 HOPPER_QUICK = ("int8, a few rows", "int4, small blocks")
 
 
+def weighted(case, sizes):
+    """bfloat16 rows, the weight and the bias of a case."""
+    (M, I, O, form, block, zeros, *_), rng = sizes, np.random.default_rng(len(case))
+    w, x, bias = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((O, I), (M, I), (O,)))
+    return x.astype(jnp.bfloat16), quantized(w, form, block, zeros), bias
+
+
+def hopper(case, seed=0):
+    """The product, on an emulated GPU of three processors where there is none, and what it is of."""
+    if GPU and gpu.target_chip() not in gpu.HOPPER:
+        pytest.skip("a kernel for Hopper")
+    M, I, O, form, _, _, activation, splits = HOPPERS[case]
+    x, weight, bias = weighted(case, HOPPERS[case])
+    size = weight.block[1] if len(weight.scales) > 1 else None
+    cut = replace(gpu_hopper.cut_of(M, I, O, size, form in ("int4", "mxfp4"), 3), splits=splits)
+
+    def product(x, weight, bias):
+        return gpu_hopper.product(x, weight, bias, activation, x.dtype, cut)
+
+    return jax.jit(product) if GPU else emulate(product, seed), x, weight, bias
+
+
 @pytest.mark.parametrize(
     ("case", "seed"),
     [
@@ -103,21 +125,8 @@ HOPPER_QUICK = ("int8, a few rows", "int4, small blocks")
     ],
 )
 def test_hopper(case, seed):
-    """On an emulated GPU of three processors, where there is none."""
-    M, I, O, form, block, zeros, activation, splits = HOPPERS[case]
-    if GPU and gpu.target_chip() not in gpu.HOPPER:
-        pytest.skip("a kernel for Hopper")
-    rng = np.random.default_rng(len(case))
-    w, x, bias = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((O, I), (M, I), (O,)))
-    weight, x = quantized(w, form, block, zeros), x.astype(jnp.bfloat16)
-    size = block[1] if len(weight.scales) > 1 else None
-    cut = replace(gpu_hopper.cut_of(M, I, O, size, form in ("int4", "mxfp4"), 3), splits=splits)
-
-    def product(x, weight, bias):
-        return gpu_hopper.product(x, weight, bias, activation, x.dtype, cut)
-
-    y = (jax.jit(product) if GPU else emulate(product, seed))(x, weight, bias)
-    check(x, weight, bias, {"activation": activation, "activation_format": None}, y)
+    product, x, weight, bias = hopper(case, seed)
+    check(x, weight, bias, {"activation": HOPPERS[case][6], "activation_format": None}, product(x, weight, bias))
 
 
 BLACKWELLS = {
@@ -128,22 +137,47 @@ BLACKWELLS = {
 }
 
 
-@pytest.mark.parametrize("case", [case if "few" in case else pytest.param(case, marks=SLOW) for case in BLACKWELLS])
-def test_blackwell(case):
-    """On an emulated GPU of three processors, where there is none."""
-    M, I, O, form, block, zeros, activation, splits = BLACKWELLS[case]
+def blackwell(case):
+    """As `hopper`."""
     if GPU and gpu.target_chip() not in gpu.BLACKWELL:
         pytest.skip("a kernel for Blackwell")
-    rng = np.random.default_rng(len(case))
-    w, x, bias = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((O, I), (M, I), (O,)))
-    weight, x = quantized(w, form, block, zeros), x.astype(jnp.bfloat16)
+    M, I, O, _, _, _, activation, splits = BLACKWELLS[case]
     cut = gpu_blackwell.cut_of(M, I, O, 3)._replace(splits=splits)
 
     def product(x, weight, bias):
         return gpu_blackwell.product(x, weight, bias, activation, x.dtype, cut)
 
-    y = (jax.jit(product) if GPU else emulate(product, 0))(x, weight, bias)
-    check(x, weight, bias, {"activation": activation, "activation_format": None}, y)
+    return jax.jit(product) if GPU else emulate(product, 0), *weighted(case, BLACKWELLS[case])
+
+
+@pytest.mark.parametrize("case", [case if "few" in case else pytest.param(case, marks=SLOW) for case in BLACKWELLS])
+def test_blackwell(case):
+    product, x, weight, bias = blackwell(case)
+    check(x, weight, bias, {"activation": BLACKWELLS[case][6], "activation_format": None}, product(x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [
+        (hopper, "int8, a few rows"),
+        pytest.param(hopper, "int4, small blocks", marks=SLOW),  # sums of blocks are scaled
+        pytest.param(hopper, "int8, scaled first", marks=SLOW),
+        pytest.param(hopper, "int8, split, zero points", marks=SLOW),
+        pytest.param(hopper, "mxfp4", marks=SLOW),
+        pytest.param(blackwell, "int8, a few rows", marks=SLOW),
+        pytest.param(blackwell, "int8, split, zero points", marks=SLOW),
+        pytest.param(blackwell, "fp8, many rows", marks=SLOW),
+    ],
+)
+def test_rows_do_not_meet_in_tensor_cores(kernel, case):
+    """Nor in the sums of zero points, nor those of splits: as `test_rows_do_not_meet`."""
+    product, x, weight, bias = kernel(case)
+    clean = product(x, weight, bias)
+    spoilt = product(x.at[1].set(jnp.inf).at[3].multiply(1e30), weight, bias)
+    others = np.delete(np.arange(len(x)), (1, 3))
+    np.testing.assert_array_equal(spoilt[others], clean[others])
+    assert np.isfinite(clean.astype(jnp.float32)).all()
+    assert not np.isfinite(spoilt[1].astype(jnp.float32)).any() and np.isfinite(spoilt[3].astype(jnp.float32)).all()
 
 
 def test_hopper_cuts_fit():
