@@ -10,22 +10,33 @@ import pytest
 from jax.experimental import pallas as pl
 
 from tests.pallas_kernels.pairs import pairs
-from tests.pallas_kernels.test_quantized_matmul import BF16, F32, check, product, quantized, run
-from twinax.pallas_kernels.quantized_matmul import gpu, gpu_triton, with_inputs_first, xla
+from tests.pallas_kernels.test_quantized_matmul import BF16, F32, check, exact, floats, product, quantized, run
+from tests.thorough import thorough
+from twinax.pallas_kernels.quantized_matmul import ACTIVATIONS, gpu, gpu_triton, with_inputs_first, xla
 
 OPTIONS = (
     *("four bits", "float", "groups", "zero points", "quantised rows", "static scale", "bfloat16"),
     *("no bias", "activation", "a rest", "inputs first"),
 )
 FORMATS = {(False, False): "int8", (True, False): "int4", (False, True): "fp8_e4m3", (True, True): "mxfp4"}
-CASES = {", ".join(option for option in OPTIONS if option in has) or "no option": has for has in pairs(OPTIONS)}
+# Where rows' scales are from is nothing to a gradient; what many rows go through may be.
+OF_GRADIENTS = tuple("many rows" if option == "static scale" else option for option in OPTIONS)
+
+
+def named(options: tuple[str, ...]) -> dict[str, frozenset[str]]:
+    return {", ".join(option for option in options if option in has) or "no option": has for has in pairs(options)}
+
+
+CASES, GRADIENTS = named(OPTIONS), named(OF_GRADIENTS)
 
 
 def make(name: str) -> tuple[Any, Any, Any, dict[str, Any]]:
     """What a format has not is left out: floats' zero points, mxfp4's other blocks and quantised rows."""
-    has, rng = CASES[name], np.random.default_rng(list(CASES).index(name))
+    cases = CASES if name in CASES else GRADIENTS
+    has, rng = cases[name], np.random.default_rng(list(cases).index(name))
     form = FORMATS["four bits" in has, "float" in has]
-    M, I, O = 20 if "inputs first" in has else 3, 256 - 56 * ("a rest" in has), 128 - 28 * ("a rest" in has)
+    M = 150 if "many rows" in has else 20 if "inputs first" in has else 3
+    I, O = 256 - 56 * ("a rest" in has), 128 - 28 * ("a rest" in has)
     block = (1, 32) if form == "mxfp4" else (128 if form == "fp8_e4m3" else 1, 64) if "groups" in has else (1, None)
     zeros = "zero points" in has and form in ("int8", "int4")
     w = jnp.asarray(rng.standard_normal((O, I)) + 0.5 * zeros, jnp.float32)
@@ -69,3 +80,49 @@ def test_gpu(name, monkeypatch):
             run(product, "gpu", x, weight, bias, **options)
         return
     check(x, weight, bias, options, run(product, "gpu", x, weight, bias, **options))
+
+
+def gradients(x, weight, bias, dy, implementation, **options):
+    """Of x, and of the bias where there is one."""
+    given = (x,) if bias is None else (x, bias)
+    return jax.vjp(lambda x, b=None: product(x, weight, b, implementation=implementation, **options), *given)[1](dy)
+
+
+def check_gradients(name: str, implementation: str) -> None:
+    """Against the dequantised weight in float64. Roundings go both ways: a row's error is as small as one element's."""
+    x, weight, bias, options = make(name)
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal((len(x), weight.shape[0])), x.dtype)
+    got = run(gradients, implementation, x, weight, bias, dy, **options)
+    z = exact(product, x, weight, bias, **{**options, "activation": None})
+    with jax.enable_x64(True):
+        activation = ACTIVATIONS.get(options["activation"], lambda z: z)
+        dz = np.asarray(jax.vjp(activation, jnp.asarray(z))[1](jnp.asarray(np.asarray(dy, np.float64)))[0])
+    wants = dz @ np.asarray(floats(weight), np.float64), dz.sum(0)
+    for grad, want, like in zip(got, wants, (x, bias), strict=False):
+        assert grad.dtype == like.dtype and grad.shape == like.shape
+        error = np.linalg.norm(np.asarray(grad, np.float64) - want, axis=-1) / np.linalg.norm(want, axis=-1)
+        assert error.max() <= (2.0**-8 if grad.dtype == jnp.bfloat16 else 2.0**-16)
+
+
+@pytest.mark.parametrize("name", thorough(GRADIENTS, 4))
+def test_gradients_by_xla(name):
+    check_gradients(name, "xla")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_on_tpus(name):
+    check_gradients(name, "tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="for Pallas's interpreter")
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_on_gpus(name, monkeypatch):
+    """By XLA's products, too, as for GPUs."""
+    monkeypatch.setattr(xla, "known_platform", lambda: None)
+    monkeypatch.setattr(gpu, "known_platform", lambda: "cuda")
+    monkeypatch.setattr(gpu_triton.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    _, weight, _, options = make(name)
+    by_xla = options["activation_format"] and weight.scales.shape[0] == 1 and weight.format in ("int8", "fp8_e4m3")
+    check_gradients(name, "xla" if by_xla else "gpu")
