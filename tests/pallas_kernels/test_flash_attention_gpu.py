@@ -4,7 +4,6 @@ Where there is a GPU, the same cases run on it. Compiling needs JAX's CUDA plug-
 """
 
 import itertools
-import shutil
 from functools import cache, partial
 
 import jax
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from benchmarks.static import Program, Request, compile_all
+from benchmarks.static import Program
+from tests.pallas_kernels import gpu_programs
 from tests.pallas_kernels.gpu_emulator import emulate
 from tests.pallas_kernels.test_flash_attention import headed, paired
 from tests.pallas_kernels.test_flash_attention_backward import check_parts
@@ -29,7 +29,6 @@ from twinax.pallas_kernels.flash_attention import (
     triton,
 )
 from twinax.pallas_kernels.flash_attention.gradient import differentiable
-from twinax.planner.devices import has_cuda_plugin
 
 GPU = jax.default_backend() == "gpu"
 NOTHING = {"qk_scale_H": None, "v_scale_H": None, "sinks_H": None}
@@ -297,7 +296,7 @@ COMPILED = [{**size, **options} for size in SIZES for options in OPTIONS] + [
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("full_compile")
-@pytest.mark.skipif(not has_cuda_plugin() or not shutil.which("ptxas"), reason="wants JAX's CUDA plug-in and ptxas")
+@gpu_programs.all_compile
 @pytest.mark.parametrize(
     ("chip", "cases"),
     [
@@ -307,7 +306,4 @@ COMPILED = [{**size, **options} for size in SIZES for options in OPTIONS] + [
     ],
 )
 def test_compiles_without_spills_or_serialised_products(chip, cases):
-    builder = f"{__file__}:build"
-    for case, found in zip(cases, compile_all([Request(chip, builder, case) for case in cases]), strict=True):
-        assert found.failed is None, (case, found.failed)
-        assert (found.spills, found.warnings) == (0, ()), (case, found)
+    gpu_programs.check(chip, [(__file__, case) for case in cases])

@@ -1,6 +1,5 @@
 """grouped_matmul's GPU kernels: in Pallas's interpreter, or on a GPU where there is one, and through the compiler."""
 
-import shutil
 from functools import partial
 
 import jax
@@ -9,7 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from benchmarks.static import Program, Request, compile_all
+from benchmarks.static import Program
+from tests.pallas_kernels import gpu_programs
 from tests.pallas_kernels.gpu_emulator import emulate
 from tests.pallas_kernels.test_grouped_matmul import CASES, LONGEST, by_hand, make, run
 from twinax.pallas_kernels.grouped_matmul import (
@@ -22,7 +22,6 @@ from twinax.pallas_kernels.grouped_matmul import (
 from twinax.pallas_kernels.quantized_matmul import dequantize, gpu, quantize
 from twinax.pallas_kernels.quantized_matmul import gpu_hopper as quantized
 from twinax.pallas_kernels.quantized_matmul import gpu_triton as products
-from twinax.planner.devices import has_cuda_plugin
 
 GPU = jax.default_backend() == "gpu"
 SLOW = pytest.mark.slow
@@ -228,10 +227,7 @@ COMPILED = [
 
 @SLOW
 @pytest.mark.usefixtures("full_compile")
-@pytest.mark.skipif(not has_cuda_plugin() or not shutil.which("ptxas"), reason="wants JAX's CUDA plug-in and ptxas")
+@gpu_programs.all_compile
 @pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
 def test_compiles_without_spills_or_serialised_products(chip):
-    found = compile_all([Request(chip, f"{__file__}:build", case) for case in COMPILED])
-    for case, one in zip(COMPILED, found, strict=True):
-        assert one.failed is None, (case, one.failed)
-        assert (one.spills, one.warnings) == (0, ()), (case, one)
+    gpu_programs.check(chip, [(__file__, case) for case in COMPILED])

@@ -1,7 +1,6 @@
 """paged_attention's GPU kernels: in Pallas's interpreter, or on a GPU where there is one, and through the compiler."""
 
 import dataclasses
-import shutil
 from functools import partial
 
 import jax
@@ -10,11 +9,11 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from benchmarks.static import Program, Request, compile_all
+from benchmarks.static import Program
+from tests.pallas_kernels import gpu_programs
 from tests.pallas_kernels.test_paged_attention import Case, filled, make, run
 from tests.pallas_kernels.test_paged_attention_tpu import check_bits
 from twinax.pallas_kernels.paged_attention import OPERATION, SharedPrefixes, gpu, init_pages
-from twinax.planner.devices import has_cuda_plugin
 
 GPU = jax.default_backend() == "gpu"
 SLOW = pytest.mark.slow
@@ -206,10 +205,8 @@ COMPILED = [
 
 @SLOW
 @pytest.mark.usefixtures("full_compile")
-@pytest.mark.skipif(not has_cuda_plugin() or not shutil.which("ptxas"), reason="wants JAX's CUDA plug-in and ptxas")
+@gpu_programs.all_compile
 @pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
 def test_compiles_without_spills(chip):
     cases = [x for x in COMPILED if chip != "a100" or "float8" not in x.get("dtype", "")]
-    for case, found in zip(cases, compile_all([Request(chip, f"{__file__}:build", x) for x in cases]), strict=True):
-        assert found.failed is None, (case, found.failed)
-        assert (found.spills, found.warnings) == (0, ()), (case, found)
+    gpu_programs.check(chip, [(__file__, case) for case in cases])
