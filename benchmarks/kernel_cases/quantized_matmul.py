@@ -1,4 +1,7 @@
-"""Products with quantised weights, for the rows of decoding: the time to read 4096 x 14336 weights once is the limit.
+"""Products with quantised weights, 4096 x 14336: for the rows of decoding the time to read them once is the limit.
+
+2,048 rows are a prompt's, whose limit is the products; on TPUs of weights of whole bytes with one scale a channel, as
+the profiler takes minutes for the others' (on v5e for these, too).
 
 The peer is what XLA makes of the plain way to write it: weights converted to bfloat16, multiplied, scaled.
 """
@@ -10,24 +13,28 @@ from ..static import Program
 from . import Case, Kernel
 
 INPUTS, OUTPUTS = 4096, 14336
-ROWS = (1, 16, 64, 256)
-# Format of the weights, inputs of a scale (None: all), format of the activations.
+ROWS, OF_A_PROMPT = (1, 16, 64, 256), 2048
+# Format of the weights, inputs of a scale (None: all), zero points, format of the activations.
 KINDS = (
-    ("int8", None, None),
-    ("int4", 128, None),
-    ("int8", None, "int8"),
-    ("fp8_e4m3", None, None),
-    ("fp8_e4m3", 128, None),  # as DeepSeek's models come: a scale is of 128 outputs too
-    ("mxfp4", 32, None),
+    ("int8", None, False, None),
+    ("int4", None, False, None),
+    ("int4", 128, False, None),
+    ("int4", 128, True, None),  # as AWQ's models come
+    ("int8", None, False, "int8"),
+    ("fp8_e4m3", None, False, None),
+    ("fp8_e4m3", 128, False, None),  # as DeepSeek's models come: a scale is of 128 outputs too
+    ("mxfp4", 32, False, None),
 )
 
 # On GPUs, int8 rows with one scale each are XLA's.
 KINDS_ON_GPUS = (
-    ("int8", None, None),
-    ("int4", 128, None),
-    ("fp8_e4m3", None, None),
-    ("mxfp4", 32, None),
-    ("int8", 128, "int8"),
+    ("int8", None, False, None),
+    ("int4", None, False, None),
+    ("int4", 128, False, None),
+    ("int4", 128, True, None),
+    ("fp8_e4m3", None, False, None),
+    ("mxfp4", 32, False, None),
+    ("int8", 128, False, "int8"),
 )
 
 
@@ -35,11 +42,9 @@ def cases(chip: str) -> Iterator[Case]:
     if not chip.startswith(("v", "tpu")):
         yield from _on_gpus()
         return
-    for form, block, activations in KINDS:
-        for M in ROWS:
-            given: dict[str, Any] = {"M": M, "format": form, "block": block, "activations": activations}
-            words = form if block is None else f"{form} in groups of {block}"
-            name = f"{M} rows, {words}{', bfloat16 rows' if activations is None else f', {activations} rows'}"
+    for form, block, zeros, activations in KINDS:
+        for M in (*ROWS, OF_A_PROMPT) if block is None and form != "int4" else ROWS:
+            name, given = _named(M, form, block, zeros, activations)
             plain = () if block or activations or form != "int8" else (Kernel("plain", {"M": M}),)
             yield Case(
                 "quantized_matmul", name, Kernel("ours", given), {"XLA": plain} if plain else {}, of_limit=1 / 1.15
@@ -47,10 +52,10 @@ def cases(chip: str) -> Iterator[Case]:
 
 
 def _on_gpus() -> Iterator[Case]:
-    """Beside decoding, the rows of a prompt. cuBLAS gets the same weights in bfloat16, XLA those that are quantised."""
-    for form, block, activations in KINDS_ON_GPUS:
-        for M in (*ROWS, 2048):
-            given: dict[str, Any] = {"M": M, "format": form, "block": block, "activations": activations}
+    """cuBLAS gets the same weights in bfloat16, XLA those that are quantised."""
+    for form, block, zeros, activations in KINDS_ON_GPUS:
+        for M in (*ROWS, OF_A_PROMPT):
+            name, given = _named(M, form, block, zeros, activations)
             peers: dict[str, tuple[Kernel, ...]] = {
                 "XLA": (Kernel("ours", {**given, "implementation": "xla"}),),
                 "cuBLAS, bfloat16": (Kernel("cublas", {"M": M}),),
@@ -59,14 +64,26 @@ def _on_gpus() -> Iterator[Case]:
                 peers["pallas"] = tuple(
                     Kernel("pallas", {"M": M, "tile_m": m, "tile_n": n}) for m in (64, 128) for n in (64, 128)
                 )
-            words = form if block is None else f"{form} in groups of {block}"
-            name = f"{M} rows, {words}, {activations or 'bfloat16'} rows"
             ours = Kernel("ours", {**given, "implementation": "gpu"})
             yield Case("quantized_matmul", name, ours, peers, of_limit=1 / 1.15)
 
 
+def _named(M: int, form: str, block: int | None, zeros: bool, activations: str | None) -> tuple[str, dict[str, Any]]:
+    """A case's name, and the arguments of `ours`."""
+    words = form if block is None else f"{form} in groups of {block}"
+    name = f"{M} rows, {words}{' with zero points' if zeros else ''}, {activations or 'bfloat16'} rows"
+    given: dict[str, Any] = {"M": M, "format": form, "block": block, "activations": activations}
+    return name, given | ({"zeros": True} if zeros else {})
+
+
 def ours(
-    target: Any, M: int, format: str, block: int | None, activations: str | None, implementation: str = "tpu"
+    target: Any,
+    M: int,
+    format: str,
+    block: int | None,
+    activations: str | None,
+    zeros: bool = False,
+    implementation: str = "tpu",
 ) -> Program:
     import jax
     import jax.numpy as jnp
@@ -79,7 +96,7 @@ def ours(
     with target.context():
         order = with_inputs_first if target_chip() in INPUTS_FIRST else lambda w: w
     outputs = 128 if format == "fp8_e4m3" and block else 1
-    made = jax.eval_shape(lambda w: order(quantize(w, format, block=(outputs, block))), plain)
+    made = jax.eval_shape(lambda w: order(quantize(w, format, block=(outputs, block), zero_points=zeros)), plain)
     weight = jax.tree.map(lambda x: target.array(x.shape, x.dtype), made)
     hbm_bytes = sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(made))
     return Program(
