@@ -1,4 +1,4 @@
-"""Paged decode: the heads of Llama-3 8B and 70B, 64 requests of 2,048 tokens, by bytes.
+"""Paged decode: the heads of Llama-3 8B and 70B, and latents, 64 requests of 2,048 tokens, by bytes.
 
 Library kernels (jax's paged and ragged paged attention) read lengths and page tables that the static profiler takes for
 0, so that what it says of them is no time, and they are not listed; with a device they could be timed.
@@ -24,6 +24,10 @@ def cases(chip: str) -> Iterator[Case]:
             given: dict[str, Any] = {"H": H, "K": K, "D": 128, "dtype": dtype}
             name = f"decode, {words}, {REQUESTS} x {CONTEXT}, pages of {dtype}"
             yield Case("paged_attention", name, Kernel("decode", given), {}, of_limit=0.86)
+    for H in (128, 16):
+        given = {"H": H, "K": 1, "D": 576, "dtype": "bfloat16", "latent": 512}
+        name = f"decode, latents for {H} heads, {REQUESTS} x {CONTEXT}, pages of bfloat16"
+        yield Case("paged_attention", name, Kernel("decode", given), {}, of_limit=0.86)
 
 
 def _on_gpus() -> Iterator[Case]:
@@ -81,8 +85,11 @@ def pallas(target: Any, H: int, K: int, D: int, dtype: str, splits: int) -> Prog
     return Program(step, (target.array((N, H, D)), pages, pages), *work)
 
 
-def decode(target: Any, H: int, K: int, D: int, dtype: str) -> Program:
-    """The kernel of decodes alone, all requests as long, written as the public function calls it."""
+def decode(target: Any, H: int, K: int, D: int, dtype: str, latent: int | None = None) -> Program:
+    """The kernel of decodes alone, all requests as long, written as the public function calls it.
+
+    `latent`: how much of a key is the value too.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -90,12 +97,14 @@ def decode(target: Any, H: int, K: int, D: int, dtype: str) -> Program:
     from twinax.pallas_kernels.paged_attention.tpu import CORES, pages_of_block
 
     N, L, S, M = REQUESTS, CONTEXT, PAGE, CONTEXT // PAGE
-    kept, E = jnp.dtype(dtype), 2 * D
+    kept, C = jnp.dtype(dtype), -(-D // 128) * 128
+    E, V = (C, latent) if latent else (2 * C, C)
     quantised = kept.itemsize == 1
     cores = CORES.get(target.chip.name, 1)
+    of_core = K // cores if K % cores == 0 else K
     sizes = tpu_block.Sizes(
-        K=K // cores, S=S, n=pages_of_block(S, K // cores * E * kept.itemsize, M), M=M, N=E // 128,
-        C=D, v_lane=D, V=D, scale=D**-0.5,
+        K=of_core, S=S, n=pages_of_block(S, of_core * E * kept.itemsize, M), M=M, N=E // 128,
+        C=C, v_lane=0 if latent else C, V=V, scale=D**-0.5,
         softcap=None, window=None, quantised=quantised, dtype=jnp.dtype("bfloat16"), kept=kept,
     )  # fmt: skip
 
@@ -109,7 +118,7 @@ def decode(target: Any, H: int, K: int, D: int, dtype: str) -> Program:
         return target.array(shape, dtype) if wanted else None
 
     given = (
-        array((N, K * max(8, H // K), D), "bfloat16"),
+        array((N, K * max(8, H // K), C), "bfloat16"),
         array((N, K, E), "int32"),
         array((N, K, 2 * S), "float32", quantised),
         array((2, N * M, K, E // 128, S, 128), kept),
@@ -120,4 +129,4 @@ def decode(target: Any, H: int, K: int, D: int, dtype: str) -> Program:
     )
     hbm_bytes = N * L * K * (E * kept.itemsize + (8 if quantised else 0))
     donated = jax.jit(step, donate_argnums=(3, 4) if quantised else (3,))
-    return Program(donated, given, 4.0 * N * H * L * D, hbm_bytes)
+    return Program(donated, given, 2.0 * N * H * L * (D + (latent or D)), hbm_bytes)

@@ -52,13 +52,13 @@ def paged_attention(
     _refuse(q_THD, pages, R, M)
     chip = target_chip()
     cores = CORES.get(chip or "", 1)
-    cores = cores if K % cores == 0 else 1
+    shares = cores if K % cores == 0 else 1  # of the key heads
     vmem = VMEM.get(chip or "", 100 * MIB)
     v_lane = pages.value_lane // LANES * LANES
     sizes = Sizes(
-        K=K // cores,
+        K=K // shares,
         S=pages.page_size,
-        n=pages_of_block(pages.page_size, K // cores * pages.lanes * pages.dtype.itemsize, M),
+        n=pages_of_block(pages.page_size, K // shares * pages.lanes * pages.dtype.itemsize, M),
         M=M,
         N=pages.lanes // LANES,
         C=_lanes(D),
@@ -74,7 +74,6 @@ def paged_attention(
     common: dict[str, Any] = {
         "layer": layer,
         "table": jnp.clip(page_table_RM, 0, pages.num_pages - 1),
-        "cores": cores,
         "vmem_bytes": vmem,
     }
     kept = as_kept(pages, k_TKD, v_TKV)
@@ -94,7 +93,9 @@ def paged_attention(
         state: Any = None
         begin_N = jnp.zeros_like(lengths_N)
         if prefixes is not None:
-            state, begin_N = _read_prefixes(sizes, q_THC[:N], lengths_N[:N], sinks_H, kv, scales, prefixes, common)
+            state, begin_N = _read_prefixes(
+                sizes, q_THC[:N], lengths_N[:N], sinks_H, kv, scales, prefixes, shares, common
+            )
             state, begin_N = tuple(pad(x) for x in state), pad(begin_N)
         new_scale_NKZ = None
         if scales is not None:
@@ -105,7 +106,7 @@ def paged_attention(
         sinks_r = None if sinks_H is None else _by_key_head(sinks_H[None, :, None], K)[0, :, 0]
         out, kv, scales = decode(
             sizes, q_NrC, pad(_bits(kept_TKE)), new_scale_NKZ, sinks_r, state, kv, scales,
-            lengths_N=lengths_N, begin_N=begin_N, block_rows=step, **common,
+            lengths_N=lengths_N, begin_N=begin_N, block_rows=step, cores=cores, **common,
         )  # fmt: skip
         out = out[:N].reshape(N, K, -1, sizes.V)[:, :, : H // K].reshape(N, H, sizes.V)
         outs.append(jnp.pad(out, ((0, decode_rows - N), (0, 0), (0, 0))))
@@ -114,7 +115,7 @@ def paged_attention(
         is_chunk_R = (query_length_R > 0) & ~is_decode_R
         count_R = jnp.where(is_chunk_R, query_length_R, 0)
         owned = token_rows(T, lengths_R, query_start_R, count_R)
-        tile = tile_rows(T - decode_rows, H // cores, sizes)
+        tile = tile_rows(T - decode_rows, H // shares, sizes)
         more = -(T - decode_rows) % tile
         pad = lambda x, fill=0: jnp.pad(x[decode_rows:], ((0, more),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)  # noqa: E731
         rows = Rows(
@@ -125,7 +126,7 @@ def paged_attention(
             at = rows._replace(start_R=query_start_R)
             scales = _write_scales(scales, layer, kept, at, common["table"])
         new_TKE = pad(kept_TKE.astype(jnp.float32))
-        out, kv = chunk(sizes, pad(q_THC), new_TKE, sinks_H, kv, scales, rows, tile=tile, **common)
+        out, kv = chunk(sizes, pad(q_THC), new_TKE, sinks_H, kv, scales, rows, tile=tile, cores=shares, **common)
         outs.append(out[: T - decode_rows])
 
     first = pages.value_lane - v_lane
@@ -212,6 +213,7 @@ def _read_prefixes(
     kv: Any,
     scales: Any,
     prefixes: SharedPrefixes,
+    shares: int,
     common: dict[str, Any],
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """The softmax's state of each decode after the whole blocks of its shared prefix, and how many these are."""
@@ -223,13 +225,13 @@ def _read_prefixes(
     owner_N = leader_N[order_N]
     count_R = jnp.zeros(R, jnp.int32).at[leader_N].add(1, mode="drop")
     start_R = jnp.searchsorted(owner_N, jnp.arange(R), side="left")
-    tile = tile_rows(N, H // common["cores"], sizes)
+    tile = tile_rows(N, H // shares, sizes)
     more = -N % tile
     pad = lambda x, fill=0: jnp.pad(x, ((0, more),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)  # noqa: E731
     rows = Rows(
         start_R, count_R, prefixes.pages_R // sizes.n * sizes.B,
         pad(jnp.where(owner_N < R, owner_N, -1), -1), pad(lengths_N[order_N] - 1),
     )  # fmt: skip
-    state, _ = chunk(sizes, pad(q_NHC[order_N]), None, sinks_H, kv, scales, rows, tile=tile, **common)
+    state, _ = chunk(sizes, pad(q_NHC[order_N]), None, sinks_H, kv, scales, rows, tile=tile, cores=shares, **common)
     back_N = jnp.argsort(order_N)
-    return tuple(_by_key_head(x[:N][back_N], sizes.K * common["cores"]) for x in state), blocks_N
+    return tuple(_by_key_head(x[:N][back_N], sizes.K * shares) for x in state), blocks_N

@@ -2,12 +2,14 @@
 
 Requests are taken in turn, each block by block (of 8-bit pages two blocks at once, merged in order); while these are
 computed the next ones' pages are copied, be they of this request or of the next. The new token is put into the last
-block's buffer, and its tile of slots copied back while the next request is computed.
+block's buffer, and its tile of slots copied back while the next request is computed, as is the result.
 
 On a chip whose two cores are one device each core takes half of the key heads, which is an equal share whatever the
-requests are; an odd number of them, such as a latent's one, stays on one core. (Equal shares of the pages, as in Lean
-Attention, arXiv:2405.10480, would have to keep every block's part of a request that is cut to merge them in order, or
-the result would depend on where the cut falls.)
+requests are. Where these cannot be halved, as a latent's one, each takes a range of the requests with about half of the
+pages, and nothing that a core copies or writes is of another's requests. A request is never cut, as the equal shares of
+Lean Attention (arXiv:2405.10480) would have it: where the cut falls depends on the other requests, and so would the
+order in which the request's blocks are merged, hence its bits, unless every block's part were kept to merge in order.
+So a request that is longer than all others together has its core to itself, and the other core waits for it.
 
 Shapes: as in tpu_block; N request rows of a program, r rows of a key head: its query heads, padded to 8.
 """
@@ -53,32 +55,42 @@ def decode(
     Args:
         new_NKE: the bits of the new tokens as the cache keeps them, each number's in an int32.
         lengths_N: tokens of each request with the new one; 0: not a decode, result 0.
+        cores: that share the work, by key heads if `sizes.K` is a part of them, by requests if it is all.
         begin_N: the block to begin with, where `state` holds maxima, sums and values of the ones before.
         block_rows: requests of one step of the grid; N is a multiple.
         static_length: all requests have this length, and pages in order of layer 0; scalar arguments are not read (for
             the static profiler, which cannot follow data).
     """
     N, rows, _ = q_NrC.shape
-    steps, per_core = N // block_rows, rows // cores
-    active_N = (lengths_N > 0).reshape(steps, block_rows)
-    # Of each step's requests the active ones first.
-    order = jnp.argsort(~active_N, 1, stable=True) + jnp.arange(steps)[:, None] * block_rows
+    shares = new_NKE.shape[1] // sizes.K  # of the heads
+    steps, per_core = N // block_rows, rows // shares
+    active_N = lengths_N > 0
+    mine_cN = jnp.ones((cores, N), bool)
+    if shares < cores:
+        first_N = jnp.maximum(sizes.first_page(lengths_N - 1), begin_N * sizes.n)
+        pages_N = jnp.where(active_N, -(-lengths_N // sizes.S) - first_N, 0)
+        mine_cN = divided(pages_N, cores) == jnp.arange(cores)[:, None]
+    # Of each step's rows the core's own decodes first, then those of its own that are none, then the other core's.
+    place_csn = jnp.where(mine_cN, jnp.where(active_N, 0, 1), 2).reshape(cores, steps, block_rows)
+    order_csn = jnp.argsort(place_csn, 2, stable=True) + jnp.arange(steps)[:, None] * block_rows
+    count_cs, stop_cs = (place_csn < 1).sum(2), (place_csn < 2).sum(2)
+    # A step that has none takes the rows of the next that has some, which are then there already.
+    block_cs = jax.lax.cummin(jnp.where(count_cs > 0, jnp.arange(steps), steps - 1), axis=1, reverse=True)
     scalars = [
-        jnp.asarray(layer, jnp.int32).reshape(1),
-        order.reshape(N).astype(jnp.int32),
-        active_N.sum(1).astype(jnp.int32),
-        lengths_N.astype(jnp.int32),
-        begin_N.astype(jnp.int32),
-        table.reshape(-1).astype(jnp.int32),
+        jnp.asarray(x, jnp.int32).reshape(-1)
+        for x in (block_cs, layer, order_csn, count_cs, stop_cs, lengths_N, begin_N, table)
     ]
     if static_length is not None:
         scalars = []
 
     def by_core(x: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
-        """Of [N, rows, lanes]: the rows of each core, side by side, and a block of them."""
-        x = x.reshape(N, cores, -1, x.shape[-1])
-        spec = pl.BlockSpec((None, block_rows, *x.shape[2:]), lambda c, b, *_: (c, b, 0, 0))
-        return jnp.swapaxes(x, 0, 1), spec
+        """Of [N, rows, lanes]: the rows of each share of the heads, side by side, and a block of them."""
+        x = x.reshape(N, shares, -1, x.shape[-1])
+
+        def at(c: Any, b: Any, *scalars: Any) -> tuple[Any, ...]:
+            return c if shares > 1 else 0, scalars[0][c * steps + b] if scalars else b, 0, 0
+
+        return jnp.swapaxes(x, 0, 1), pl.BlockSpec((None, block_rows, *x.shape[2:]), at)
 
     K, E, V = sizes.K, sizes.N * LANES, sizes.V
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
@@ -88,7 +100,7 @@ def decode(
     inputs, specs = map(list, zip(*map(by_core, given), strict=True))
     if sinks_r is not None:
         inputs.append(jnp.broadcast_to(sinks_r[:, None].astype(jnp.float32), (rows, LANES)))
-        specs.append(pl.BlockSpec((per_core, LANES), lambda c, b, *_: (c, 0)))
+        specs.append(pl.BlockSpec((per_core, LANES), lambda c, b, *_: (c if shares > 1 else 0, 0)))
     if state is not None:
         for x in state:
             for those, new in zip((inputs, specs), by_core(x), strict=True):
@@ -107,23 +119,23 @@ def decode(
         pltpu.SemaphoreType.DMA((buffers,)),
         pltpu.VMEM((K * sizes.N, sizes.write_rows, LANES), kv_LPKNSX.dtype),
         pltpu.VMEM((K, 2 * sizes.S), jnp.float32) if sizes.quantised else None,
+        pltpu.VMEM((per_core, V), q_NrC.dtype),
         pltpu.SemaphoreType.DMA(()),
         pltpu.VMEM((per_core, LANES), jnp.float32),
         pltpu.VMEM((per_core, LANES), jnp.float32),
         pltpu.VMEM((per_core, V), jnp.float32),
     ]
-    out_spec = pl.BlockSpec((None, block_rows, per_core, V), lambda c, b, *_: (c, b, 0, 0))
     out, *caches = pl.pallas_call(
-        functools.partial(_kernel, sizes, cores, block_rows, has, static_length),
+        functools.partial(_kernel, sizes, cores, shares, block_rows, has, static_length),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(cores, steps),
             in_specs=[*specs, *[hbm] * len(caches)],
-            out_specs=[out_spec, *[hbm] * len(caches)],
+            out_specs=[hbm] * (1 + len(caches)),
             scratch_shapes=[x for x in scratch if x is not None],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((cores, N, per_core, V), q_NrC.dtype),
+            jax.ShapeDtypeStruct((N, shares, per_core, V), q_NrC.dtype),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches),
         ],
         input_output_aliases={first_cache + i: 1 + i for i in range(len(caches))},
@@ -135,12 +147,22 @@ def decode(
         ),
         name="paged_decode",
     )(*scalars, *inputs, *caches)
-    out = jnp.swapaxes(out, 0, 1).reshape(N, rows, V)
-    return out, caches[0].reshape(kv_LPKNSX.shape), caches[1] if len(caches) > 1 else None
+    return out.reshape(N, rows, V), caches[0].reshape(kv_LPKNSX.shape), caches[1] if len(caches) > 1 else None
+
+
+def divided(pages_N: jax.Array, cores: int) -> jax.Array:
+    """Which core takes each request: a range of them each, of about as many pages whatever the requests have.
+
+    The one in whose part of all the pages the middle of the request's lies. So half of a request is the most by which a
+    range begins before its part or ends after it.
+    """
+    ends_N = jnp.cumsum(pages_N)
+    middle_N = 2 * ends_N - pages_N
+    return jnp.minimum(middle_N * cores // jnp.maximum(2 * ends_N[-1], 1), cores - 1)
 
 
 def _kernel(
-    sizes: Sizes, cores: int, block_rows: int, has: dict[str, bool], static_length: int | None, *refs: Any
+    sizes: Sizes, cores: int, shares: int, block_rows: int, has: dict[str, bool], static_length: int | None, *refs: Any
 ) -> None:
     given: Iterator[Any] = iter(refs)
 
@@ -148,26 +170,31 @@ def _kernel(
         return next(given) if has[name] else None
 
     known = static_length is not None
-    scalars: list[Any] = [None if known else next(given) for _ in range(6)]
-    layer_ref, order_ref, count_ref, length_ref, begin_ref, table_ref = scalars
+    scalars: list[Any] = [None if known else next(given) for _ in range(8)]
+    _, layer_ref, order_ref, count_ref, stop_ref, length_ref, begin_ref, table_ref = scalars
     q_ref, new_ref, new_scale_ref, sinks_ref = next(given), next(given), take("scales"), take("sinks")
     top_in, sum_in, acc_in = take("state"), take("state"), take("state")
     next(given)  # the cache as an input, which its output is
     take("scales")
-    out_ref, kv_hbm, scale_hbm = next(given), next(given), take("scales")
+    out_hbm, kv_hbm, scale_hbm = next(given), next(given), take("scales")
     kv_buf, scale_buf, sems = next(given), take("scales"), next(given)
-    write_buf, scale_write_buf, write_sem = next(given), take("scales"), next(given)
+    write_buf, scale_write_buf, out_buf, write_sem = next(given), take("scales"), next(given), next(given)
     top_ref, sum_ref, acc_ref = given
 
     K, B, n = sizes.K, sizes.B, sizes.n
     per_head = q_ref.shape[1] // K
     b = pl.program_id(1)
-    core = pl.program_id(0) if cores > 1 else None
-    cache = Cache(sizes, 0 if known else layer_ref[0], core, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
-    count = count_ref[b] if static_length is None else block_rows
+    c = pl.program_id(0)
+    share = c if shares > 1 else None
+    cache = Cache(sizes, 0 if known else layer_ref[0], share, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
+    step = c * pl.num_programs(1) + b
+    count = count_ref[step] if static_length is None else block_rows * shares // cores
 
     def request(a: Any) -> Any:
-        return b * block_rows + a if known else order_ref[b * block_rows + jnp.minimum(a, block_rows - 1)]
+        """The a-th that this core takes in this step; past the last one, any."""
+        if not known:
+            return order_ref[step * block_rows + jnp.minimum(a, block_rows - 1)]
+        return b * block_rows + (c * count if shares < cores else 0) + jnp.minimum(a, count - 1)
 
     def length_of(r: Any) -> Any:
         return static_length if known else length_ref[r]
@@ -200,7 +227,7 @@ def _kernel(
         (page, _), stop = low_of(r), stop_of(r)
 
         if known:  # past the last one, the last once more: the profiler follows no conditions on every chip
-            cache.start(jnp.minimum(r, count - 1), j, page, stop, slot)
+            cache.start(r, j, page, stop, slot)
         else:
             pl.when(both(wanted, a < count))(lambda: cache.start(r, j, page, stop, slot))
 
@@ -292,9 +319,14 @@ def _kernel(
         when(odd)(lambda: attend((last - 1, slot, masked), (last, end, True)))
         when(negated(odd))(lambda: attend((last, end, True)))
         ahead = fetch(ahead, odd)
-        out_ref[row] = result(acc_ref[...], sum_ref[...]).astype(out_ref.dtype)
         write(r)
+        # After the token's copies: the profiler for 7x aborts where it is before them.
+        out_buf[...] = result(acc_ref[...], sum_ref[...]).astype(out_buf.dtype)
+        result_of(r).start()
         return following(end), ahead
+
+    def result_of(r: Any) -> Any:
+        return pltpu.make_async_copy(out_buf, out_hbm.at[r, 0 if share is None else share], write_sem)
 
     def write(r: Any) -> None:
         """Begins to copy the tile of slots that the new token is in."""
@@ -308,12 +340,10 @@ def _kernel(
             pltpu.make_async_copy(scale_write_buf, cache.scales_in_memory(page), write_sem).start()
 
     def written() -> None:
-        """Waits until a request's new token is in the cache."""
-        for buffer in (write_buf, scale_write_buf):
+        """Waits until a request's new token is in the cache, and its result where it belongs."""
+        for buffer in (write_buf, scale_write_buf, out_buf):
             if buffer is not None:
                 pltpu.make_async_copy(buffer, buffer, write_sem).wait()
-
-    out_ref[...] = jnp.zeros_like(out_ref)
 
     @when(count > 0)
     def _() -> None:
@@ -323,13 +353,19 @@ def _kernel(
             ahead = fetch(ahead)
         if known:
             _, before, j = ahead  # of the first request; the same for each
-            write(0)  # for the first to wait for
+            write(request(0))  # for the first to wait for
+            result_of(request(0)).start()
             jax.lax.fori_loop(0, count, lambda a, _: one(a, (0, (buffers - 1, a + before, j))) and None, None)
             for slot in range(buffers - 1):
                 cache.wait(slot, 0, stop_of(0), slot)
         else:
             jax.lax.fori_loop(0, count, one, (0, ahead))
         written()
+
+    if not known:  # rows that are no decodes
+        out_buf[...] = jnp.zeros_like(out_buf)
+        jax.lax.fori_loop(count, stop_ref[step], lambda a, _: result_of(request(a)).start(), None)
+        jax.lax.fori_loop(count, stop_ref[step], lambda a, _: result_of(request(a)).wait(), None)
 
 
 def _insert(

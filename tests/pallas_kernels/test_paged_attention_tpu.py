@@ -5,15 +5,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from tests.thorough import thorough
 from twinax.pallas_kernels.paged_attention import SharedPrefixes, init_pages, paged_attention, tpu, tpu_block
+from twinax.pallas_kernels.paged_attention.tpu_decode import divided
 
 MODES = ("eager", "on_wait")
 
@@ -165,6 +168,7 @@ def check(case, mode, cores=1):
     close = 2e-6 if case.dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=close, rtol=close)
     jax.tree.map(np.testing.assert_array_equal, pages, wanted_pages)
+    return out
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -188,7 +192,6 @@ TWO_CORES = {
         ),
         "on_wait",
     ),
-    "a latent, which is one head's": (Case(((40, 1), (0, 5)), 2, D=48, S=32, H=4, latent=32), "on_wait"),
 }  # fmt: skip
 
 
@@ -196,6 +199,49 @@ TWO_CORES = {
 def test_two_cores_that_are_one_device_share_the_heads(name, monkeypatch):
     monkeypatch.setattr(tpu, "target_chip", lambda: "v5p")
     check(*TWO_CORES[name], cores=2)
+
+
+DIVIDED = {
+    "a latent": Case(((3, 1), (70, 1), (0, 0), (20, 1)), 4, D=48, H=4, latent=32),
+    "a long one and short ones, sinks": Case(((150, 1), (3, 1), (0, 1), (20, 1), (15, 1)), 5, H=4, sinks=True),
+    "short ones and a long one, int8": Case(
+        ((3, 1), (0, 1), (40, 1), (200, 1)), 4, S=32, kept=jnp.int8, dtype=jnp.bfloat16
+    ),
+    "three key heads, window, softcap": Case(
+        ((70, 1), (3, 1), (95, 1)), 3, K=3, H=6, options={"window": 33, "softcap": 2.0}
+    ),
+    "several steps, some without work": Case(
+        ((130, 1), *[(n, 1) for n in range(7)], *[(0, 0)] * 8, *[(9, 1)] * 3, *[(0, 0)] * 6), 25, D=48, latent=32
+    ),
+    "a latent of int8, a mix, shared prefixes": Case(
+        ((70, 1), (66, 1), (40, 5), (81, 1), (99, 1)), 5, D=48, S=32, H=3, kept=jnp.int8, dtype=jnp.bfloat16,
+        latent=32, prefixes=((0, 0, 2, 0, 0), (2, 2, 0, 2, 2)),
+    ),
+    "shared prefixes, window": Case(
+        ((70, 1), (66, 1), (40, 5), (81, 1)), 4, prefixes=((0, 1, 2, 1), (0, 4, 0, 4)), options={"window": 40}
+    ),
+    "only one": Case(((0, 0), (40, 1), (0, 0)), 3),
+    "nobody": Case(((0, 0), (0, 0)), 2, D=48, latent=32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mode"), thorough([(name, mode) for name in DIVIDED for mode in MODES], (1,)))
+def test_two_cores_divide_the_requests_where_heads_cannot_be_halved(name, mode, monkeypatch):
+    """And each request has the bits that one core gives it."""
+    monkeypatch.setattr(tpu, "ROWS", 8)
+    case = DIVIDED[name]
+    alone = check(case, mode)
+    monkeypatch.setattr(tpu, "target_chip", lambda: "v5p")
+    np.testing.assert_array_equal(check(case, mode, cores=2), alone)
+
+
+@hypothesis.given(st.lists(st.integers(0, 50) | st.integers(0, 10_000), min_size=1, max_size=64), st.integers(1, 3))
+def test_cores_divide_requests_into_ranges_of_as_many_pages(pages, cores):
+    core = np.asarray(divided(jnp.asarray(pages, jnp.int32), cores))
+    assert (np.diff(core) >= 0).all() and core.min() >= 0 and core.max() < cores  # each is in one range
+    shares = np.bincount(core, pages, cores)
+    # Half of a request at either end of a range; the first and the last have but one such end.
+    assert max(shares) <= sum(pages) / cores + max(pages) / 2 * min(cores - 1, 2)
 
 
 @pytest.mark.slow
