@@ -3,9 +3,9 @@ shares of the rows.
 
 Both read from prefetched tables which rows are whose, which the static profiler cannot follow. Ours takes static sizes;
 megablox's own kernel is compiled with its tables as functions of the program ids (`_Known`). Where groups repeat, one
-of their periods is profiled, with the block sizes of the whole, and counted as often; and of the columns, over which
-the grids go outermost, a part (`_part`). What is fetched before the first step counts each time then: the larger a
-kernel's blocks, the more too much.
+or two of their periods are profiled, with the block sizes of the whole, and counted as often; and of the columns, over
+which the grids go outermost, a part (`_part`). What is fetched before the first step and stored after the last counts
+each time then: the larger a kernel's blocks, the more too much.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,13 @@ from typing import Any
 from ..static import Program
 from . import Case, Kernel
 
-# Inputs and outputs, how many rows the groups of a period have, and how many periods there are.
+# Inputs and outputs, how many rows the groups that are profiled have, and how many times these repeat.
 EIGHT, MANY = (4096, 14336), (2048, 768)
 SHAPES: tuple[tuple[str, tuple[int, int], list[int], int], ...] = (
     ("8 experts, balanced", EIGHT, [1024] * 8, 1),
     ("8 experts, skewed", EIGHT, [3072, 64, 1472, 832, 192, 1600, 320, 640], 1),
     ("128 experts, balanced", MANY, [256] * 8, 16),
-    ("128 experts, skewed", MANY, [448] * 4 + [64] * 4, 16),
+    ("128 experts, skewed", MANY, ([448] * 4 + [64] * 4) * 2, 8),
 )
 # Rows, sums and outputs of a tile, as large as half of the products' sizes or all of them.
 TILINGS = {EIGHT: ((512, 1024, 1024), (512, 2048, 1024)), MANY: ((256, 2048, 768), (512, 1024, 768))}
@@ -43,8 +43,8 @@ def cases(chip: str) -> Iterator[Case]:
 def _on_gpus() -> Iterator[Case]:
     """Groups of decoding too, and quantised weights; sizes are data there."""
     few = (("8 experts, decoding", EIGHT, [8] * 8, 1), ("128 experts, decoding", MANY, [4] * 128, 1))
-    for words, (I, O), period, times in (*SHAPES, *few):
-        sizes = period * times
+    for words, (I, O), part, times in (*SHAPES, *few):
+        sizes = part * times
         for kind in ("forward", "dx", "dweight"):
             if kind != "forward" and "decoding" in words:
                 continue
