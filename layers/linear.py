@@ -58,7 +58,7 @@ def product(x: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype | None = None) 
     """`x @ weight.T`, [..., I] to [..., O], accumulated and returned in `dtype`, by default that of `x`."""
     one_row = x.size == x.shape[-1]
     if one_row and x.ndim > 1 and x.dtype == jnp.bfloat16 and known_platform() == "cpu":
-        # Nor are there quick kernels for one row. Two are rounded as any number of them.
+        # XLA:CPU has no quick kernel for one row of it. Two are rounded as any number of them.
         return _einsum("...i,oi->...o", jnp.concatenate([x, x], axis=-2), weight_OI, dtype)[..., :1, :]
     # One row is read the same either way, with less ado.
     if not _weights_first.get() or one_row or len(weight_OI) < FEWEST_OUTPUTS:
