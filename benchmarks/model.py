@@ -58,10 +58,7 @@ def write(folder: Path, config: DecoderConfig = CONFIG, dtype: str = "float32") 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**llama.to_hf(config), "torch_dtype": dtype}))
     tokenizer(config.vocab_size).save(folder)
-    tensors = {
-        entry.hf_name: params[entry.name][entry.index]
-        for entry in llama.tensor_table(config)
-    }
+    tensors = {entry.hf_name: params[entry.name][entry.index] for entry in llama.tensor_table(config)}
     specs = [TensorSpec(name, array.dtype, array.shape) for name, array in tensors.items()]
     with SafetensorsWriter(folder / "model.safetensors", specs, {"format": "pt"}) as writer:
         for name, array in tensors.items():

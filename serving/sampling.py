@@ -1,16 +1,22 @@
 """Sampling on the device.
 
-Shapes: R rows of the batch, S slots, V vocabulary, N stop tokens kept a slot, W words of 32 tokens' bits, ceil(V / 32).
+Shapes: R rows of the batch, S slots, V vocabulary, N stop tokens kept a slot, W words of 32 tokens' bits, ceil(V / 32);
+the vocabulary as G groups of B tokens, ceil(V / B).
 
 Invariants:
 - a row's token depends on that row alone: a branch that another row switches on leaves it as it was, bit by bit;
 - randomness is keyed by (seed, position of the token), so a seed means the same in any batch, slot or replay;
-- filters need no sort: a threshold is found by bisection over the ordered bits of the logits. Tokens exactly as likely
-  as the last one kept are kept too.
+- filters need no sort. A token is drawn before them. Where they leave it out they leave out what is less likely too,
+  and one is drawn among the others (as FlashInfer does). Rows that are still
+  without one after `TRIES` get theirs by a threshold, found by bisection over the ordered bits of the logits. Tokens
+  exactly as likely as the last one kept are kept too;
+- what is cheap for a group of tokens is not done for each of them: a draw takes a group and then one of its tokens, as
+  do maxima.
 """
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +25,9 @@ from jax import lax
 MAX_TOP = 20  # likeliest tokens reported at most, as in OpenAI's API
 MAX_BIAS = 1024  # entries of logit_bias a request may have
 MAX_STOPS = 80  # end-of-sequence and stop tokens that min_tokens can hold back
+GROUP = 128  # tokens
+FEW = 64  # the largest top_k whose last token is found without bisection
+TRIES = 12  # draws before the filters' thresholds are found
 # What a row switches on.
 LOGPROBS, PENALTIES, BIAS, HOLD_STOPS, GRAMMAR = 1, 2, 4, 8, 16
 
@@ -183,11 +192,103 @@ def _allowed(logits_RV: jax.Array, rows: SamplingRows, allowed_RW: jax.Array) ->
     return jnp.where(allowed_RV | ~rows.has(GRAMMAR)[:, None], logits_RV, -jnp.inf)
 
 
-def _noise(rows: SamplingRows, vocab_size: int) -> jax.Array:
+def _groups(x_RV: jax.Array, value: float) -> jax.Array:
+    """[R, G, B], the last one filled up with `value`."""
+    rows, vocab_size = x_RV.shape
+    x_RV = jnp.pad(x_RV, ((0, 0), (0, -vocab_size % GROUP)), constant_values=value)
+    return x_RV.reshape(rows, -1, GROUP)
+
+
+def _chosen(x_RGB: jax.Array, group_RN: jax.Array) -> jax.Array:
+    """[R, N, B]."""
+    return jnp.take_along_axis(x_RGB, group_RN[:, :, None], axis=1)
+
+
+def likeliest(logits_RV: jax.Array) -> jax.Array:
+    """`argmax` over the vocabulary: the first of the largest, int32 [R]."""
+    x_RGB = _groups(logits_RV, -jnp.inf)
+    group_R = jnp.argmax(jnp.max(x_RGB, axis=-1), axis=-1)
+    token_R = jnp.argmax(_chosen(x_RGB, group_R[:, None])[:, 0], axis=-1)
+    return (group_R * GROUP + token_R).astype(jnp.int32)
+
+
+def top_tokens(logits_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k`: the largest [R, count], of equal ones the first, and which these are. None is nan."""
+    x_RGB = _groups(logits_RV, -jnp.inf)
+    if x_RGB.shape[1] <= count:
+        return lax.top_k(logits_RV, count)
+    # As many groups as tokens are sure to have them all; in order, so that equal ones stay in theirs.
+    group_RN = jnp.sort(lax.top_k(jnp.max(x_RGB, axis=-1), count)[1], axis=-1)
+    top, at = lax.top_k(_chosen(x_RGB, group_RN).reshape(len(logits_RV), -1), count)
+    return top, jnp.take_along_axis(group_RN, at // GROUP, axis=1) * GROUP + at % GROUP
+
+
+def _draw(x_RV: jax.Array, rows: SamplingRows, wanted_R: jax.Array) -> jax.Array:
+    """A token of each row where `wanted_R`, by the probabilities exp(x) among what the row's filters keep.
+
+    The largest of each row of `x_RV` is 0.
+    """
+    count, vocab_size = x_RV.shape
+    limits_k = (rows.top_k > 0) & (rows.top_k < vocab_size)
+    few = limits_k & (rows.top_k <= FEW)
+
+    def last_of_few() -> jax.Array:
+        top = top_tokens(x_RV, min(FEW, vocab_size))[0]
+        last = jnp.take_along_axis(top, jnp.maximum(rows.top_k - 1, 0)[:, None], axis=1)
+        return jnp.where(few[:, None], last, -jnp.inf)
+
+    least_R1 = lax.cond(jnp.any(few), last_of_few, lambda: jnp.full((count, 1), -jnp.inf))
+
+    def before_filters() -> jax.Array:
+        return jnp.where(x_RV >= least_R1, jnp.exp(x_RV), 0.0)
+
+    def after_filters() -> jax.Array:
+        return jnp.exp(filter_logits(x_RV, rows.top_k, rows.top_p, rows.min_p))
+
+    def tries(carry: Any) -> Any:
+        """Up to `TRIES` draws by the weights of what a small top_k keeps, or one by those of what all filters keep."""
+        nth, token_R, missing_R = carry
+        is_final = nth > 0
+        weight_RV = lax.cond(is_final, after_filters, before_filters)
+        before_last = jnp.where(rows.top_p < 1, rows.top_p * jnp.sum(weight_RV, axis=-1), jnp.inf)
+        todo_R = missing_R & (is_final | few | ~limits_k)
+
+        def once(carry: Any) -> Any:
+            nth, token_R, todo_R, out_R1 = carry
+            weight_RGB = _groups(jnp.where(x_RV > out_R1, weight_RV, 0.0), 0.0)
+            weight_RG = jnp.sum(weight_RGB, axis=-1)
+            noise = _noise(rows, nth, weight_RG.shape[1] + GROUP)
+            group_R = jnp.argmax(jnp.log(weight_RG) + noise[:, :-GROUP], axis=-1)
+            inside_RB = _chosen(weight_RGB, group_R[:, None])[:, 0]
+            new_R = group_R * GROUP + jnp.argmax(jnp.log(inside_RB) + noise[:, -GROUP:], axis=-1)
+            new_x_R1 = jnp.take_along_axis(x_RV, new_R[:, None], axis=1)
+            before_R = lax.cond(
+                ~is_final & jnp.any(todo_R & (rows.top_p < 1)),
+                lambda: jnp.sum(jnp.where(x_RV > new_x_R1, weight_RV, 0.0), axis=-1),
+                lambda: jnp.zeros(count),
+            )
+            is_kept = is_final | (before_R < before_last) & (new_x_R1[:, 0] >= jnp.log(rows.min_p))
+            out_R1 = jnp.where(is_kept[:, None], out_R1, new_x_R1)
+            return nth + 1, jnp.where(todo_R, new_R, token_R), todo_R & ~is_kept, out_R1
+
+        def more(carry: Any) -> jax.Array:
+            return jnp.any(carry[2]) & (is_final | (carry[0] < TRIES))
+
+        none = jnp.full((count, 1), -jnp.inf)
+        _, token_R, left_R, _ = lax.while_loop(more, once, (nth, token_R, todo_R, none))
+        return jnp.int32(TRIES), token_R, missing_R & (left_R | ~todo_R)
+
+    start = jnp.int32(0), jnp.zeros(count, jnp.int32), wanted_R
+    return lax.while_loop(lambda carry: jnp.any(carry[2]), tries, start)[1]
+
+
+def _noise(rows: SamplingRows, nth: Any, count: int) -> jax.Array:
+    """Gumbel noise [R, count] for the nth draw of each row's token."""
+
     def one(high: jax.Array, low: jax.Array, position: jax.Array) -> jax.Array:
         words = lax.bitcast_convert_type(jnp.stack([high, low]), jnp.uint32)
-        key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)
-        return jax.random.gumbel(key, (vocab_size,), jnp.float32)
+        key = jax.random.wrap_key_data(words, impl="threefry2x32")
+        return jax.random.gumbel(jax.random.fold_in(key, position * (TRIES + 1) + nth), (count,), jnp.float32)
 
     return jax.vmap(one)(rows.seed_high, rows.seed_low, rows.position)
 
@@ -199,29 +300,28 @@ def sample(logits_RV: jax.Array, rows: SamplingRows, state: SlotState, allowed_R
     which there must be one.
     """
     finite = jnp.all(jnp.isfinite(logits_RV), axis=-1)
-    logits = lax.cond(
-        jnp.any(rows.has(PENALTIES)), lambda x: _penalised(x, rows, state), lambda x: x, logits_RV.astype(jnp.float32)
-    )
-    logits = lax.cond(jnp.any(rows.has(BIAS | HOLD_STOPS)), lambda x: _biased(x, rows, state), lambda x: x, logits)
-    # Last, so that no bias brings back what a grammar leaves out.
-    logits = lax.cond(jnp.any(rows.has(GRAMMAR)), lambda x: _allowed(x, rows, allowed_RW), lambda x: x, logits)
     random = rows.temperature > 0
 
-    def draw(logits: jax.Array) -> jax.Array:
-        # The likeliest token sits at 0 before the division, so that a tiny temperature pushes the others to -inf and
-        # not it to infinity.
-        top = jnp.max(logits, axis=-1, keepdims=True)
-        scaled = (logits - top) / jnp.where(random, rows.temperature, 1.0)[:, None]
-        filtered = random & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
+    def changed() -> jax.Array:
+        logits = logits_RV.astype(jnp.float32)
+        logits = lax.cond(jnp.any(rows.has(PENALTIES)), lambda x: _penalised(x, rows, state), lambda x: x, logits)
+        logits = lax.cond(jnp.any(rows.has(BIAS | HOLD_STOPS)), lambda x: _biased(x, rows, state), lambda x: x, logits)
+        # Last, so that no bias brings back what a grammar leaves out.
+        logits = lax.cond(jnp.any(rows.has(GRAMMAR)), lambda x: _allowed(x, rows, allowed_RW), lambda x: x, logits)
 
-        def cut(x: jax.Array) -> jax.Array:
-            return jnp.where(filtered[:, None], filter_logits(x, rows.top_k, rows.top_p, rows.min_p), x)
+        best_R = likeliest(logits)
 
-        scaled = lax.cond(jnp.any(filtered), cut, lambda x: x, scaled)
-        return jnp.where(random[:, None], scaled + _noise(rows, logits.shape[-1]), logits)
+        def draw() -> jax.Array:
+            # The likeliest token sits at 0 before the division, so that a tiny temperature pushes the others to -inf
+            # and not it to infinity.
+            top = jnp.take_along_axis(logits, best_R[:, None], axis=-1)
+            scaled = (logits - top) / jnp.where(random, rows.temperature, 1.0)[:, None]
+            return jnp.where(random, _draw(scaled, rows, random & finite), best_R)
 
-    logits = lax.cond(jnp.any(random), draw, lambda x: x, logits)
-    return jnp.where(finite, jnp.argmax(logits, axis=-1).astype(jnp.int32), -1)
+        return lax.cond(jnp.any(random), draw, lambda: best_R)
+
+    is_changed = jnp.any(random | rows.has(PENALTIES | BIAS | HOLD_STOPS | GRAMMAR))
+    return jnp.where(finite, lax.cond(is_changed, changed, lambda: likeliest(logits_RV)), -1)
 
 
 def top_logprobs(logits_RV: jax.Array, token_R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -233,5 +333,5 @@ def top_logprobs(logits_RV: jax.Array, token_R: jax.Array) -> tuple[jax.Array, j
     logits = logits_RV.astype(jnp.float32)
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, jnp.maximum(token_R, 0)[:, None], axis=-1)
-    top, ids = lax.top_k(logits, min(MAX_TOP, logits.shape[-1]))
+    top, ids = top_tokens(logits, min(MAX_TOP, logits.shape[-1]))
     return (chosen - normaliser)[:, 0], ids.astype(jnp.int32), top - normaliser

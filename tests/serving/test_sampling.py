@@ -27,7 +27,10 @@ def rows(*settings: dict) -> SamplingRows:
 
 def sample(logits, settings, state, allowed=None) -> jax.Array:
     nothing = np.zeros((len(logits), sampling.mask_words(logits.shape[1])), np.int32)
-    return sampling.sample(logits, settings, state, jnp.asarray(nothing if allowed is None else allowed))
+    return _sample(logits, settings, state, jnp.asarray(nothing if allowed is None else allowed))
+
+
+_sample = jax.jit(sampling.sample)
 
 
 def kept_by_sorting(logits, top_k, top_p, min_p):
@@ -86,6 +89,78 @@ def test_draws_follow_the_distribution():
     live = p > 0
     chi_squared = ((seen[live] - count * p[live]) ** 2 / (count * p[live])).sum()
     assert chi_squared < 20.5  # 5 degrees of freedom, p = 0.001; the seed is fixed
+
+
+FILTERS = {
+    "none": {},
+    "top_k": {"top_k": 20},
+    "top_k_of_many": {"top_k": 150},
+    "top_p": {"top_p": 0.8},
+    "top_p_small": {"top_p": 0.05},  # most draws are left out, so that thresholds are found
+    "min_p": {"min_p": 0.2},
+    "all": {"top_k": 40, "top_p": 0.7, "min_p": 0.1},
+    "all_of_many": {"top_k": 200, "top_p": 0.9, "min_p": 0.05},
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_draws_follow_what_the_filters_leave(name):
+    """Of a vocabulary of several groups, the last one not full: the sorted definition's set and its frequencies."""
+    size, count, filters = 300, 4000, FILTERS[name]
+    one = np.random.default_rng(7).standard_normal(size).astype(np.float32)
+    settings = rows(*[{"seed_low": 11, "position": i, "temperature": 0.8, **filters} for i in range(count)])
+    tokens = np.asarray(sample(jnp.broadcast_to(jnp.asarray(one), (count, size)), settings, SlotState.empty(1, size)))
+    scaled = (one - one.max()) / np.float32(0.8)
+    kept = sorted(kept_by_sorting(scaled, filters.get("top_k", 0), filters.get("top_p", 1.0), filters.get("min_p", 0)))
+    assert set(tokens.tolist()) <= set(kept)
+    p = np.exp(scaled[kept].astype(np.float64))
+    expected = count * p / p.sum()
+    seen = np.bincount(tokens, minlength=size)[kept]
+    rare = expected < 5
+    seen, expected = (np.append(x[~rare], x[rare].sum()) if rare.any() else x for x in (seen, expected))
+    chi_squared = ((seen - expected) ** 2 / expected).sum()
+    freedom = len(expected) - 1
+    # The 0.999 quantile, by Wilson and Hilferty's approximation; the seed is fixed.
+    assert chi_squared < freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_a_drawn_token_is_one_that_sorting_keeps(seed):
+    rng = np.random.default_rng(seed)
+    size = (100, 128, 700)[seed % 3]
+    logits = (rng.standard_normal((16, size)) * rng.choice([0.1, 1, 5])).astype(np.float32)
+    filters = [
+        {
+            "top_k": int(rng.choice([0, 1, 5, 64, 65, size, 5000])),
+            "top_p": float(np.float32(rng.choice([1.0, 0.9, 0.3, 1e-6]))),
+            "min_p": float(np.float32(rng.choice([0.0, 0.1, 1.0]))),
+            "seed_low": int(rng.integers(1000)),
+        }
+        for _ in logits
+    ]
+    state = SlotState.empty(16, size)
+    tokens = np.asarray(sample(jnp.asarray(logits), rows(*filters), state))
+    for row, one in enumerate(filters):
+        scaled = logits[row] - logits[row].max()
+        assert int(tokens[row]) in kept_by_sorting(scaled, min(one["top_k"], size), one["top_p"], one["min_p"])
+    # Nor does it matter who is drawn beside it, or how many.
+    for some in (slice(3, 4), slice(8, 16)):
+        fewer = sample(jnp.asarray(logits[some]), rows(*filters[some]), state)
+        np.testing.assert_array_equal(fewer, tokens[some])
+
+
+@pytest.mark.parametrize("size", [5, 128, 130, 9000])
+def test_likeliest_and_top_tokens_are_those_of_a_sort_ties_and_all(size):
+    rng = np.random.default_rng(size)
+    logits = rng.integers(-40, 40, (5, size)).astype(np.float32)
+    logits[1] = -np.inf
+    logits[2] = 3.0
+    np.testing.assert_array_equal(sampling.likeliest(jnp.asarray(logits)), np.argmax(logits, -1))
+    count = min(20, size)
+    top, ids = sampling.top_tokens(jnp.asarray(logits), count)
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, :count]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_array_equal(top, np.take_along_axis(logits, order, -1))
 
 
 def packed(allowed_RV: np.ndarray) -> np.ndarray:
