@@ -1,5 +1,7 @@
 """Reads what the compilers leave behind: libtpu's static profile and last bundles, ptxas's remarks.
 
+Bundles are counted as they run, too (see `benchmarks.bundles`).
+
 A dump is read once, and what was read is deleted, so that the next kernel of a process finds an empty folder.
 """
 
@@ -7,46 +9,69 @@ import dataclasses
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from twinax.planner.gpu_target import TARGETS
+
+from .bundles import Lost, Program
 
 
 @dataclasses.dataclass(frozen=True)
 class Dump:
-    """Cycles and bundles of each operation, and of all together the rest (the most registers); see `static.Static`."""
+    """Cycles and bundles of each operation, and of all together the rest (the most registers); see `static.Static`.
+
+    `counted`: cycles of each operation by the bundles that run. `lost`: why it has none.
+    """
 
     cycles: dict[str, float]
     bundles: dict[str, int]
     spills: int | None
     registers: int | None = None
     warnings: tuple[str, ...] = ()
+    counted: dict[str, float] = dataclasses.field(default_factory=dict)
+    lost: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+CORES = {"v4": 2, "v5p": 2}  # that one program is for
 _ESTIMATE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)')
 _OPERATION = re.compile(r"^\d+-(.+?)-\d+-")
 _BUNDLES = re.compile(r"total scheduled bundles:\s+(\d+)")
 _SPILL = re.compile(r"vmem:\[#allocation\d+_spill")
 
 
-def read_tpu(folder: Path, chip: str) -> Dump:
-    """Operations of the whole program (`<...>`, `TLP`) are left out."""
+def read_tpu(folder: Path, chip: str, data: Mapping[int, Any] | None = None) -> Dump:
+    """Operations of the whole program (`<...>`, `TLP`) are left out. `data`: operands of kernels that decide loops."""
     cycles: dict[str, float] = {}
     for file in (folder / "static").glob("*_static_llo_profile.textproto"):
         cycles |= {name: float(count) for name, count in _ESTIMATE.findall(file.read_text())}
     bundles: dict[str, int] = {}
+    kernels: set[str] = set()
     for name, file in _named(folder / "llo", "*schedule-analysis_final_bundles.txt"):
-        if found := _BUNDLES.search(file.read_text()[:400]):
+        said = file.read_text()
+        if found := _BUNDLES.search(said[:400]):
             bundles[name] = int(found[1])
+        if "tpu_custom_call" in said:
+            kernels.add(name)
     spills = {
         name: sum(len(_SPILL.findall(line)) for line in file.open())
         for name, file in _named(folder / "llo", "*-final_bundles.txt")
         if name in bundles
     }
+    counted: dict[str, float] = {}
+    lost: dict[str, str] = {}
+    for name, file in _named(folder / "llo", "*-packed-bundles-post-ra.txt"):
+        if name in bundles and "schedule-analysis" not in file.name:
+            try:
+                program = Program(file.read_text(), chip)
+                operands = data if name in kernels else None
+                counted[name] = float(max(program.cycles(operands, core) for core in range(CORES.get(chip, 1))))
+            except Lost as error:
+                lost[name] = str(error)
     _empty(folder / "static")
     _empty(folder / "llo")
-    return Dump(cycles, bundles, sum(spills.values()) if bundles else None)
+    return Dump(cycles, bundles, sum(spills.values()) if bundles else None, counted=counted, lost=lost)
 
 
 def forget(folder: Path) -> None:

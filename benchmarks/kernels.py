@@ -1,7 +1,8 @@
 """Our kernels beside the libraries', shape by shape: `--target v6e` compiles them for a chip that is not there.
 
 For TPUs (v5e, v5p, v6e, 7x; needs libtpu and no TPU) a row says how many microseconds a kernel takes by the compiler's
-static profile, which share of the chip's limit that is (the larger of FLOPs over peak and bytes over bandwidth; causal
+static profile, or "by bundles" (--clock bundles, where data decides how long a kernel runs, and where the profiler fails
+on ours or a library's; see benchmarks/bundles.py), which share of the chip's limit that is (the larger of FLOPs over peak and bytes over bandwidth; causal
 attention counts half), how long its program is in bundles, what it spills, and how long it took to compile. Libraries
 come from the same compiler in the same run: of each the best of a few block sizes, and the ratio is to the best of all;
 above 1 we are faster. For NVIDIA (h100, h200, b200; needs JAX's CUDA plug-in and ptxas) there is no clock: registers,
@@ -117,7 +118,7 @@ def fingerprint(request: Request, operation: str | None) -> str:
 
 def _sources(request: Request, operation: str | None) -> Iterable[Path]:
     benchmarks, kernels = REPOSITORY / "benchmarks", REPOSITORY / "pallas_kernels"
-    yield from (benchmarks / name for name in ("static.py", "static_child.py", "dumps.py"))
+    yield from (benchmarks / name for name in ("static.py", "static_child.py", "dumps.py", "bundles.py"))
     module = request.builder.partition(":")[0]
     if module.startswith("benchmarks."):
         yield REPOSITORY / (module.replace(".", "/") + ".py")
@@ -131,7 +132,12 @@ def _sources(request: Request, operation: str | None) -> Iterable[Path]:
 
 
 def measure(
-    cases: Sequence[Case], target: str, kept: KeptResults, console: Console, pythons: dict[str, str] | None = None
+    cases: Sequence[Case],
+    target: str,
+    kept: KeptResults,
+    console: Console,
+    pythons: dict[str, str] | None = None,
+    profiled: bool = True,
 ) -> list[Measured]:
     """Compiles what is not kept; `pythons` are the interpreters of other environments. Raises CompilerMissing."""
     pythons = pythons or {}
@@ -140,7 +146,7 @@ def measure(
     elsewhere: dict[str, str] = {}
     for number, case in enumerate(cases):
         for name, place, kernel in _kernels(case):
-            request = Request(target, case.builder(kernel), kernel.arguments)
+            request = Request(target, case.builder(kernel), kernel.arguments, profiled=profiled)
             found = fingerprint(request, case.operation if name == OURS else None)
             if kernel.environment is not None:
                 found = f"{found} {installed[kernel.environment]}"
@@ -171,9 +177,25 @@ def measure(
             found = kept.get(todo[number, name, place][1])
             assert found is not None
             variants.setdefault(name, []).append(found)
-        best = {name: fastest(results) for name, results in variants.items()}
+        best = {name: fastest(results) for name, results in by_one_clock(variants).items()}
         measured.append(Measured(case, best.pop(OURS), best))
     return measured
+
+
+def by_one_clock(variants: dict[str, list[Static]]) -> dict[str, list[Static]]:
+    """All by bundles, where one has no other time: the two clocks differ by what begins and ends a program."""
+    every = [found for results in variants.values() for found in results]
+    if all(found.clock != "bundles" for found in every):
+        return variants
+
+    def counted(found: Static) -> Static:
+        if found.clock != "profile":
+            return found
+        time, before = found.counted_microseconds, found.microseconds
+        share = found.of_limit * before / time if time and before and found.of_limit is not None else None
+        return dataclasses.replace(found, microseconds=time, of_limit=share, by_op=found.counted, clock="bundles")
+
+    return {name: [counted(found) for found in results] for name, results in variants.items()}
 
 
 def fastest(results: Sequence[Static]) -> Static:
@@ -208,7 +230,7 @@ def show(measured: Sequence[Measured], title: str, console: Console) -> None:
             table.add_row(
                 one.case.name if first else "",
                 name,
-                "-" if found.microseconds is None else f"{found.microseconds:,.1f}",
+                "-" if found.microseconds is None else f"{found.microseconds:,.1f}{'*' * (found.clock == 'bundles')}",
                 "-" if found.of_limit is None else f"{found.of_limit:.1%}",
                 "-" if found.bundles is None else f"{found.bundles:,}",
                 "-" if found.spills is None else f"{found.spills:,}",
@@ -224,8 +246,9 @@ def to_json(measured: Sequence[Measured], **more: Any) -> str:
     """A line for each row; beside what all benchmarks write, what the compiler said of our kernel and the best peer."""
     lines = []
     for one in measured:
+        by = {"clock": one.ours.clock} if one.ours.clock else {}
         said = {OURS: one.ours.to_json()} | ({one.best: one.peers[one.best].to_json()} if one.best else {})
-        lines += [json.dumps({**row.to_json(), **more, "kernels": said}) for row in one.rows()]
+        lines += [json.dumps({**row.to_json(), **more, **by, "kernels": said}) for row in one.rows()]
     return "".join(line + "\n" for line in lines)
 
 
@@ -236,6 +259,7 @@ def main() -> None:
     parser.add_argument("--match", help="only cases whose name holds this")
     parser.add_argument("--json", type=Path, help="also write the rows to this file, one JSON object a line")
     parser.add_argument("--tokamax", metavar="PYTHON", help="an interpreter with tokamax, to compare with it on TPUs")
+    parser.add_argument("--clock", choices=("profile", "bundles"), default="profile", help="what tells TPUs' time")
     parser.add_argument("--again", action="store_true", help="compile what was kept too")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -260,10 +284,10 @@ def main() -> None:
                 for case, kernels in zip(cases, more, strict=True)
             ]
         kept = KeptResults(KEPT / f"{chip.name}.jsonl", fresh=options.again)
-        measured = measure(cases, options.target, kept, console, pythons)
+        measured = measure(cases, options.target, kept, console, pythons, options.clock == "profile")
     except (PlannerError, ValueError) as error:
         parser.error(str(error))
-    show(measured, f"{options.target}, static", console)
+    show(measured, f"{options.target}, static (*: by bundles)", console)
     if "flash_attention" in operations and not pythons:
         console.print("skipped: tokamax, which lives in an environment of its own: --tokamax PYTHON")
     if options.json:

@@ -10,8 +10,8 @@ as shapes that `target.array(shape, dtype)` made, and what it has to compute and
 
 TPU (needs libtpu): the microseconds are the static profiler's cycles over the clock, but never less than the program's
 bytes over the bandwidth, as contention for memory is not modelled. The profiler follows the scalar program, so that
-loops and conditions on program ids count as they run; values from memory (scalar prefetch) it takes for 0, and a kernel
-that hangs on them wants a variant without. What follows a loop under a condition (`pl.when`) was seen to count twice.
+loops and conditions on program ids count as they run; values from memory (scalar prefetch) it takes for 0. Where a
+kernel hangs on them, and where the profiler aborts, the bundles are counted instead (`benchmarks.bundles`). What follows a loop under a condition (`pl.when`) was seen to count twice.
 A `while` of XLA's own (`lax.map`) counts once. On v5p, a device is two cores: a grid dimension marked "parallel"
 is divided over both, any other grid runs on one; limits are of the device.
 
@@ -44,7 +44,7 @@ from .dumps import read_tpu
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMEOUT = 900.0  # seconds, for one kernel on a busy machine
 A_CHILD = 6  # kernels
-LAST = ".*final.*"  # of the many stages that a program for TPUs goes through, what is read here
+LAST = ".*(final|packed-bundles-post-ra).*"  # of the many stages that a program for TPUs goes through, what is read here
 # The smallest machine that a chip comes in; kernels of one device are compiled for its first.
 SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
@@ -58,12 +58,14 @@ class Request:
         builder: "module:function" or "file.py:function"; called as `function(target, **arguments)`.
         arguments: JSON values.
         using: (operation, key, blocks) for `pallas_kernels.tuned`, in place of what is known to be best.
+        profiled: by libtpu; otherwise only bundles are counted, which takes less time where a grid is large.
     """
 
     chip: str
     builder: str
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     using: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = ()
+    profiled: bool = True
 
     @property
     def topology(self) -> Topology:
@@ -82,6 +84,8 @@ class Program:
         flops, hbm_bytes: what one device cannot avoid, for the limit. Causal attention counts half.
         dtype: of the products, for their peak: "bfloat16", "float32", "int8" or "float8".
         share: how much of the compiled program's cycles counts; for variants that compute a known multiple.
+        data: of each argument None, or its value where that decides how long the program runs. The one Pallas kernel
+            among its operations gets the scalars that are made of them.
     """
 
     function: Callable[..., Any]
@@ -90,6 +94,7 @@ class Program:
     hbm_bytes: float
     dtype: str = "bfloat16"
     share: float = 1.0
+    data: tuple[Any, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +105,8 @@ class Static:
         microseconds: see the module; `of_limit`: the limit (the larger of FLOPs over peak and bytes over bandwidth)
             over it.
         cycles: of the busiest core, `share` counted in. by_op: those of each operation of the program, without it.
+        clock: "profile", or "bundles": by the number that run. counted: these of each operation.
+            counted_microseconds: by them, also where there is a profile. lost: of each that could not be counted, why.
         bundles: instructions of a TPU's program. spills: its uses of spilled vector registers; on a GPU, bytes.
         registers: of a GPU's thread.
         warnings: ptxas's "Potential Performance Loss" (C7510 to C7512: wgmma serialised).
@@ -113,6 +120,10 @@ class Static:
     of_limit: float | None = None
     cycles: float | None = None
     by_op: dict[str, float] = dataclasses.field(default_factory=dict)
+    clock: str | None = None
+    counted: dict[str, float] = dataclasses.field(default_factory=dict)
+    counted_microseconds: float | None = None
+    lost: dict[str, str] = dataclasses.field(default_factory=dict)
     bundles: int | None = None
     spills: int | None = None
     registers: int | None = None
@@ -167,7 +178,8 @@ def compile_all(
         todo = {i: request for i, request in enumerate(requests) if request.topology == topology}
         aborted: dict[int, dict[str, float]] = {}
         while todo:
-            for index, found in _child(topology, _some(todo), timeout, salvaged=None if profiled else {}):
+            some, profiler = _alike(todo, profiled)
+            for index, found in _child(topology, some, timeout, salvaged=None if profiler else {}):
                 del todo[index]
                 if isinstance(found, Static):
                     keep(index, found)
@@ -181,6 +193,12 @@ def compile_all(
                 keep(index, found)
                 del aborted[index]
     return [results[i] for i in range(len(requests))]
+
+
+def _alike(requests: dict[int, Request], profiled: bool) -> tuple[dict[int, Request], bool]:
+    """Some that want the profiler, or some that do not."""
+    first = profiled and next(iter(requests.values())).profiled
+    return _some({i: request for i, request in requests.items() if (profiled and request.profiled) == first}), first
 
 
 def _some(of: dict[int, Any]) -> dict[int, Any]:

@@ -93,8 +93,10 @@ def compile_one(target: Target, request: dict[str, Any], dump: Path) -> Static:
                 lowered = jitted.lower(*program.arguments)
         compiled = lowered.compile()
     seconds = time.perf_counter() - began
-    read = read_cuda if target.chip.platform == "cuda" else read_tpu
-    found = read(dump, target.chip.name)
+    if target.chip.platform == "cuda":
+        found = read_cuda(dump, target.chip.name)
+    else:
+        found = read_tpu(dump, target.chip.name, None if program.data is None else scalars(target, program))
     if request["cycles"] is not None:  # from an earlier compilation, on which the profiler died
         found = dataclasses.replace(found, cycles=request["cycles"])
     memory = compiled.memory_analysis()
@@ -111,22 +113,75 @@ def using(choices: list[Any]) -> Iterator[None]:
         yield
 
 
+def scalars(target: Target, program: Program) -> dict[int, Any]:
+    """What the program's one Pallas kernel that has scalars finds in them, computed here of the program's `data`."""
+    import jax
+
+    with target.context():
+        traced = jax.make_jaxpr(program.function)(*program.arguments)
+    assert program.data is not None
+    given = [
+        value
+        for argument, data in zip(program.arguments, program.data, strict=True)
+        for value in ([None] * len(jax.tree.leaves(argument)) if data is None else jax.tree.leaves(data))
+    ]
+    (found,) = list(_kernels_scalars(traced, given))
+    return dict(enumerate(found))
+
+
+def _kernels_scalars(closed: Any, given: list[Any]) -> Iterator[list[Any]]:
+    """Of each kernel that has some. `given`: values, or None. The results' values are appended to it."""
+    import jax
+
+    values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    values |= {name: value for name, value in zip(closed.jaxpr.invars, given, strict=True) if value is not None}
+
+    def value_of(x: Any) -> Any:
+        return x.val if isinstance(x, jax.extend.core.Literal) else values.get(x)
+
+    for equation in closed.jaxpr.eqns:
+        inputs, results = [value_of(x) for x in equation.invars], None
+        inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
+        if equation.primitive.name == "pallas_call":
+            count = equation.params["grid_mapping"].num_index_operands
+            if count:
+                yield inputs[:count]
+        elif hasattr(inner, "jaxpr"):
+            yield from _kernels_scalars(inner, inputs)
+            results = inputs[len(inner.jaxpr.invars) :]
+        elif all(x is not None for x in inputs):
+            found = equation.primitive.bind(*inputs, **equation.params)
+            results = list(found) if equation.primitive.multiple_results else [found]
+        if results is not None:
+            values |= {name: value for name, value in zip(equation.outvars, results, strict=True) if value is not None}
+    given += [value_of(x) for x in closed.jaxpr.outvars]
+
+
 def summary(chip: Any, program: Program, found: Dump, seconds: float, temp_bytes: int | None) -> Static:
     least = limit_seconds(chip, program.flops, program.hbm_bytes, program.dtype)
-    # Where the profiler died on the kernel itself, what the rest takes is no time.
+    # Where one clock fails on the kernel itself, what the rest takes is no time.
     longest = max(found.bundles, key=lambda name: found.bundles[name], default=None)
-    known = found.cycles and (longest is None or longest in found.cycles)
-    cycles = sum(found.cycles.values()) * program.share if known else None
-    time_taken = None
-    if cycles is not None:
-        time_taken = max(cycles / chip.clock, program.hbm_bytes / chip.memory_bandwidth)
+
+    def seconds_of(by_op: dict[str, float]) -> float | None:
+        if not by_op or (longest is not None and longest not in by_op):
+            return None
+        return max(sum(by_op.values()) * program.share / chip.clock, program.hbm_bytes / chip.memory_bandwidth)
+
+    # The profiler takes data for 0.
+    profiled = seconds_of(found.cycles) if program.data is None else None
+    counted = None if found.lost else seconds_of(found.counted)
+    by_op, time_taken = (found.counted, counted) if profiled is None else (found.cycles, profiled)
     return Static(
         microseconds=None if time_taken is None else 1e6 * time_taken,
         of_limit=None if not time_taken else least / time_taken,
-        cycles=cycles,
-        by_op=found.cycles,
+        cycles=None if time_taken is None else sum(by_op.values()) * program.share,
+        by_op=by_op,
+        clock=None if time_taken is None else "bundles" if profiled is None else "profile",
+        counted=found.counted,
+        counted_microseconds=None if counted is None else 1e6 * counted,
+        lost=found.lost,
         bundles=sum(found.bundles.values()) or None,
-        unprofiled=tuple(name for name in found.bundles if name not in found.cycles) if found.cycles else (),
+        unprofiled=tuple(name for name in found.bundles if name not in by_op) if by_op else (),
         spills=found.spills,
         registers=found.registers,
         warnings=found.warnings,

@@ -1,7 +1,8 @@
 """Paged decode: the heads of Llama-3 8B and 70B, and latents, 64 requests of 2,048 tokens, by bytes.
 
-Library kernels (jax's paged and ragged paged attention) read lengths and page tables that the static profiler takes for
-0, so that what it says of them is no time, and they are not listed; with a device they could be timed.
+Once in a variant of our kernel whose lengths are known when it is compiled, which the static profiler can follow; and
+once as it is, by the bundles that run with these lengths, against jax's paged and ragged paged attention. These do not
+write the new tokens, ours does.
 """
 
 from collections.abc import Iterator
@@ -24,6 +25,16 @@ def cases(chip: str) -> Iterator[Case]:
             given: dict[str, Any] = {"H": H, "K": K, "D": 128, "dtype": dtype}
             name = f"decode, {words}, {REQUESTS} x {CONTEXT}, pages of {dtype}"
             yield Case("paged_attention", name, Kernel("decode", given), {}, of_limit=0.86)
+    for words, (H, K) in HEADS.items():
+        for dtype in ("bfloat16", "int8"):
+            given = {"H": H, "K": K, "D": 128, "dtype": dtype}
+            name = f"decode, {words}, {REQUESTS} x {CONTEXT}, pages of {dtype}, lengths as data"
+            peers = {"paged": tuple(Kernel("library", {**given, "block": n}) for n in (8, 16, 32))}
+            if dtype == "bfloat16":
+                peers["ragged"] = tuple(
+                    Kernel("ragged", {**given, "block": n, "queries": m}) for n, m in ((8, 8), (16, 8), (8, 32))
+                )
+            yield Case("paged_attention", name, Kernel("decode", {**given, "known": False}), peers, of_limit=0.86)
     for H in (128, 16):
         given = {"H": H, "K": 1, "D": 576, "dtype": "bfloat16", "latent": 512}
         name = f"decode, latents for {H} heads, {REQUESTS} x {CONTEXT}, pages of bfloat16"
@@ -85,13 +96,16 @@ def pallas(target: Any, H: int, K: int, D: int, dtype: str, splits: int) -> Prog
     return Program(step, (target.array((N, H, D)), pages, pages), *work)
 
 
-def decode(target: Any, H: int, K: int, D: int, dtype: str, latent: int | None = None) -> Program:
+def decode(
+    target: Any, H: int, K: int, D: int, dtype: str, latent: int | None = None, known: bool = True
+) -> Program:
     """The kernel of decodes alone, all requests as long, written as the public function calls it.
 
-    `latent`: how much of a key is the value too.
+    `latent`: how much of a key is the value too. `known`: the lengths, when it is compiled.
     """
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from twinax.pallas_kernels.paged_attention import tpu_block, tpu_decode
     from twinax.pallas_kernels.paged_attention.tpu import CORES, pages_of_block
@@ -111,7 +125,7 @@ def decode(target: Any, H: int, K: int, D: int, dtype: str, latent: int | None =
     def step(q: Any, new: Any, news: Any, kv: Any, scale: Any, layer: Any, table: Any, lengths: Any) -> Any:
         return tpu_decode.decode(
             sizes, q, new, news, None, None, kv, scale, layer=layer, table=table, lengths_N=lengths,
-            begin_N=jnp.zeros_like(lengths), block_rows=N, cores=cores, vmem_bytes=48 * 2**20, static_length=L,
+            begin_N=jnp.zeros_like(lengths), block_rows=N, cores=cores, vmem_bytes=48 * 2**20, static_length=L if known else None,
         )  # fmt: skip
 
     def array(shape: tuple[int, ...], dtype: Any, wanted: bool = True) -> Any:
@@ -129,4 +143,54 @@ def decode(target: Any, H: int, K: int, D: int, dtype: str, latent: int | None =
     )
     hbm_bytes = N * L * K * (E * kept.itemsize + (8 if quantised else 0))
     donated = jax.jit(step, donate_argnums=(3, 4) if quantised else (3,))
-    return Program(donated, given, 2.0 * N * H * L * (D + (latent or D)), hbm_bytes)
+    data = None if known else (*[None] * 5, np.int32(0), *_data())
+    return Program(donated, given, 2.0 * N * H * L * (D + (latent or D)), hbm_bytes, data=data)
+
+
+def _data() -> tuple[Any, Any]:
+    """The page table and the lengths."""
+    import numpy as np
+
+    M = CONTEXT // PAGE
+    return np.arange(REQUESTS * M, dtype=np.int32).reshape(REQUESTS, M), np.full(REQUESTS, CONTEXT, np.int32)
+
+
+def library(target: Any, H: int, K: int, D: int, dtype: str, block: int) -> Program:
+    """jax's paged attention; `block`: pages of a step."""
+    from jax.experimental.pallas.ops.tpu import paged_attention as library
+    from jax.experimental.pallas.ops.tpu.paged_attention.quantization_utils import QuantizedTensor
+
+    from twinax.pallas_kernels.paged_attention.tpu import CORES
+
+    mode = "kv_head" if CORES.get(target.chip.name, 1) == 2 else None
+
+    def step(q_NHD: Any, k_KPSD: Any, v_KPSD: Any, table: Any, lengths: Any) -> Any:
+        return library.paged_attention(
+            q_NHD, k_KPSD, v_KPSD, lengths, table, pages_per_compute_block=block, megacore_mode=mode
+        )
+
+    N, table_NM, token_bytes = REQUESTS, _data()[0], 2 * D * 2.0
+    pages = target.array((K, table_NM.size, PAGE, D), dtype)
+    if dtype == "int8":  # of a scale, the kernel reads a whole row of lanes
+        pages, token_bytes = QuantizedTensor(pages, target.array((*pages.shape[:-1], 1), "float32")), 2 * D * 5.0
+    given = target.array((N, H, D)), pages, pages, target.array(table_NM.shape, "int32"), target.array((N,), "int32")
+    work = 4.0 * N * H * CONTEXT * D, N * CONTEXT * K * token_bytes
+    return Program(step, given, *work, data=(None, None, None, *_data()))
+
+
+def ragged(target: Any, H: int, K: int, D: int, dtype: str, block: int, queries: int) -> Program:
+    """jax's ragged paged attention; `block`: pages of a step, `queries`: of its tile."""
+    import numpy as np
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    def step(q_THD: Any, pages: Any, table: Any, lengths: Any, ends: Any, count: Any) -> Any:
+        return ragged_paged_attention(
+            q_THD, pages, lengths, table, ends, count, num_kv_pages_per_block=block,
+            num_queries_per_block=queries, vmem_limit_bytes=48 * 2**20,
+        )  # fmt: skip
+
+    N, table_NM = REQUESTS, _data()[0]
+    data = *_data(), np.arange(N + 1, dtype=np.int32), np.full(1, N, np.int32)
+    scalars = [target.array(x.shape, "int32") for x in data]
+    given = target.array((N, H, D)), target.array((table_NM.size, PAGE, 2 * K, D), dtype), *scalars
+    return Program(step, given, 4.0 * N * H * CONTEXT * D, 4.0 * N * CONTEXT * K * D, data=(None, None, *data))
