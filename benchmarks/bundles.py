@@ -254,7 +254,7 @@ class Program:
             if one.name in self.vague:
                 yield f"memory.pop({place}, None)"
             else:
-                yield f"{indent}memory[{place}] = {_value(value)}"
+                yield f"{indent}memory[{place}] = {_value(value.lstrip(' ,'))}"
             return
         if one.op.endswith("_to_smem"):
             source, size, where = (part.strip() for part in one.rest.split(",")[:3])
@@ -282,7 +282,8 @@ class Program:
         if op.startswith("int_to_ptr"):
             return _value(given[0].rpartition(" ")[2])
         if op.startswith("scalar_lea") and len(given) == 2:
-            return BINARY["sadd.s32"].format(*map(_value, given))
+            offset, _, more = given[1].partition(" ")  # a number and an allocation, or one of both
+            return BINARY["sadd.s32"].format(_value(given[0]), " + ".join(map(_value, filter(None, (offset, more)))))
         if op == "scalar_select":
             return f"({_value(given[1])} if {_value(given[0])} else {_value(given[2])})"
         if found := _COMPARE.match(op):
