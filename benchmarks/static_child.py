@@ -169,7 +169,7 @@ def summary(chip: Any, program: Program, found: Dump, seconds: float, temp_bytes
 
     # The profiler takes data for 0.
     profiled = seconds_of(found.cycles) if program.data is None else None
-    counted = None if found.lost else seconds_of(found.counted)
+    counted = seconds_of(found.counted)
     by_op, time_taken = (found.counted, counted) if profiled is None else (found.cycles, profiled)
     return Static(
         microseconds=None if time_taken is None else 1e6 * time_taken,

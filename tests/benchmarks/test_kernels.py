@@ -1,5 +1,6 @@
 """The table of kernels: limits, ratios, what is kept, what dumps say; and one kernel that is really compiled."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -55,6 +56,35 @@ def test_a_kernel_that_is_not_there_makes_no_row_and_no_ratio():
     measured = kernels.Measured(CASE, Static(failed="no implementation"), {"a": Static(microseconds=12.0)})
     assert measured.rows() == []
     kernels.show([measured], "v6e", Console(width=150, quiet=True))
+
+
+def test_all_of_a_case_are_told_by_one_clock():
+    both = Static(microseconds=10.0, of_limit=0.5, clock="profile", by_op={"a": 5.0}, counted={"a": 4.0})
+    both = dataclasses.replace(both, counted_microseconds=8.0)
+    counted, failed = Static(microseconds=9.0, clock="bundles"), Static(failed="no")
+    assert kernels.by_one_clock({"twinax": [both], "a": [failed]}) == {"twinax": [both], "a": [failed]}
+    found = kernels.by_one_clock({"twinax": [both], "a": [counted, failed]})
+    (ours,) = found["twinax"]
+    assert (ours.microseconds, ours.of_limit, ours.clock, ours.by_op) == (8.0, 0.625, "bundles", {"a": 4.0})
+    assert found["a"] == [counted, failed]
+    row = json.loads(kernels.to_json([kernels.Measured(CASE, ours, {"a": counted})]).splitlines()[0])
+    assert row["clock"] == "bundles" and row["ratio"] == 9 / 8
+
+
+def test_bundles_tell_the_time_where_the_profiler_does_not():
+    from benchmarks.dumps import Dump
+
+    def told(cycles, counted, lost=None, **more):
+        program = Program(print, (), 918e12 * 1e-6, 0, **more)
+        return summary(V6E, program, Dump(cycles, {"op": 7}, 0, counted=counted, lost=lost or {}), 1.0, 5)
+
+    both = told({"op": 1.75e3}, {"op": 3.5e3})
+    assert (both.clock, both.cycles) == ("profile", 1.75e3) and both.counted_microseconds == pytest.approx(2)
+    data = told({"op": 1.75e3}, {"op": 3.5e3}, data=(1,), share=2.0)
+    assert (data.clock, data.cycles) == ("bundles", 7e3) and data.microseconds == pytest.approx(4)
+    assert told({}, {"op": 3.5e3}).clock == "bundles"
+    lost = told({}, {}, {"op": "why"})
+    assert lost.clock is lost.microseconds is None and lost.lost == {"op": "why"}
 
 
 def test_the_fastest_variant_counts():
@@ -198,9 +228,18 @@ def test_a_kernel_is_compiled_for_a_chip_that_is_not_there(tmp_path):
     assert eight.failed is None and eight.spills == 0 and eight.bundles > 50 and 0.1 < eight.of_limit < 1
     assert 1.7 < sixteen.cycles / eight.cycles < 2.1, "cycles grow with the blocks"
     assert eight.cycles < half.cycles < sixteen.cycles, "conditions on program ids are followed"
+    for one in (eight, sixteen, half):
+        assert not one.lost and one.clock == "profile" and list(one.counted) == list(one.by_op)
+    # A block is little work: the profiler lets it wait for its copies, which bundles do not tell.
+    assert 0.75 < (_counted(sixteen) - _counted(eight)) / (sixteen.cycles - eight.cycles) < 1
+    assert _counted(eight) < _counted(half) < _counted(sixteen)
     assert "not this one" in broken.failed
     assert again.cycles == eight.cycles != other.cycles, "block sizes are those that the request says"
     assert eight.asked == (("op", {"n": 1}),)
+
+
+def _counted(found):
+    return sum(found.counted.values())
 
 
 LIVE = '''
