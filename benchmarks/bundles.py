@@ -1,14 +1,16 @@
 """A clock from the program itself: runs the scalar half of what libtpu compiled, and counts bundles as they come.
 
-A TPU's core issues a bundle a cycle and has no branch prediction, cache or reordering: the compiler leaves a bundle empty
-where a result is not there yet. Its last dump before it takes the empty ones out (`packed-bundles-post-ra`) says for
-every bundle what scalar instructions do and where branches go. So the time of a kernel is the number of bundles on the
-path that its scalar instructions take, and these are simulated here: registers, predicates, scalar memory and branches,
-with the values of prefetched tables (lengths, pages) given. Nothing is declared or guessed: an instruction that decides
-a branch and is not known, or a value that is not there, is a `Lost`.
+A TPU's core issues a bundle a cycle and has no branch prediction, cache or reordering: the compiler leaves a bundle
+empty where a result is not there yet. Its last dump before it takes the empty ones out (`packed-bundles-post-ra`) says
+for every bundle what scalar instructions do and where branches go. So the time of a kernel is the number of bundles on
+the path that its scalar instructions take, and these are simulated here: registers, predicates, scalar memory and
+branches, with the values of prefetched tables (lengths, pages) given. Nothing is declared or guessed: an instruction
+that decides a branch and is not known, or a value that is not there, is a `Lost`.
 
-What it does not see: waiting for a copy (so the time is still never less than the bytes over the bandwidth), fetching
-instructions, and whatever units do to one another beyond what the compiler planned.
+What it does not see: waiting for a copy (so a time is never less than the bytes over the bandwidth), fetching
+instructions, and whatever units do to one another beyond what the compiler planned. Where libtpu's profiler works, it
+was seen to say 0.4 to 1.5% less for each further head of an attention kernel, and 500 to 2,900 cycles more for a whole
+program, whose first copies nothing hides.
 """
 
 import dataclasses
@@ -136,7 +138,7 @@ class Program:
         self.branches = {
             place: one for place, bundle in enumerate(self.bundles) for one in bundle if one.op.startswith("sbr")
         }
-        strange = {one.op for bundle in self.bundles for one in bundle if one.op.startswith("sb") or "call" == one.op}
+        strange = {one.op for bundle in self.bundles for one in bundle if one.op.startswith("sb") or one.op == "call"}
         if strange - {"sbr.rel"}:
             raise Lost(f"branches of another kind: {strange}")
         if not {place + self.delay for place in self.branches} <= ends:

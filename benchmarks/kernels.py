@@ -1,9 +1,10 @@
 """Our kernels beside the libraries', shape by shape: `--target v6e` compiles them for a chip that is not there.
 
 For TPUs (v5e, v5p, v6e, 7x; needs libtpu and no TPU) a row says how many microseconds a kernel takes by the compiler's
-static profile, or "by bundles" (--clock bundles, where data decides how long a kernel runs, and where the profiler fails
-on ours or a library's; see benchmarks/bundles.py), which share of the chip's limit that is (the larger of FLOPs over peak and bytes over bandwidth; causal
-attention counts half), how long its program is in bundles, what it spills, and how long it took to compile. Libraries
+static profile, which share of the chip's limit that is (the larger of FLOPs over peak and bytes over bandwidth; causal
+attention counts half), how long its program is in bundles, what it spills, and how long it took to compile. Where the
+profiler fails on our kernel or a library's, where data decides how long one runs, and with --clock bundles, the bundles
+that run are counted instead (benchmarks/bundles.py): a star in the table, "clock" in the rows. Libraries
 come from the same compiler in the same run: of each the best of a few block sizes, and the ratio is to the best of all;
 above 1 we are faster. For NVIDIA (h100, h200, b200; needs JAX's CUDA plug-in and ptxas) there is no clock: registers,
 spills and ptxas's warnings.

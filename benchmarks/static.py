@@ -10,8 +10,9 @@ as shapes that `target.array(shape, dtype)` made, and what it has to compute and
 
 TPU (needs libtpu): the microseconds are the static profiler's cycles over the clock, but never less than the program's
 bytes over the bandwidth, as contention for memory is not modelled. The profiler follows the scalar program, so that
-loops and conditions on program ids count as they run; values from memory (scalar prefetch) it takes for 0. Where a
-kernel hangs on them, and where the profiler aborts, the bundles are counted instead (`benchmarks.bundles`). What follows a loop under a condition (`pl.when`) was seen to count twice.
+loops and conditions on program ids count as they run; values from memory (scalar prefetch) it takes for 0. Where these
+decide how long a kernel runs, or the profiler aborts, the bundles that run are counted (`benchmarks.bundles`). What
+follows a loop under a condition (`pl.when`) was seen to count twice by the profiler.
 A `while` of XLA's own (`lax.map`) counts once. On v5p, a device is two cores: a grid dimension marked "parallel"
 is divided over both, any other grid runs on one; limits are of the device.
 
@@ -44,7 +45,8 @@ from .dumps import read_tpu
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMEOUT = 900.0  # seconds, for one kernel on a busy machine
 A_CHILD = 6  # kernels
-LAST = ".*(final|packed-bundles-post-ra).*"  # of the many stages that a program for TPUs goes through, what is read here
+# Of the many stages that a program for TPUs goes through, what is read here.
+LAST = ".*(final|packed-bundles-post-ra).*"
 # The smallest machine that a chip comes in; kernels of one device are compiled for its first.
 SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 

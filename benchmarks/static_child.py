@@ -131,13 +131,13 @@ def scalars(target: Target, program: Program) -> dict[int, Any]:
 
 def _kernels_scalars(closed: Any, given: list[Any]) -> Iterator[list[Any]]:
     """Of each kernel that has some. `given`: values, or None. The results' values are appended to it."""
-    import jax
+    from jax.extend.core import Literal
 
     values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     values |= {name: value for name, value in zip(closed.jaxpr.invars, given, strict=True) if value is not None}
 
     def value_of(x: Any) -> Any:
-        return x.val if isinstance(x, jax.extend.core.Literal) else values.get(x)
+        return x.val if isinstance(x, Literal) else values.get(x)
 
     for equation in closed.jaxpr.eqns:
         inputs, results = [value_of(x) for x in equation.invars], None

@@ -99,9 +99,7 @@ def pallas(target: Any, H: int, K: int, D: int, dtype: str, splits: int) -> Prog
     return Program(step, (target.array((N, H, D)), pages, pages), *work)
 
 
-def decode(
-    target: Any, H: int, K: int, D: int, dtype: str, latent: int | None = None, known: bool = True
-) -> Program:
+def decode(target: Any, H: int, K: int, D: int, dtype: str, latent: int | None = None, known: bool = True) -> Program:
     """The kernel of decodes alone, all requests as long, written as the public function calls it.
 
     `latent`: how much of a key is the value too. `known`: the lengths, when it is compiled.
@@ -128,7 +126,8 @@ def decode(
     def step(q: Any, new: Any, news: Any, kv: Any, scale: Any, layer: Any, table: Any, lengths: Any) -> Any:
         return tpu_decode.decode(
             sizes, q, new, news, None, None, kv, scale, layer=layer, table=table, lengths_N=lengths,
-            begin_N=jnp.zeros_like(lengths), block_rows=N, cores=cores, vmem_bytes=48 * 2**20, static_length=L if known else None,
+            begin_N=jnp.zeros_like(lengths), block_rows=N, cores=cores, vmem_bytes=48 * 2**20,
+            static_length=L if known else None,
         )  # fmt: skip
 
     def array(shape: tuple[int, ...], dtype: Any, wanted: bool = True) -> Any:

@@ -242,7 +242,7 @@ def _counted(found):
     return sum(found.counted.values())
 
 
-LIVE = '''
+LIVE = """
 import jax
 import jax.numpy as jnp
 from benchmarks.kernels_timed import InPlace
@@ -260,7 +260,7 @@ def product(target, n, broken=False, update=False):
         raise NotImplementedError("not here")
     ids = target.array((n,), "int32")
     return Program(lambda x, w, ids: (x @ w)[ids], (target.array((n, n)), target.array((n, n)), ids), 2 * n**3, 0)
-'''
+"""
 
 
 def test_a_kernel_is_timed_where_there_is_a_device(tmp_path, monkeypatch):
