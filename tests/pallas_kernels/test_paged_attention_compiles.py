@@ -25,10 +25,10 @@ CASES = {
     "heads of 80, softcap": {"D": 80, "softcap": 50.0},
     "heads of 256": {"D": 256, "softcap": 50.0, "window": 100},
     "one key head for each, pages of 48": {"H": 4, "K": 4, "S": 48},
-    "latent, long tables, shared prefixes, sinks": {
-        "H": 16, "K": 1, "D": 576, "latent": 512, "M": 70, "prefixes": True, "sinks": True,
+    "latent, long tables, sinks": {"H": 16, "K": 1, "D": 576, "latent": 512, "M": 70, "sinks": True},
+    "one key head, int8, long tables, shared prefixes, window": {
+        "H": 8, "K": 1, "dtype": "int8", "M": 70, "window": 3000, "prefixes": True, "chunk": 0,
     },
-    "one key head, int8, long tables, window": {"H": 16, "K": 1, "dtype": "int8", "M": 70, "window": 3000},
     "float32": {"q": "float32", "dtype": "float32"},
     "float32 over fp8": {"q": "float32", "dtype": "float8_e4m3fn"},
 }  # fmt: skip
