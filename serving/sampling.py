@@ -6,10 +6,9 @@ the vocabulary as G groups of B tokens, ceil(V / B).
 Invariants:
 - a row's token depends on that row alone: a branch that another row switches on leaves it as it was, bit by bit;
 - randomness is keyed by (seed, position of the token), so a seed means the same in any batch, slot or replay;
-- filters need no sort. A token is drawn before them. Where they leave it out they leave out what is less likely too,
-  and one is drawn among the others (as FlashInfer does). Rows that are still
-  without one after `TRIES` get theirs by a threshold, found by bisection over the ordered bits of the logits. Tokens
-  exactly as likely as the last one kept are kept too;
+- filters need no sort. A token is drawn before them. Where they leave it out they leave out all that is less likely
+  too, and one is drawn among the others (as FlashInfer does), so that few draws will do. Tokens exactly as likely as
+  the last one kept are kept too;
 - what is cheap for a group of tokens is not done for each of them: a draw takes a group and then one of its tokens, as
   do maxima.
 """
@@ -27,7 +26,7 @@ MAX_BIAS = 1024  # entries of logit_bias a request may have
 MAX_STOPS = 80  # end-of-sequence and stop tokens that min_tokens can hold back
 GROUP = 128  # tokens
 FEW = 64  # the largest top_k whose last token is found without bisection
-TRIES = 12  # draws before the filters' thresholds are found
+DRAWS = 64  # noise of so many for each token is not the next token's
 # What a row switches on.
 LOGPROBS, PENALTIES, BIAS, HOLD_STOPS, GRAMMAR = 1, 2, 4, 8, 16
 
@@ -135,34 +134,20 @@ def ordered_bits(x: jax.Array) -> jax.Array:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _largest(condition, rows: int) -> jax.Array:
-    """For each row, the largest int32 t with condition(t); the condition falls with t and holds at the smallest."""
+def _last_of_many(x_RV: jax.Array, count_R: jax.Array) -> jax.Array:
+    """The count-th largest number of each row, [R, 1]: by bisection over ordered bits."""
+    bits_RV = ordered_bits(x_RV)
 
-    def halve(_, bounds):
-        low, high = bounds  # condition(low) holds, condition(high) does not
+    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # so many numbers are not below `low`, but fewer not below `high`
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
-        holds = condition(middle)
+        holds = jnp.sum(bits_RV >= middle[:, None], axis=-1) >= count_R
         return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
 
-    low = jnp.full((rows,), jnp.iinfo(jnp.int32).min)
-    high = jnp.full((rows,), jnp.iinfo(jnp.int32).max)
-    return lax.fori_loop(0, 32, halve, (low, high))[0]
-
-
-def filter_logits(logits_RV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    """-inf for what top-k, then top-p (Holtzman et al., 2020), then min-p (Nguyen et al., 2024) leave out."""
-    rows, vocab_size = logits_RV.shape
-    bits = ordered_bits(logits_RV)
-    top = jnp.max(logits_RV, axis=-1, keepdims=True)
-    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab_size), vocab_size)
-    at_k = _largest(lambda t: jnp.sum(bits >= t[:, None], axis=-1) >= k, rows)
-    mass = jnp.where(bits >= at_k[:, None], jnp.exp(logits_RV - top), 0.0)
-    wanted = top_p * jnp.sum(mass, axis=-1)
-    at_p = _largest(lambda t: jnp.sum(jnp.where(bits >= t[:, None], mass, 0.0), axis=-1) >= wanted, rows)
-    at_p = jnp.where(top_p < 1, at_p, at_k)
-    at_min = jnp.where(min_p > 0, ordered_bits(top[:, 0] + jnp.log(min_p)), at_k)
-    keep = bits >= jnp.maximum(jnp.maximum(at_k, at_p), at_min)[:, None]
-    return jnp.where(keep, logits_RV, -jnp.inf)
+    low = jnp.full(len(x_RV), jnp.iinfo(jnp.int32).min)
+    high = jnp.full(len(x_RV), jnp.iinfo(jnp.int32).max)
+    bits_R1 = lax.fori_loop(0, 32, halve, (low, high))[0][:, None]
+    return lax.bitcast_convert_type(bits_R1 ^ ((bits_R1 >> 31) & 0x7FFFFFFF), jnp.float32)
 
 
 def _penalised(logits_RV: jax.Array, rows: SamplingRows, state: SlotState) -> jax.Array:
@@ -224,71 +209,58 @@ def top_tokens(logits_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _draw(x_RV: jax.Array, rows: SamplingRows, wanted_R: jax.Array) -> jax.Array:
-    """A token of each row where `wanted_R`, by the probabilities exp(x) among what the row's filters keep.
+    """A token of each row where `wanted_R`, by the probabilities exp(x) among what the row's filters keep: top-k, of
+    that top-p (Holtzman et al., 2020), of that min-p (Nguyen et al., 2024).
 
     The largest of each row of `x_RV` is 0.
     """
     count, vocab_size = x_RV.shape
-    limits_k = (rows.top_k > 0) & (rows.top_k < vocab_size)
-    few = limits_k & (rows.top_k <= FEW)
+    few = (rows.top_k > 0) & (rows.top_k <= FEW)
+    many = (rows.top_k > FEW) & (rows.top_k < vocab_size)
 
     def last_of_few() -> jax.Array:
         top = top_tokens(x_RV, min(FEW, vocab_size))[0]
-        last = jnp.take_along_axis(top, jnp.maximum(rows.top_k - 1, 0)[:, None], axis=1)
-        return jnp.where(few[:, None], last, -jnp.inf)
+        return jnp.take_along_axis(top, jnp.clip(rows.top_k - 1, 0, top.shape[1] - 1)[:, None], axis=1)
 
-    least_R1 = lax.cond(jnp.any(few), last_of_few, lambda: jnp.full((count, 1), -jnp.inf))
+    all_R1 = jnp.full((count, 1), -jnp.inf)
+    few_R1 = lax.cond(jnp.any(few), last_of_few, lambda: all_R1)
+    many_R1 = lax.cond(jnp.any(many), lambda: _last_of_many(x_RV, rows.top_k), lambda: all_R1)
+    last_R1 = jnp.where(few[:, None], few_R1, jnp.where(many[:, None], many_R1, -jnp.inf))
+    weight_RV = jnp.where(x_RV >= last_R1, jnp.exp(x_RV), 0.0)
+    before_last = jnp.where(rows.top_p < 1, rows.top_p * jnp.sum(weight_RV, axis=-1), jnp.inf)
+    least_R1 = jnp.minimum(jnp.log(rows.min_p), 0)[:, None]
 
-    def before_filters() -> jax.Array:
-        return jnp.where(x_RV >= least_R1, jnp.exp(x_RV), 0.0)
+    def again(carry: Any) -> Any:
+        nth, token_R, missing_R, out_R1 = carry
+        weight_RGB = _groups(jnp.where(x_RV > out_R1, weight_RV, 0.0), 0.0)
+        weight_RG = jnp.sum(weight_RGB, axis=-1)
+        noise = _noise(rows, nth, weight_RG.shape[1] + GROUP)
+        group_R = jnp.argmax(weight_RG / noise[:, :-GROUP], axis=-1)
+        inside_RB = _chosen(weight_RGB, group_R[:, None])[:, 0]
+        new_R = group_R * GROUP + jnp.argmax(inside_RB / noise[:, -GROUP:], axis=-1)
+        new_x_R1 = jnp.take_along_axis(x_RV, new_R[:, None], axis=1)
+        before_R = lax.cond(
+            jnp.any(missing_R & (rows.top_p < 1)),
+            lambda: jnp.sum(jnp.where(x_RV > new_x_R1, weight_RV, 0.0), axis=-1),
+            lambda: jnp.zeros(count),
+        )
+        # Nothing leaves out the likeliest, whatever it is: so this ends.
+        is_out = ((before_R > 0) & (before_R >= before_last)) | (new_x_R1 < least_R1)[:, 0]
+        out_R1 = jnp.where(is_out[:, None], new_x_R1, out_R1)
+        return nth + 1, jnp.where(missing_R, new_R, token_R), missing_R & is_out, out_R1
 
-    def after_filters() -> jax.Array:
-        return jnp.exp(filter_logits(x_RV, rows.top_k, rows.top_p, rows.min_p))
-
-    def tries(carry: Any) -> Any:
-        """Up to `TRIES` draws by the weights of what a small top_k keeps, or one by those of what all filters keep."""
-        nth, token_R, missing_R = carry
-        is_final = nth > 0
-        weight_RV = lax.cond(is_final, after_filters, before_filters)
-        before_last = jnp.where(rows.top_p < 1, rows.top_p * jnp.sum(weight_RV, axis=-1), jnp.inf)
-        todo_R = missing_R & (is_final | few | ~limits_k)
-
-        def once(carry: Any) -> Any:
-            nth, token_R, todo_R, out_R1 = carry
-            weight_RGB = _groups(jnp.where(x_RV > out_R1, weight_RV, 0.0), 0.0)
-            weight_RG = jnp.sum(weight_RGB, axis=-1)
-            noise = _noise(rows, nth, weight_RG.shape[1] + GROUP)
-            group_R = jnp.argmax(jnp.log(weight_RG) + noise[:, :-GROUP], axis=-1)
-            inside_RB = _chosen(weight_RGB, group_R[:, None])[:, 0]
-            new_R = group_R * GROUP + jnp.argmax(jnp.log(inside_RB) + noise[:, -GROUP:], axis=-1)
-            new_x_R1 = jnp.take_along_axis(x_RV, new_R[:, None], axis=1)
-            before_R = lax.cond(
-                ~is_final & jnp.any(todo_R & (rows.top_p < 1)),
-                lambda: jnp.sum(jnp.where(x_RV > new_x_R1, weight_RV, 0.0), axis=-1),
-                lambda: jnp.zeros(count),
-            )
-            is_kept = is_final | (before_R < before_last) & (new_x_R1[:, 0] >= jnp.log(rows.min_p))
-            out_R1 = jnp.where(is_kept[:, None], out_R1, new_x_R1)
-            return nth + 1, jnp.where(todo_R, new_R, token_R), todo_R & ~is_kept, out_R1
-
-        def more(carry: Any) -> jax.Array:
-            return jnp.any(carry[2]) & (is_final | (carry[0] < TRIES))
-
-        none = jnp.full((count, 1), -jnp.inf)
-        _, token_R, left_R, _ = lax.while_loop(more, once, (nth, token_R, todo_R, none))
-        return jnp.int32(TRIES), token_R, missing_R & (left_R | ~todo_R)
-
-    start = jnp.int32(0), jnp.zeros(count, jnp.int32), wanted_R
-    return lax.while_loop(lambda carry: jnp.any(carry[2]), tries, start)[1]
+    start = jnp.int32(0), jnp.zeros(count, jnp.int32), wanted_R, all_R1
+    return lax.while_loop(lambda carry: jnp.any(carry[2]), again, start)[1]
 
 
 def _noise(rows: SamplingRows, nth: Any, count: int) -> jax.Array:
-    """Gumbel noise [R, count] for the nth draw of each row's token."""
+    """[R, count] for the nth draw of each row's token: a choice with the largest weight / noise is one by weights."""
 
     def one(high: jax.Array, low: jax.Array, position: jax.Array) -> jax.Array:
         words = lax.bitcast_convert_type(jnp.stack([high, low]), jnp.uint32)
         key = jax.random.wrap_key_data(words, impl="threefry2x32")
-        return jax.random.gumbel(jax.random.fold_in(key, position * (TRIES + 1) + nth), (count,), jnp.float32)
+        noise = jax.random.exponential(jax.random.fold_in(key, position * DRAWS + nth), (count,), jnp.float32)
+        return jnp.maximum(noise, jnp.finfo(jnp.float32).tiny)
 
     return jax.vmap(one)(rows.seed_high, rows.seed_low, rows.position)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from twinax.serving import sampling
-from twinax.serving.sampling import SamplingRows, SlotState, filter_logits, top_logprobs
+from twinax.serving.sampling import SamplingRows, SlotState, top_logprobs
 
 V = 50
 DEFAULTS = {
@@ -40,25 +40,8 @@ def kept_by_sorting(logits, top_k, top_p, min_p):
     p = np.exp(logits[kept].astype(np.float64) - logits.max())
     if top_p < 1:
         before = np.concatenate([[0], np.cumsum(p / p.sum())[:-1]])
-        kept = [token for token, mass in zip(kept, before, strict=True) if mass < top_p]
+        kept = [token for token, mass in zip(kept, before, strict=True) if mass < top_p] or kept[:1]
     return {int(t) for t in kept if np.exp(np.float64(logits[t]) - np.float64(logits.max())) >= min_p}
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_filters_keep_what_sorting_keeps(seed):
-    rng = np.random.default_rng(seed)
-    logits = (rng.standard_normal((4, V)) * rng.choice([0.1, 1, 5, 40])).astype(np.float32)
-    top_k = rng.choice([0, 1, 3, 20, V, 1000], 4)
-    top_p = rng.choice([1.0, 0.99, 0.5, 0.1, 1e-6], 4)
-    min_p = rng.choice([0.0, 0.02, 0.3, 1.0], 4)
-    out = np.asarray(
-        filter_logits(jnp.asarray(logits), *(jnp.asarray(x) for x in (top_k, top_p.astype("f"), min_p.astype("f"))))
-    )
-    for row in range(4):
-        expected = kept_by_sorting(logits[row], min(int(top_k[row]), V), float(top_p[row]), float(min_p[row]))
-        assert set(np.flatnonzero(out[row] > -np.inf).tolist()) == expected
-        kept = sorted(expected)
-        np.testing.assert_array_equal(out[row, kept], logits[row, kept])
 
 
 def test_ordered_bits_order_as_floats_do():
@@ -96,7 +79,7 @@ FILTERS = {
     "top_k": {"top_k": 20},
     "top_k_of_many": {"top_k": 150},
     "top_p": {"top_p": 0.8},
-    "top_p_small": {"top_p": 0.05},  # most draws are left out, so that thresholds are found
+    "top_p_small": {"top_p": 0.05},  # most draws are left out
     "min_p": {"min_p": 0.2},
     "all": {"top_k": 40, "top_p": 0.7, "min_p": 0.1},
     "all_of_many": {"top_k": 200, "top_p": 0.9, "min_p": 0.05},
@@ -132,7 +115,7 @@ def test_a_drawn_token_is_one_that_sorting_keeps(seed):
     filters = [
         {
             "top_k": int(rng.choice([0, 1, 5, 64, 65, size, 5000])),
-            "top_p": float(np.float32(rng.choice([1.0, 0.9, 0.3, 1e-6]))),
+            "top_p": float(np.float32(rng.choice([1.0, 0.9, 0.3, 1e-6, 0.0]))),
             "min_p": float(np.float32(rng.choice([0.0, 0.1, 1.0]))),
             "seed_low": int(rng.integers(1000)),
         }
