@@ -28,6 +28,12 @@ def cases(chip: str) -> Iterator[Case]:
         given = {"H": H, "K": 1, "D": 576, "dtype": "bfloat16", "latent": 512}
         name = f"decode, latents for {H} heads, {REQUESTS} x {CONTEXT}, pages of bfloat16"
         yield Case("paged_attention", name, Kernel("decode", given), {}, of_limit=0.86)
+        # On v5p each core has one, as it has half of a request that is twice as long; whose parts are then merged.
+        given = {**given, "requests": 2, "context": 16384}
+        name = f"decode, latents for {H} heads, 2 x 16384, pages of bfloat16"
+        yield Case("paged_attention", name, Kernel("decode", given), {}, of_limit=0.86)
+        name = f"merging one of 32768 that was cut, latents for {H} heads"
+        yield Case("paged_attention", name, Kernel("merge", {"H": H, "V": 512, "later": 16384}), {})
 
 
 def _on_gpus() -> Iterator[Case]:
@@ -85,7 +91,16 @@ def pallas(target: Any, H: int, K: int, D: int, dtype: str, splits: int) -> Prog
     return Program(step, (target.array((N, H, D)), pages, pages), *work)
 
 
-def decode(target: Any, H: int, K: int, D: int, dtype: str, latent: int | None = None) -> Program:
+def decode(
+    target: Any,
+    H: int,
+    K: int,
+    D: int,
+    dtype: str,
+    latent: int | None = None,
+    requests: int = REQUESTS,
+    context: int = CONTEXT,
+) -> Program:
     """The kernel of decodes alone, all requests as long, written as the public function calls it.
 
     `latent`: how much of a key is the value too.
@@ -94,18 +109,20 @@ def decode(target: Any, H: int, K: int, D: int, dtype: str, latent: int | None =
     import jax.numpy as jnp
 
     from twinax.pallas_kernels.paged_attention import tpu_block, tpu_decode
-    from twinax.pallas_kernels.paged_attention.tpu import CORES, pages_of_block
+    from twinax.pallas_kernels.paged_attention.tpu import CORES, blocks_of_part, pages_of_block
 
-    N, L, S, M = REQUESTS, CONTEXT, PAGE, CONTEXT // PAGE
+    N, L, S, M = requests, context, PAGE, context // PAGE
     kept, C = jnp.dtype(dtype), -(-D // 128) * 128
     E, V = (C, latent) if latent else (2 * C, C)
     quantised = kept.itemsize == 1
     cores = CORES.get(target.chip.name, 1)
     of_core = K // cores if K % cores == 0 else K
+    n = pages_of_block(S, of_core * E * kept.itemsize, M)
     sizes = tpu_block.Sizes(
-        K=of_core, S=S, n=pages_of_block(S, of_core * E * kept.itemsize, M), M=M, N=E // 128,
+        K=of_core, S=S, n=n, M=M, N=E // 128,
         C=C, v_lane=0 if latent else C, V=V, scale=D**-0.5,
         softcap=None, window=None, quantised=quantised, dtype=jnp.dtype("bfloat16"), kept=kept,
+        part=blocks_of_part(n, S, M) if K % cores else None,
     )  # fmt: skip
 
     def step(q: Any, new: Any, news: Any, kv: Any, scale: Any, layer: Any, table: Any, lengths: Any) -> Any:
@@ -130,3 +147,20 @@ def decode(target: Any, H: int, K: int, D: int, dtype: str, latent: int | None =
     hbm_bytes = N * L * K * (E * kept.itemsize + (8 if quantised else 0))
     donated = jax.jit(step, donate_argnums=(3, 4) if quantised else (3,))
     return Program(donated, given, 2.0 * N * H * L * (D + (latent or D)), hbm_bytes)
+
+
+def merge(target: Any, H: int, V: int, later: int) -> Program:
+    """What v5p does for a request that both cores have, whose last `later` tokens are the second core's."""
+    import jax
+
+    from twinax.pallas_kernels.paged_attention import tpu_decode
+    from twinax.pallas_kernels.paged_attention.tpu import PART_TOKENS
+
+    count = 1 + later // PART_TOKENS
+
+    def step(out: Any, *states: Any) -> Any:
+        return tpu_decode.merge(out, states, 0, count, 48 * 2**20)
+
+    states = [target.array((count, H, lanes), "float32") for lanes in (128, 128, V)]
+    given = target.array((REQUESTS, 1, H, V), "bfloat16"), *states
+    return Program(jax.jit(step, donate_argnums=0), given, 0.0, 4.0 * count * H * (V + 256))

@@ -25,6 +25,7 @@ BLOCK_TOKENS = (256, 512)
 TABLE_BYTES = 512 * 1024  # of page tables that fit beside all else in the memory of scalars
 VMEM = {"v4": 16 * MIB, "v5e": 100 * MIB, "v5p": 60 * MIB, "v6e": 100 * MIB, "7x": 50 * MIB}
 CORES = {"v4": 2, "v5p": 2}  # that are one device
+PART_TOKENS = 2048  # of a part of a request, which only one core takes
 ROWS = 64  # decoding requests of a step of the grid at most
 
 
@@ -55,10 +56,11 @@ def paged_attention(
     shares = cores if K % cores == 0 else 1  # of the key heads
     vmem = VMEM.get(chip or "", 100 * MIB)
     v_lane = pages.value_lane // LANES * LANES
+    n = pages_of_block(pages.page_size, K // shares * pages.lanes * pages.dtype.itemsize, M)
     sizes = Sizes(
         K=K // shares,
         S=pages.page_size,
-        n=pages_of_block(pages.page_size, K // shares * pages.lanes * pages.dtype.itemsize, M),
+        n=n,
         M=M,
         N=pages.lanes // LANES,
         C=_lanes(D),
@@ -70,6 +72,7 @@ def paged_attention(
         quantised=pages.quantised,
         dtype=q_THD.dtype,
         kept=pages.dtype,
+        part=blocks_of_part(n, pages.page_size, M) if shares < cores else None,
     )
     common: dict[str, Any] = {
         "layer": layer,
@@ -155,6 +158,12 @@ def pages_of_block(page_size: int, token_bytes: int, M: int) -> int:
     low, high = BLOCK_TOKENS
     tokens = min(max(BLOCK_BYTES // token_bytes, low), high)
     return max(1, min(tokens // page_size, M))
+
+
+def blocks_of_part(n: int, page_size: int, M: int) -> int | None:
+    """None where no request is longer."""
+    blocks = max(1, PART_TOKENS // (n * page_size))
+    return blocks if blocks * n < M else None
 
 
 def tile_rows(T: int, heads: int, sizes: Sizes) -> int:

@@ -25,6 +25,7 @@ from .pages import LANES
 
 MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
 LOG2_E = math.log2(math.e)
+State = tuple[jax.Array, jax.Array, jax.Array]  # of a softmax: maxima and sums of each lane [N, 128], values [N, V]
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,15 @@ class Sizes:
     quantised: bool
     dtype: Any  # of the products' inputs
     kept: Any  # of the cache
+    part: int | None = None  # blocks of a part, at whose borders a request may be cut; None: it never is
 
     @property
     def B(self) -> int:
         return self.n * self.S
+
+    @property
+    def part_pages(self) -> int:
+        return self.M if self.part is None else self.part * self.n
 
     @property
     def write_rows(self) -> int:
@@ -292,6 +298,26 @@ def result(acc_NV: jax.Array, sum_N128: jax.Array) -> jax.Array:
     """[N, V], 0 in rows that saw nothing."""
     total_N128 = over_lanes(sum_N128)
     return acc_NV / wide(jnp.where(total_N128 > 0, total_N128, 1), acc_NV.shape[1])
+
+
+def nothing(N: int, V: int) -> State:
+    """The state of a softmax that saw nothing yet."""
+    zeros = jnp.zeros((N, LANES), jnp.float32)
+    return jnp.full_like(zeros, MASKED), zeros, jnp.zeros((N, V), jnp.float32)
+
+
+def merged(one: State, other: State) -> State:
+    """Two parts of a softmax as one; one that saw nothing leaves the other's bits as they are.
+
+    What has the lower maximum is scaled down to the other: one product and one sum, for all kernels to round alike.
+    """
+    scale_N128 = jnp.exp2(-jnp.abs(one[0] - other[0]))
+
+    def joined(x: jax.Array, y: jax.Array) -> jax.Array:
+        top_x, top_y, scale = (wide(z, x.shape[1]) for z in (one[0], other[0], scale_N128))
+        return jnp.where(top_x < top_y, x, y) * scale + jnp.where(top_x < top_y, y, x)
+
+    return jnp.maximum(one[0], other[0]), joined(one[1], other[1]), joined(one[2], other[2])
 
 
 def _by_lane(p_NB: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .pages import LANES
-from .tpu_block import LOG2_E, MASKED, Cache, Sizes, one_in_all, result, softmax_step, when, wide
+from .tpu_block import LOG2_E, MASKED, Cache, Sizes, merged, nothing, one_in_all, result, softmax_step, when, wide
 
 BUFFERS = 2
 ALIGN = 8  # rows of 32-bit numbers that a copy begins at multiples of
@@ -54,6 +54,8 @@ def chunk(
     static: bool = False,
 ) -> tuple[Any, jax.Array]:
     """[T, H, V] and the updated cache; without `new_TKE` the state [T, H, 128 | 128 | V] and the cache as it is.
+
+    Where requests may be cut, that is two states: of the parts before the last one, and of the last one.
 
     Args:
         tile: token rows of a tile; T is a multiple.
@@ -108,13 +110,15 @@ def chunk(
         ]
         out_specs = [across(V), hbm]
     else:
-        out_shape = [jax.ShapeDtypeStruct((H, T, lanes), jnp.float32) for lanes in (LANES, LANES, V)]
-        out_specs = [across(LANES), across(LANES), across(V)]
+        states = (LANES, LANES, V) * (1 if sizes.part is None else 2)
+        out_shape = [jax.ShapeDtypeStruct((H, T, lanes), jnp.float32) for lanes in states]
+        out_specs = [across(lanes) for lanes in states]
     scratch = [pltpu.VMEM((BUFFERS, sizes.n, K * sizes.N * S, LANES), kv.dtype)]
     if sizes.quantised:
         scratch.append(pltpu.VMEM((BUFFERS, sizes.n, K, 2 * S), jnp.float32))
     scratch.append(pltpu.SemaphoreType.DMA((BUFFERS,)))
-    scratch += [pltpu.VMEM((per_core, tile, lanes), jnp.float32) for lanes in (LANES, LANES, V)]
+    for _ in range(1 if sizes.part is None else 2):
+        scratch += [pltpu.VMEM((per_core, tile, lanes), jnp.float32) for lanes in (LANES, LANES, V)]
     if writes:
         scratch += [
             pltpu.VMEM((most, K * sizes.N * S, LANES), kv.dtype),
@@ -153,12 +157,16 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
     new_hbm = next(given) if writes else None
     kv_hbm = next(given)
     scale_hbm = next(given) if sizes.quantised else None
-    out_refs = [next(given)] if writes else [next(given) for _ in range(3)]
+    states = 1 if sizes.part is None else 2
+    out_refs = [next(given) for _ in range(1 if writes else 3 * states)]
     if writes:
         kv_hbm = next(given)
     kv_buf = next(given)
     scale_buf = next(given) if sizes.quantised else None
     sems, top_Ht, sum_Ht, acc_HtV = (next(given) for _ in range(4))
+    part_refs = top_Ht, sum_Ht, acc_HtV
+    # Of the parts before the one that is being summed.
+    whole_refs = part_refs if sizes.part is None else tuple(next(given) for _ in range(3))
     of_writes: tuple[Any, ...] = tuple(given) if writes else (None, None, None)
     page_buf, new_buf, write_sems = of_writes
 
@@ -169,13 +177,16 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
     cache = Cache(sizes, 0 if static else layer_ref[0], core, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
 
     def begin_head(h: Any, _: Any) -> None:
+        top_ref, sum_ref, acc_ref = whole_refs
         if sinks_ref is None:
-            top_Ht[h] = jnp.full((t, LANES), MASKED, jnp.float32)
-            sum_Ht[h] = jnp.zeros((t, LANES), jnp.float32)
+            top_ref[h] = jnp.full((t, LANES), MASKED, jnp.float32)
+            sum_ref[h] = jnp.zeros((t, LANES), jnp.float32)
         else:
-            top_Ht[h] = jnp.broadcast_to(sinks_ref[pl.ds(h, 1)] * LOG2_E, (t, LANES))
-            sum_Ht[h] = one_in_all(t)
-        acc_HtV[h] = jnp.zeros((t, V), jnp.float32)
+            top_ref[h] = jnp.broadcast_to(sinks_ref[pl.ds(h, 1)] * LOG2_E, (t, LANES))
+            sum_ref[h] = one_in_all(t)
+        acc_ref[h] = jnp.zeros((t, V), jnp.float32)
+        if sizes.part is not None:
+            top_Ht[h], sum_Ht[h], acc_HtV[h] = nothing(t, V)
 
     jax.lax.fori_loop(0, H, begin_head, None)
 
@@ -192,6 +203,20 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
                     mask &= at > wide(position, B) - sizes.window
             p, top_Ht[h], sum_Ht[h], keep = softmax_step(s, mask, top_Ht[h], sum_Ht[h])
             acc_HtV[h] = acc_HtV[h] * wide(keep, V) + cache.mix(p, mask, slot, k)
+
+        jax.lax.fori_loop(0, H, head, None)
+
+    def end_part(r: Any) -> None:
+        """The next block is another part's: merges what the rows of request r have of the one before."""
+
+        def head(h: Any, _: Any) -> None:
+            whole, part = (tuple(ref[h] for ref in refs) for refs in (whole_refs, part_refs))
+            # Rows of other requests may be in the midst of a part.
+            is_mine = jnp.where(owner_ref[...] == r, 1, 0)
+            for n, (new, empty) in enumerate(zip(merged(whole, part), nothing(t, V), strict=True)):
+                mine = wide(is_mine, new.shape[1]) == 1
+                whole_refs[n][h] = jnp.where(mine, new, whole[n])
+                part_refs[n][h] = jnp.where(mine, empty, part[n])
 
         jax.lax.fori_loop(0, H, head, None)
 
@@ -226,6 +251,8 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
                 untidy |= j == low
             when(untidy)(lambda: cache.tidy(j, low_page, end, slot))
             plain = alone & ((j + 1) * B <= begin + 1)
+            if sizes.part is not None:
+                pl.when((j > low) & (jax.lax.rem(j, sizes.part) == 0))(lambda: end_part(r))
             if sizes.window is not None:
                 plain = False if not writes else plain & (j * B > end - 1 - sizes.window)
             when(plain)(lambda: attend(r, j, slot, False))
@@ -243,10 +270,15 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
         jax.lax.fori_loop(first_ref[i], stop_ref[i], one, None)
 
     def end_head(h: Any, _: Any) -> None:
-        if writes:
+        if writes and sizes.part is not None:
+            _, total, acc = merged(*(tuple(ref[h] for ref in refs) for refs in (whole_refs, part_refs)))
+            out_refs[0][h] = result(acc, total).astype(out_refs[0].dtype)
+        elif writes:
             out_refs[0][h] = result(acc_HtV[h], sum_Ht[h]).astype(out_refs[0].dtype)
         else:
-            out_refs[0][h], out_refs[1][h], out_refs[2][h] = top_Ht[h], sum_Ht[h], acc_HtV[h]
+            found = [ref[h] for ref in (whole_refs if sizes.part is None else whole_refs + part_refs)]
+            for out, x in zip(out_refs, found, strict=True):
+                out[h] = x
 
     jax.lax.fori_loop(0, H, end_head, None)
 

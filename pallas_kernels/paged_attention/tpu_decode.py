@@ -5,18 +5,22 @@ computed the next ones' pages are copied, be they of this request or of the next
 block's buffer, and its tile of slots copied back while the next request is computed, as is the result.
 
 On a chip whose two cores are one device each core takes half of the key heads, which is an equal share whatever the
-requests are. Where these cannot be halved, as a latent's one, each takes a range of the requests with about half of the
-pages, and nothing that a core copies or writes is of another's requests. A request is never cut, as the equal shares of
-Lean Attention (arXiv:2405.10480) would have it: where the cut falls depends on the other requests, and so would the
-order in which the request's blocks are merged, hence its bits, unless every block's part were kept to merge in order.
-So a request that is longer than all others together has its core to itself, and the other core waits for it.
+requests are. Where these cannot be halved, as a latent's one, each takes half of the pages, as in Lean Attention
+(arXiv:2405.10480): a range of the requests, of which the last of the first core and the first of the second may be one
+that is cut. Nothing that a core copies or writes is of another's.
+
+Where the cut falls depends on the other requests; what is summed must not. So there a request is made of parts, of as
+many blocks each whatever its length, and cut only between two of them. A part is summed by itself, and the parts are
+merged in their order, the first one first: at once where one core has them all, else the second core keeps each of its
+parts, and `merge` does it when both are done. Chunks of prompts are summed in the same parts, so that a token has the
+same bits in either kernel. With parts of 2,048 tokens the cores' shares differ by 2,048 at most.
 
 Shapes: as in tpu_block; N request rows of a program, r rows of a key head: its query heads, padded to 8.
 """
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,10 +29,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .pages import LANES
-from .tpu_block import LOG2_E, MASKED, Cache, Sizes, both, negated, one_in_all, result, softmax_step, when, wide
+from .tpu_block import (
+    LOG2_E,
+    MASKED,
+    Cache,
+    Sizes,
+    State,
+    both,
+    merged,
+    negated,
+    nothing,
+    one_in_all,
+    result,
+    softmax_step,
+    when,
+    wide,
+)
 
 IN_FLIGHT = 8 * 2**20  # bytes of blocks that are on the chip or on the way to it
 BUFFERS = (2, 6)
+MERGE_BUFFERS = 8  # a state is small, and takes long to come
 
 
 def decode(
@@ -64,12 +84,16 @@ def decode(
     N, rows, _ = q_NrC.shape
     shares = new_NKE.shape[1] // sizes.K  # of the heads
     steps, per_core = N // block_rows, rows // shares
+    cut = sizes.part is not None and static_length is None
     active_N = lengths_N > 0
     mine_cN = jnp.ones((cores, N), bool)
+    first_N = stop_N = cuts = lengths_N
     if shares < cores:
         first_N = jnp.maximum(sizes.first_page(lengths_N - 1), begin_N * sizes.n)
-        pages_N = jnp.where(active_N, -(-lengths_N // sizes.S) - first_N, 0)
-        mine_cN = divided(pages_N, cores) == jnp.arange(cores)[:, None]
+        stop_N = -(-lengths_N // sizes.S)
+        cuts = divided(first_N, stop_N, sizes.part_pages, cores)
+        core_N = jnp.arange(N) * cores // N  # of the rows that are no decodes
+        mine_cN = jnp.where(active_N, cuts[:-1] < cuts[1:], core_N == jnp.arange(cores)[:, None])
     # Of each step's rows the core's own decodes first, then those of its own that are none, then the other core's.
     place_csn = jnp.where(mine_cN, jnp.where(active_N, 0, 1), 2).reshape(cores, steps, block_rows)
     order_csn = jnp.argsort(place_csn, 2, stable=True) + jnp.arange(steps)[:, None] * block_rows
@@ -80,6 +104,9 @@ def decode(
         jnp.asarray(x, jnp.int32).reshape(-1)
         for x in (block_cs, layer, order_csn, count_cs, stop_cs, lengths_N, begin_N, table)
     ]
+    if cut:
+        assert cores == 2
+        scalars += [x.astype(jnp.int32).reshape(-1) for x in (cuts[:-1], cuts[1:])]
     if static_length is not None:
         scalars = []
 
@@ -109,6 +136,7 @@ def decode(
     kv = kv_LPKNSX.reshape(*kv_LPKNSX.shape[:2], -1, LANES)
     caches = [kv] if scale_LPKZ is None else [kv, scale_LPKZ]
     has = dict(scales=scale_LPKZ is not None, sinks=sinks_r is not None, state=state is not None)
+    has |= dict(parts=sizes.part is not None, cut=cut)
     blocks = 0 if static_length is None else -(-static_length // sizes.B)
     buffers = min(max(IN_FLIGHT // (sizes.B * K * E * kv_LPKNSX.dtype.itemsize), BUFFERS[0]), BUFFERS[1])
     if blocks:
@@ -125,18 +153,27 @@ def decode(
         pltpu.VMEM((per_core, LANES), jnp.float32),
         pltpu.VMEM((per_core, V), jnp.float32),
     ]
-    out, *caches = pl.pallas_call(
+    of_state = [(per_core, LANES), (per_core, LANES), (per_core, V)]
+    states = []
+    if has["parts"]:
+        scratch += [pltpu.VMEM(shape, jnp.float32) for shape in of_state]
+    if cut:
+        scratch.append(pltpu.SemaphoreType.DMA(()))
+        parts = -(-sizes.M // sizes.part_pages)
+        states = [jax.ShapeDtypeStruct((parts, *shape), jnp.float32) for shape in of_state]
+    out, *found = pl.pallas_call(
         functools.partial(_kernel, sizes, cores, shares, block_rows, has, static_length),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(cores, steps),
             in_specs=[*specs, *[hbm] * len(caches)],
-            out_specs=[hbm] * (1 + len(caches)),
+            out_specs=[hbm] * (1 + len(caches) + len(states)),
             scratch_shapes=[x for x in scratch if x is not None],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((N, shares, per_core, V), q_NrC.dtype),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches),
+            *states,
         ],
         input_output_aliases={first_cache + i: 1 + i for i in range(len(caches))},
         compiler_params=pltpu.CompilerParams(
@@ -147,18 +184,30 @@ def decode(
         ),
         name="paged_decode",
     )(*scalars, *inputs, *caches)
+    caches, states = found[: len(caches)], found[len(caches) :]
+    if cut:
+        is_cut_N = (first_N < cuts[1]) & (cuts[1] < stop_N)
+        row = jnp.argmax(is_cut_N)
+        later = -(-stop_N[row] // sizes.part_pages) - cuts[1, row] // sizes.part_pages
+        out = merge(out, states, row, jnp.where(is_cut_N[row], 1 + later, 0), vmem_bytes)
     return out.reshape(N, rows, V), caches[0].reshape(kv_LPKNSX.shape), caches[1] if len(caches) > 1 else None
 
 
-def divided(pages_N: jax.Array, cores: int) -> jax.Array:
-    """Which core takes each request: a range of them each, of about as many pages whatever the requests have.
+def divided(first_N: jax.Array, stop_N: jax.Array, part: int, cores: int) -> jax.Array:
+    """[cores + 1, N]: core c takes the pages from `[c]` up to `[c + 1]` of the requests' `first_N` up to `stop_N`.
 
-    The one in whose part of all the pages the middle of the request's lies. So half of a request is the most by which a
-    range begins before its part or ends after it.
+    Of the list of all pages each core has a range, as long as the others' but that it begins and ends between parts:
+    at the multiples of `part`, or where a request does. The borders are the nearest ones to those of equal ranges, so
+    half of a part is the most that lies between.
     """
+    pages_N = stop_N - first_N
     ends_N = jnp.cumsum(pages_N)
-    middle_N = 2 * ends_N - pages_N
-    return jnp.minimum(middle_N * cores // jnp.maximum(2 * ends_N[-1], 1), cores - 1)
+    # Pages of the request before the border of equal ranges, times `cores`.
+    before_cN = ends_N[-1] * jnp.arange(cores + 1)[:, None] - (ends_N - pages_N) * cores
+    at_cN = first_N + jnp.clip(before_cN // cores, 0, pages_N)
+    low_cN = jnp.maximum(at_cN // part * part, first_N)
+    high_cN = jnp.minimum(at_cN // part * part + part, stop_N)
+    return jnp.where((low_cN + high_cN - 2 * first_N) * cores < 2 * before_cN, high_cN, low_cN)
 
 
 def _kernel(
@@ -171,22 +220,27 @@ def _kernel(
 
     known = static_length is not None
     scalars: list[Any] = [None if known else next(given) for _ in range(8)]
+    from_ref, to_ref = take("cut"), take("cut")
     _, layer_ref, order_ref, count_ref, stop_ref, length_ref, begin_ref, table_ref = scalars
     q_ref, new_ref, new_scale_ref, sinks_ref = next(given), next(given), take("scales"), take("sinks")
-    top_in, sum_in, acc_in = take("state"), take("state"), take("state")
+    states_in = [[take("state") for _ in range(3)] for _ in range(2 if has["parts"] else 1)]
     next(given)  # the cache as an input, which its output is
     take("scales")
     out_hbm, kv_hbm, scale_hbm = next(given), next(given), take("scales")
+    states_hbm = [take("cut") for _ in range(3)]
     kv_buf, scale_buf, sems = next(given), take("scales"), next(given)
     write_buf, scale_write_buf, out_buf, write_sem = next(given), take("scales"), next(given), next(given)
-    top_ref, sum_ref, acc_ref = given
+    top_ref, sum_ref, acc_ref = part_refs = [next(given) for _ in range(3)]
+    whole_refs = [take("parts") for _ in range(3)]  # of the parts before the one that is being summed
+    state_sem = take("cut")
 
-    K, B, n = sizes.K, sizes.B, sizes.n
+    K, B, n, Q = sizes.K, sizes.B, sizes.n, sizes.part or sizes.M
     per_head = q_ref.shape[1] // K
     b = pl.program_id(1)
     c = pl.program_id(0)
     share = c if shares > 1 else None
     cache = Cache(sizes, 0 if known else layer_ref[0], share, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
+    N = pl.num_programs(1) * block_rows
     step = c * pl.num_programs(1) + b
     count = count_ref[step] if static_length is None else block_rows * shares // cores
 
@@ -200,12 +254,17 @@ def _kernel(
         return static_length if known else length_ref[r]
 
     def low_of(r: Any) -> Any:
-        """First page, and first block."""
+        """First page that the request sees, and the first block that is taken here."""
         page = sizes.first_page(length_of(r) - 1)
+        if has["cut"]:
+            return page, from_ref[c * N + r] // n
         block = page // n
         return page, block if known and not has["state"] else jnp.maximum(block, begin_ref[r])
 
     def stop_of(r: Any) -> Any:
+        return to_ref[c * N + r] if has["cut"] else end_of(r)
+
+    def end_of(r: Any) -> Any:
         return -(-length_of(r) // sizes.S) if known else (length_of(r) + sizes.S - 1) // sizes.S
 
     buffers = len(kv_buf)
@@ -238,17 +297,33 @@ def _kernel(
         after = following(slot), jnp.where(ends, a + 1, a), jnp.where(ends, low, j + 1)
         return after if wanted is True else tuple(jnp.where(wanted, *x) for x in zip(after, ahead, strict=True))
 
+    def begin_part() -> None:
+        put(part_refs, nothing(*acc_ref.shape))
+
     def one(a: Any, carry: Any) -> Any:
         r = request(a)
         row, length, stop = r - b * block_rows, length_of(r), stop_of(r)
         low_page, low = low_of(r)
         last = (stop - 1) // n
+        # Of a request that is cut: whether what comes before is the other core's, and whether this is its end.
+        later = from_ref[c * N + r] > jnp.maximum(low_page, begin_ref[r] * n) if has["cut"] else False
+        ends = stop == end_of(r) if has["cut"] else True
         if has["state"]:
-            top_ref[...], sum_ref[...], acc_ref[...] = top_in[row], sum_in[row], acc_in[row]
+            for refs, given in zip((whole_refs, part_refs) if has["parts"] else (part_refs,), states_in, strict=True):
+                put(refs, tuple(x[row] for x in given))
         else:
-            top_ref[...] = jnp.full_like(top_ref, MASKED) if sinks_ref is None else sinks_ref[...] * LOG2_E
-            sum_ref[...] = jnp.zeros_like(sum_ref) if sinks_ref is None else one_in_all(len(sum_ref))
-            acc_ref[...] = jnp.zeros_like(acc_ref)
+            top, total, acc = whole_refs if has["parts"] else part_refs
+            top[...] = jnp.full_like(top, MASKED) if sinks_ref is None else sinks_ref[...] * LOG2_E
+            total[...] = jnp.zeros_like(total) if sinks_ref is None else one_in_all(len(total))
+            acc[...] = jnp.zeros_like(acc)
+        if has["parts"]:
+            if has["state"]:
+                # Where the next block begins a part, a prefix has the whole of the one before.
+                begins = jax.lax.rem(low, Q) == 0
+                pl.when(begins)(lambda: put(whole_refs, merged(of(whole_refs), of(part_refs))))
+                pl.when(begins | later)(begin_part)
+            else:
+                begin_part()
 
         rows = [pl.ds(h * per_head, per_head) for h in range(K)]
         in_pieces = [cache.query(q_ref[row, of_head]) for of_head in rows] if sizes.in_pieces else None
@@ -283,13 +358,13 @@ def _kernel(
 
         masked = sizes.window is not None
 
-        def some(j: Any, carry: Any) -> Any:
-            """A block before the last, or `together` from the j-th on."""
+        def some(begin: Any, together: int, j: Any, carry: Any) -> Any:
+            """A block before the last, or `together`: the j-th such from `begin` on."""
             slot, ahead = carry
             slots = [slot]
             for _ in range(together - 1):
                 slots.append(following(slots[-1]))
-            first = low + together * j
+            first = begin + together * j
             ahead = fetch(ahead)
             for n, at in enumerate(slots):
                 arrive(first + n, at)
@@ -298,32 +373,93 @@ def _kernel(
                 ahead = fetch(ahead)  # to where those were
             return following(slots[-1]), ahead
 
-        before = last - low
-        if known:
+        def loop(low: Any, stop: Any, body: Any, carry: Any) -> Any:
+            if not known:
+                return jax.lax.fori_loop(low, stop, body, carry)
             # Written out, so that buffers are known too: the profiler does not follow others on every chip.
-            for j in range(before // together):
-                carry = some(j, carry)
-            slot, ahead = carry
-        else:
-            slot, ahead = jax.lax.fori_loop(0, before // together, some, carry)
-        # The last one, with the one before it if that is left.
-        odd = False if together == 1 else before % 2 == 1
-        end = (following(slot) if odd else slot) if known or together == 1 else jnp.where(odd, following(slot), slot)
-        ahead = fetch(ahead)
-        when(odd)(lambda: arrive(last - 1, slot))
-        cache.wait(last, low_page, stop, end)
-        new = (new_ref[row], None if new_scale_ref is None else new_scale_ref[row])
-        when(known or a > 0)(written)  # what the request before began
-        _insert(cache, length - 1, end, *new, write_buf, scale_write_buf)
-        cache.tidy(last, low_page, length, end)
-        when(odd)(lambda: attend((last - 1, slot, masked), (last, end, True)))
-        when(negated(odd))(lambda: attend((last, end, True)))
-        ahead = fetch(ahead, odd)
-        write(r)
-        # After the token's copies: the profiler for 7x aborts where it is before them.
-        out_buf[...] = result(acc_ref[...], sum_ref[...]).astype(out_buf.dtype)
-        result_of(r).start()
-        return following(end), ahead
+            for j in range(low, stop):
+                carry = body(j, carry)
+            return carry
+
+        def end_part(p: Any) -> None:
+            """Merges it with those before, or keeps it until they are there."""
+            when(negated(later))(lambda: put(whole_refs, merged(of(whole_refs), of(part_refs))))
+
+            @when(later)
+            def _() -> None:
+                nth = p - low // Q
+                pl.when(nth > 0)(state_kept)
+                put(whole_refs, of(part_refs))
+                keep_state(nth + 1)
+
+        def part(p: Any, carry: Any) -> Any:
+            """One before the last."""
+            begin, end = jnp.maximum(low, p * Q), (p + 1) * Q
+            if known:
+                begin = max(low, p * Q)
+            carry = loop(0, (end - begin) // together, functools.partial(some, begin, together), carry)
+            if together > 1:
+                odd = (end - begin) % together == 1
+                alone = functools.partial(some, end - 1, 1, 0)
+                if known:
+                    carry = alone(carry) if odd else carry
+                else:
+                    carry = jax.lax.cond(odd, alone, lambda carry: carry, carry)
+            end_part(p)
+            begin_part()
+            return carry
+
+        begin, parts = low, 0
+        if has["parts"]:
+            parts = last // Q
+            begin = max(low, parts * Q) if known else jnp.maximum(low, parts * Q)
+            stop_part = jnp.where(ends, parts, parts + 1) if has["cut"] else parts
+            carry = loop(low // Q, stop_part, part, carry)
+
+        def finish(carry: Any) -> Any:
+            """What is left of the request, up to the new token."""
+            before = last - begin
+            slot, ahead = loop(0, before // together, functools.partial(some, begin, together), carry)
+            # The last one, with the one before it if that is left.
+            odd = False if together == 1 else before % 2 == 1
+            if known or together == 1:
+                end = following(slot) if odd else slot
+            else:
+                end = jnp.where(odd, following(slot), slot)
+            ahead = fetch(ahead)
+            when(odd)(lambda: arrive(last - 1, slot))
+            cache.wait(last, low_page, stop, end)
+            new = (new_ref[row], None if new_scale_ref is None else new_scale_ref[row])
+            when(known or a > 0)(written)  # what the request before began
+            _insert(cache, length - 1, end, *new, write_buf, scale_write_buf)
+            cache.tidy(last, low_page, length, end)
+            when(odd)(lambda: attend((last - 1, slot, masked), (last, end, True)))
+            when(negated(odd))(lambda: attend((last, end, True)))
+            ahead = fetch(ahead, odd)
+            write(r)
+            # After the token's copies: the profiler for 7x aborts where it is before them.
+            if has["parts"]:
+                end_part(parts)
+            _, total, acc = whole_refs if has["parts"] else part_refs
+            out_buf[...] = result(acc[...], total[...]).astype(out_buf.dtype)
+            result_of(r).start()
+            return following(end), ahead
+
+        if not has["cut"]:
+            return finish(carry)
+        carry = jax.lax.cond(ends, finish, lambda carry: carry, carry)
+        pl.when(negated(ends))(lambda: keep_state(0))
+        pl.when(later | negated(ends))(state_kept)
+        return carry
+
+    def keep_state(nth: Any) -> None:
+        """Begins to copy what is summed of a request that both cores have, for `merge`."""
+        for ref, hbm in zip(whole_refs, states_hbm, strict=True):
+            pltpu.make_async_copy(ref, hbm.at[nth], state_sem).start()
+
+    def state_kept() -> None:
+        for ref in whole_refs:
+            pltpu.make_async_copy(ref, ref, state_sem).wait()
 
     def result_of(r: Any) -> Any:
         return pltpu.make_async_copy(out_buf, out_hbm.at[r, 0 if share is None else share], write_sem)
@@ -360,12 +496,95 @@ def _kernel(
                 cache.wait(slot, 0, stop_of(0), slot)
         else:
             jax.lax.fori_loop(0, count, one, (0, ahead))
-        written()
+        if has["cut"]:
+            pl.when((count > 1) | (stop_of(request(0)) == end_of(request(0))))(written)
+        else:
+            written()
 
     if not known:  # rows that are no decodes
         out_buf[...] = jnp.zeros_like(out_buf)
         jax.lax.fori_loop(count, stop_ref[step], lambda a, _: result_of(request(a)).start(), None)
         jax.lax.fori_loop(count, stop_ref[step], lambda a, _: result_of(request(a)).wait(), None)
+
+
+def of(refs: Sequence[Any]) -> State:
+    top_ref, sum_ref, acc_ref = refs
+    return top_ref[...], sum_ref[...], acc_ref[...]
+
+
+def put(refs: Sequence[Any], state: Sequence[jax.Array]) -> None:
+    for ref, x in zip(refs, state, strict=True):
+        ref[...] = x
+
+
+def merge(out_N1rV: jax.Array, states: Sequence[jax.Array], row: Any, count: Any, vmem_bytes: int) -> jax.Array:
+    """The results, with that of the request that both cores have: of the first `count` states, merged in order.
+
+    Each core takes half of the rows. Without such a request `count` is 0. An int, it is known (for the profiler).
+    """
+    rows, V = states[2].shape[1:]
+    cores = 2 if rows % 16 == 0 else 1
+    half = rows // cores
+    known = isinstance(count, int)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    given = [] if known else [jnp.stack([row, count]).astype(jnp.int32)]
+    return pl.pallas_call(
+        functools.partial(_merge_kernel, (row, count) if known else None),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(given),
+            grid=(cores,),
+            in_specs=[hbm] * 4,
+            out_specs=hbm,
+            scratch_shapes=[
+                *(pltpu.VMEM((MERGE_BUFFERS, half, lanes), jnp.float32) for lanes in (LANES, LANES, V)),
+                *(pltpu.VMEM((half, lanes), jnp.float32) for lanes in (LANES, LANES, V)),
+                pltpu.VMEM((half, V), out_N1rV.dtype),
+                pltpu.SemaphoreType.DMA((MERGE_BUFFERS,)),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(out_N1rV.shape, out_N1rV.dtype),
+        input_output_aliases={len(given) + 3: 0},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel" if cores > 1 else "arbitrary",),
+            vmem_limit_bytes=vmem_bytes,
+            disable_bounds_checks=True,
+        ),
+        name="paged_merge",
+    )(*given, *states, out_N1rV)
+
+
+def _merge_kernel(known: tuple[int, int] | None, *refs: Any) -> None:
+    (row, count), refs = (known, refs) if known else ((refs[0][0], refs[0][1]), refs[1:])
+    states_hbm, out_hbm, bufs, whole_refs, (out_buf, sems) = refs[:3], refs[4], refs[5:8], refs[8:11], refs[11:]
+    half, V = out_buf.shape
+    mine = pl.ds(pl.multiple_of(pl.program_id(0) * half, half), half)
+
+    def copies(nth: Any) -> list[Any]:
+        slot = jax.lax.rem(nth, MERGE_BUFFERS)
+        pairs = zip(states_hbm, bufs, strict=True)
+        return [pltpu.make_async_copy(hbm.at[nth, mine], buf.at[slot], sems.at[slot]) for hbm, buf in pairs]
+
+    def start(nth: Any, _: Any = None) -> None:
+        for copy in copies(nth):
+            copy.start()
+
+    def one(nth: Any, _: Any) -> None:
+        following = nth + MERGE_BUFFERS - 1
+        pl.when(following < count)(lambda: start(following))
+        for copy in copies(nth):
+            copy.wait()
+        put(whole_refs, merged(of(whole_refs), of([buf.at[jax.lax.rem(nth, MERGE_BUFFERS)] for buf in bufs])))
+
+    @when(count > 0)
+    def _() -> None:
+        put(whole_refs, nothing(half, V))
+        jax.lax.fori_loop(0, jnp.minimum(MERGE_BUFFERS - 1, count), start, None)
+        jax.lax.fori_loop(0, count, one, None)
+        _, total, acc = of(whole_refs)
+        out_buf[...] = result(acc, total).astype(out_buf.dtype)
+        copy = pltpu.make_async_copy(out_buf, out_hbm.at[row, 0, mine], sems.at[0])
+        copy.start()
+        copy.wait()
 
 
 def _insert(

@@ -162,9 +162,7 @@ def two_products(fault):
             plgpu.SMEM((2, N, N), jnp.bfloat16, transforms=TILED),
             plgpu.SMEM((N, N), jnp.bfloat16, transforms=TILED),
             plgpu.SMEM((LANES, N), jnp.float32),
-            plgpu.RefUnion(
-                plgpu.TMEM((LANES, N), jnp.float32), plgpu.TMEM((LANES, 2 * N), jnp.bfloat16, packed=True)
-            ),
+            plgpu.RefUnion(plgpu.TMEM((LANES, N), jnp.float32), plgpu.TMEM((LANES, 2 * N), jnp.bfloat16, packed=True)),
             plgpu.TMEM((LANES, N), jnp.float32),
             plgpu.Barrier(num_arrivals=1 if fault == "one arrival too few" else 2, num_barriers=2),
             plgpu.Barrier(),

@@ -25,9 +25,13 @@ CASES = {
     "heads of 80, softcap": {"D": 80, "softcap": 50.0},
     "heads of 256": {"D": 256, "softcap": 50.0, "window": 100},
     "one key head for each, pages of 48": {"H": 4, "K": 4, "S": 48},
+    "latent, long tables, sinks": {"H": 16, "K": 1, "D": 576, "latent": 512, "M": 70, "sinks": True},
+    "one key head, int8, long tables, shared prefixes, window": {
+        "H": 8, "K": 1, "dtype": "int8", "M": 70, "window": 3000, "prefixes": True, "chunk": 0,
+    },
     "float32": {"q": "float32", "dtype": "float32"},
     "float32 over fp8": {"q": "float32", "dtype": "float8_e4m3fn"},
-}
+}  # fmt: skip
 
 
 def build(
@@ -36,6 +40,7 @@ def build(
     K=2,
     D=128,
     S=64,
+    M=10,
     latent=None,
     dtype="bfloat16",
     q="bfloat16",
@@ -46,7 +51,7 @@ def build(
     **options,
 ):
     """For `benchmarks.static`: a step of 8 decodes, and of `chunk` tokens of prompts."""
-    R, M, rows = 9, 10, 8
+    R, rows = 9, 8
     pages = jax.eval_shape(lambda: init_pages(2, num_pages, S, K, D, jnp.dtype(dtype), latent=latent, layout="joint"))
     pages = jax.tree.map(lambda x: target.array(x.shape, x.dtype), pages)
     qkv = [target.array((rows + chunk, heads, D), q) for heads in (H, K, K)]
@@ -85,8 +90,9 @@ def test_compiles_and_copies_no_pool_of_pages():
 def test_compiles_with_every_option(chip):
     """The plain case for every chip, the others for one of them in turn: all for all take a quarter of an hour.
 
-    Latents for v5p too, whose two cores divide the requests.
+    Latents and long tables for v5p too, whose two cores divide the requests, and cut long ones.
     """
     place = CHIPS.index(chip)
     names = [name for n, name in enumerate(CASES) if n == 0 or n % len(CHIPS) == place]
-    compiles(chip, names + [name for name in CASES if chip == "v5p" and "latent" in name and name not in names])
+    more = [name for name in CASES if chip == "v5p" and ("latent" in name or "long tables" in name)]
+    compiles(chip, list(dict.fromkeys(names + more)))

@@ -15,7 +15,14 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from tests.thorough import thorough
-from twinax.pallas_kernels.paged_attention import SharedPrefixes, init_pages, paged_attention, tpu, tpu_block
+from twinax.pallas_kernels.paged_attention import (
+    SharedPrefixes,
+    init_pages,
+    paged_attention,
+    tpu,
+    tpu_block,
+    tpu_decode,
+)
 from twinax.pallas_kernels.paged_attention.tpu_decode import divided
 
 MODES = ("eager", "on_wait")
@@ -235,13 +242,78 @@ def test_two_cores_divide_the_requests_where_heads_cannot_be_halved(name, mode, 
     np.testing.assert_array_equal(check(case, mode, cores=2), alone)
 
 
-@hypothesis.given(st.lists(st.integers(0, 50) | st.integers(0, 10_000), min_size=1, max_size=64), st.integers(1, 3))
-def test_cores_divide_requests_into_ranges_of_as_many_pages(pages, cores):
-    core = np.asarray(divided(jnp.asarray(pages, jnp.int32), cores))
-    assert (np.diff(core) >= 0).all() and core.min() >= 0 and core.max() < cores  # each is in one range
-    shares = np.bincount(core, pages, cores)
-    # Half of a request at either end of a range; the first and the last have but one such end.
-    assert max(shares) <= sum(pages) / cores + max(pages) / 2 * min(cores - 1, 2)
+CUT = {
+    "a latent": (64, Case(((3, 1), (300, 1), (0, 0), (20, 1)), 4, D=48, H=4, latent=32)),
+    "int8, window, sinks": (
+        96, Case(((390, 1), (40, 1)), 2, S=32, sinks=True, kept=jnp.int8, dtype=jnp.bfloat16, options={"window": 290}),
+    ),
+    "only one, three key heads, softcap": (64, Case(((0, 0), (127, 1)), 2, K=3, H=6, options={"softcap": 2.0})),
+    "a mix, a prompt longer than a part, sinks": (
+        64, Case(((200, 1), (9, 1), (60, 75), (0, 150), (1, 1)), 5, spare=3, sinks=True),
+    ),
+    "several steps, some without work": (
+        32, Case(((20, 1), *[(0, 0)] * 15, (190, 1), *[(0, 0)] * 8, (9, 1)), 26, D=48, latent=32),
+    ),
+    "a latent of int8, a mix, shared prefixes": (
+        96,
+        Case(
+            ((430, 1), (66, 1), (40, 5), (240, 1), (99, 1)), 5, D=48, S=32, H=3, kept=jnp.int8, dtype=jnp.bfloat16,
+            latent=32, prefixes=((0, 0, 2, 0, 0), (2, 2, 0, 2, 2)),
+        ),
+    ),
+    "shared prefixes within a part, sinks": (
+        64, Case(((250, 1), (139, 1), (20, 1)), 3, sinks=True, prefixes=((0, 0, 2), (6, 6, 0))),
+    ),
+    "shared prefixes, window": (
+        64, Case(((270, 1), (200, 1), (40, 5)), 3, prefixes=((0, 0, 2), (8, 8, 0)), options={"window": 170}),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mode"), thorough([(name, mode) for name in CUT for mode in MODES], (1, 2)))
+def test_two_cores_cut_a_request_between_its_parts(name, mode, monkeypatch):
+    """And it has the bits that it has where one core takes the whole of it."""
+    part, case = CUT[name]
+    monkeypatch.setattr(tpu, "ROWS", 8)
+    monkeypatch.setattr(tpu, "target_chip", lambda: "v5p")
+    monkeypatch.setattr(tpu, "PART_TOKENS", part)
+    before, new = np.asarray(case.requests).T
+    lengths = np.where((new == 1) & (np.arange(len(new)) < case.decode_rows), before + new, 0)
+    first = np.maximum(lengths - case.options.get("window", 10**6), 0) // case.S
+    if case.prefixes is not None:
+        of_block = 32 // case.S
+        first = np.maximum(first, np.where(lengths > 0, case.prefixes[1], 0) // of_block * of_block)
+    stop = -(-lengths // case.S)
+    cut = np.asarray(divided(first, stop, part // case.S, 2))[1]
+    is_cut = (first < cut) & (cut < stop)
+    assert is_cut.any()
+    step.clear_cache()
+    out = check(case, mode, cores=2)
+    # All of it by either core.
+    cuts = np.stack([first, np.where(is_cut, first if mode == "eager" else stop, cut), stop])
+    cuts = jnp.asarray(np.pad(cuts, ((0, 0), (0, -len(first) % 8))), jnp.int32)
+    monkeypatch.setattr(tpu_decode, "divided", lambda *_: cuts)
+    step.clear_cache()
+    np.testing.assert_array_equal(check(case, mode, cores=2), out)
+    step.clear_cache()
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 50) | st.integers(0, 2_000)), min_size=1, max_size=64),
+    st.integers(1, 100) | st.just(10_000),
+    st.integers(1, 3),
+)
+def test_cores_have_equal_shares_but_for_half_of_a_part(requests, part, cores):
+    first, pages = np.asarray(requests, np.int32).T
+    cuts = np.asarray(divided(jnp.asarray(first), jnp.asarray(first + pages), part, cores))
+    np.testing.assert_array_equal(cuts[[0, -1]], [first, first + pages])
+    assert (np.diff(cuts, axis=0) >= 0).all()  # each page is one core's
+    assert ((cuts % part == 0) | (cuts == first) | (cuts == first + pages)).all()
+    taken = np.diff(cuts, axis=0)
+    _, request = np.nonzero(taken)
+    assert (np.diff(request) >= 0).all()  # a range of the requests each, of which at most one is cut at a border
+    # Half of a part at either end of a range; the first and the last have but one such end.
+    assert max(taken.sum(1)) <= sum(pages) / cores + min(part, max(pages)) / 2 * min(cores - 1, 2)
 
 
 @pytest.mark.slow
@@ -263,18 +335,21 @@ def test_float8_is_multiplied_as_it_is_kept(requests, monkeypatch):
     check(case, "eager")
 
 
-def feed(q, k, v, counts, *, row, neighbours, seed, shared=False, kept=None, implementation="tpu"):
+def feed(q, k, v, counts, *, row, neighbours, seed, before=0, shared=False, kept=None, implementation="tpu"):
     """One request's tokens through the cache in steps of `counts`, in request row `row` of three; its results.
 
-    `shared`: a neighbour's first pages are this request's, and its decodes are in one group with it.
+    `before`: tokens that neighbours have already. `shared`: a neighbour's first pages are this request's, and its
+    decodes are in one group with it.
     """
     rng = np.random.default_rng(seed)
-    S, M, R, chunk = (16, 6, 3, 77) if kept is None else (32, 3, 3, 77)
+    S, R, chunk = 16 if kept is None else 32, 3, len(q) + 9
+    M = (len(q) + 28) // S
     table = rng.permutation(R * M).reshape(R, M).astype(np.int32)
     layout = "joint" if implementation == "tpu" else "split"
     pages = init_pages(1, R * M, S, 1, 16, kept or q.dtype, layout=layout)
     pages = jax.tree.map(lambda x: jnp.full_like(x, np.nan), pages)
     lengths, done, outs = np.zeros(R, np.int32), 0, []
+    lengths[list(neighbours)] = before
     for count in counts:
         T = R + (chunk if count > 1 else 0)
         batch = [np.full((T, *x.shape[1:]), np.nan, x.dtype) for x in (q, k, v)]
@@ -309,23 +384,27 @@ def tree_over_lanes(x):
 
 
 WAYS = {
-    "decodes": ([66, 1, 1], {"row": 0, "neighbours": (), "seed": 0}),
-    "chunks": ([60, 8], {"row": 2, "neighbours": (1,), "seed": 3}),
-    "beside": ([66, 1, 1], {"row": 2, "neighbours": (1,), "seed": 3}),
-    "shared": ([66, 1, 1], {"row": 0, "neighbours": (1,), "seed": 1, "shared": True}),
+    "decodes": ((1, 1), {"row": 0, "neighbours": (), "seed": 0}),
+    "chunks": ((8,), {"row": 2, "neighbours": (1,), "seed": 3}),
+    "beside": ((1, 1), {"row": 2, "neighbours": (1,), "seed": 3}),
+    "shared": ((1, 1), {"row": 0, "neighbours": (1,), "seed": 1, "shared": True}),
+}
+LONG = {
+    "beside two as long": ((1, 1), {"row": 1, "neighbours": (0, 2), "seed": 2, "before": 190}),
+    "after a long one": ((1, 1), {"row": 2, "neighbours": (1,), "seed": 4, "before": 190}),
 }
 
 
-def check_bits(kept, implementation):
+def check_bits(kept, implementation, tokens=68, ways=WAYS):
     """In chunks, decode by decode, beside a neighbour, and in one group with it: decodes and chunks are two kernels."""
     rng = np.random.default_rng(7)
     dtype = jnp.float32 if kept is None else jnp.bfloat16
-    q, k, v = (np.asarray(jnp.asarray(rng.standard_normal((68, heads, 16)), dtype)) for heads in (2, 1, 1))
+    q, k, v = (np.asarray(jnp.asarray(rng.standard_normal((tokens, heads, 16)), dtype)) for heads in (2, 1, 1))
     go = partial(feed, q, k, v, kept=kept, implementation=implementation)
-    alone = go([40, 28], row=0, neighbours=(), seed=0)
+    alone = go([tokens - 28, 28], row=0, neighbours=(), seed=0)
     assert np.isfinite(np.asarray(alone, np.float32)).all()
-    for way, (counts, how) in WAYS.items():
-        np.testing.assert_array_equal(go(counts, **how), alone, err_msg=way)
+    for way, (last, how) in ways.items():
+        np.testing.assert_array_equal(go([tokens - sum(last), *last], **how), alone, err_msg=way)
 
 
 @pytest.mark.usefixtures("full_compile")
@@ -340,6 +419,20 @@ def test_a_request_gives_the_same_bits_in_any_company(kept, monkeypatch):
     monkeypatch.setattr(tpu_block, "target_chip", lambda: "7x")
     with interpreted("on_wait"):
         check_bits(kept, "tpu")
+
+
+@pytest.mark.usefixtures("full_compile")
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [None, jnp.int8])
+def test_a_request_that_two_cores_cut_gives_the_same_bits_in_any_company(kept, monkeypatch):
+    """Of two parts; its company moves the cut, and chunks are never cut."""
+    monkeypatch.setattr(tpu, "BLOCK_TOKENS", (64, 64))
+    monkeypatch.setattr(tpu, "PART_TOKENS", 128)
+    monkeypatch.setattr(tpu, "target_chip", lambda: "v5p")
+    monkeypatch.setattr(tpu, "tile_rows", lambda T, *_: min(64, -(-T // 16) * 16))
+    monkeypatch.setattr(tpu_block, "over_lanes", tree_over_lanes)
+    with interpreted("on_wait", cores=2):
+        check_bits(kept, "tpu", 196, {way: WAYS[way] for way in ("chunks", "decodes", "shared")} | LONG)
 
 
 def test_what_the_kernels_refuse():
