@@ -228,8 +228,10 @@ def _compute_group(
     def step(j: Any, carry: Any, masked: bool) -> Any:
         acc_qE, max_q, sum_q = carry
         slot = lax.rem(j - low, i32(stages))
-        first_key = block_at(o, given, batch, tile, j) * i32(block)
-        bias_qs = tile_of_bias(given["bias"], batch, head, rows, pl.ds(first_key, block)) if o.bias else None
+        bias_qs = None
+        if o.bias:
+            keys = pl.ds(block_at(o, given, batch, tile, j) * i32(block), block)
+            bias_qs = tile_of_bias(given["bias"], batch, head, rows, keys)
         plgpu.barrier_wait(scratch["k_ready"].at[slot])
 
         def scores(acc_ref: Any) -> Any:
@@ -253,6 +255,8 @@ def _compute_group(
             columns_s = None
             if crowded:
                 columns_s = read(scratch["columns"].at[group], OF_COLUMN)
+            # Read where it is needed, from a place that seems to depend on the step: registers are short.
+            first_key = block_at(o, given, batch, tile, j + unknown_zero() if crowded else j) * i32(block)
             lead = first_position - first_key
             left = i32(o.S) - first_key if o.S % block else None
             x_qs = jnp.where(mask(o, lead, left, x_qs.shape, (q_ids_q, kv_ids_s), columns_s), x_qs, UNSEEN)

@@ -363,7 +363,8 @@ def _compute_keys(
     columns_k, columns_v = (pl.ds(group * i32(w) if shared else 0, w) for w in (width_k, width_v))
     keys, shape = pl.ds(key, ROWS), (ROWS, ROWS)
     # Masks and bends need registers, of which two accumulators of 64 x 128 leave enough for one more tile in flight.
-    wide = width_k + width_v > (128 if o.bias else 192)
+    many = o.bias or (o.segments and o.window is not None and o.bend is not None)
+    wide = width_k + width_v > (128 if many else 192)
     crowded = wide and (shared or o.segments or o.window is not None or o.bend is not None or o.bias)
     kv_ids_s = None
     if o.segments:
@@ -376,8 +377,8 @@ def _compute_keys(
         q_ids_q = None
         if o.segments:
             q_ids_q = read(scratch["q_ids"].at[slot], OF_COLUMN)
-        i = block_at(o, given, batch, tile, low + lax.div(count, i32(o.G)))
         columns_q = read(scratch["columns"].at[group], OF_COLUMN)
+        i = block_at(o, given, batch, tile, low + lax.div(count, i32(o.G)))
         lead = i * i32(ROWS) + offset - key
         sees = mask(o, lead, None, shape, (kv_ids_s, q_ids_q), columns_q, keys_first=True)
         return jnp.where(sees, p_sq, 0.0)

@@ -200,7 +200,8 @@ def _forward(
             )
             for part in (slice(half), slice(half, None))
         ]  # fmt: skip
-        return tuple(jnp.concatenate(x, 1) for x in zip(*parts, strict=True))
+        outs, lses = zip(*parts, strict=True)
+        return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
     Tp, Sp = plan.nq * plan.block_q, plan.nk * plan.block_k
     extras, found = _segments(plan, q_segment_ids_BT, kv_segment_ids_BS, q_offset)
     if bias_BHTS is not None:

@@ -133,12 +133,18 @@ def bias_gradient(
         def add(n: Any, sum_qs: Any) -> Any:
             # Exactly one of the two goes on where one is shared.
             at_b, at_h = b + lax.div(n, i32(shared_H)), h + lax.rem(n, i32(shared_H))
-            kv, first_q = lax.div(at_h, i32(o.G)), i * block_q + _offset(o, of_name, at_b)
-            low, _, _, high = keys_of(o, first_q, block_q, block_k, S // block_k)
-            meets = of_name["met"][at_b, i, j] > 0 if o.segments else (j >= low) & (j < high)
-            return lax.cond(meets, lambda x: x + of_head(at_b, at_h, kv, first_q), lambda x: x, sum_qs)
+            if o.offset is not None and not o.segments:
+                return sum_qs + of_head(at_b, at_h)
+            return lax.cond(meets(at_b), lambda x: x + of_head(at_b, at_h), lambda x: x, sum_qs)
 
-        def of_head(at_b: Any, at_h: Any, kv: Any, first_q: Any) -> Any:
+        def meets(at_b: Any) -> Any:
+            if o.segments:
+                return of_name["met"][at_b, i, j] > 0
+            low, _, _, high = keys_of(o, i * block_q + _offset(o, of_name, at_b), block_q, block_k, S // block_k)
+            return (j >= low) & (j < high)
+
+        def of_head(at_b: Any, at_h: Any) -> Any:
+            kv, first_q = lax.div(at_h, i32(o.G)), i * block_q + _offset(o, of_name, at_b)
             q_qD, k_sD = of_name["q"][at_b, rows, at_h, :], of_name["k"][at_b, keys, kv, :]
             ids = (of_name["q_ids"][at_b, rows], of_name["kv_ids"][at_b, keys]) if o.segments else None
             sees = _mask(o, first_q, j * block_k, (block_q, block_k), ids)
@@ -149,6 +155,8 @@ def bias_gradient(
 
         zeros = jnp.zeros((block_q, block_k), jnp.float32)
         count = jnp.int32(B // own_B * shared_H)
+        if o.offset is not None and not o.segments:  # the same of all rows
+            count = jnp.where(meets(b), count, 0)
         of_name["d_bias"][b, h, rows, keys] = lax.fori_loop(0, count, add, zeros)
 
     d_bias = pl.pallas_call(

@@ -220,7 +220,7 @@ def test_a_tile_lists_the_blocks_that_its_segments_and_positions_leave(ids, mask
         options["q_offset"] = jnp.asarray(options["q_offset"], jnp.int32)
     o, arrays = gpu_blocks.options_of(x, x, softcap=None, q_segment_ids_BT=ids, kv_segment_ids_BS=ids, **options)
     given = {"q": jnp.zeros((2, 640, 1, 16)), "k": jnp.zeros((2, 640, 1, 16)), **arrays.padded(640, 640)}
-    meet = np.pad(sees, [(0, 0), (0, 40), (0, 40)]).reshape(2, 5, 128, 10, 64).any((2, 4))
+    meet = np.asarray(np.pad(np.asarray(sees), [(0, 0), (0, 40), (0, 40)]).reshape(2, 5, 128, 10, 64).any((2, 4)))
     for of_keys, wanted in ((False, meet), (True, np.swapaxes(meet, 1, 2))):
         lists = np.asarray(gpu_blocks.blocks_met(o, given, 128, 64, of_keys))
         for at in np.ndindex(wanted.shape[:2]):
