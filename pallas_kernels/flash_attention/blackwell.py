@@ -35,12 +35,13 @@ from .gpu_blocks import (
     UNSEEN,
     Arrays,
     Options,
+    block_at,
+    blocks_met,
     edges,
     i32,
     keys_of,
     pad_rows,
     round_up,
-    segment_bounds,
 )
 from .hopper import mask, read, swizzled, tanh, tile_of_bias
 
@@ -110,7 +111,7 @@ def forward(
     inputs = {"q": pad_rows(q_BTHD, T_pad), "k": pad_rows(k_BSKD, S_pad), "v": pad_rows(v_BSKE, S_pad)}
     inputs |= arrays.padded(T_pad, S_pad)
     if o.segments:
-        inputs["bounds"] = segment_bounds(inputs["q_ids"], inputs["kv_ids"], ROWS, p.block)
+        inputs["met"] = blocks_met(o, inputs, p.rows, p.block)
     names = tuple(inputs)
     slots = 2  # of scores: one of each tile, or two of the only one
 
@@ -175,13 +176,9 @@ def _kernel(o: Options, p: Plan, given: dict[str, Any], scratch: dict[str, Any])
         return batch, lax.axis_index("head"), pair, i32(o.offset) if o.offset is not None else given["offset"][batch]
 
     def range_of(t: Any, batch: Any, head: Any, pair: Any, offset: Any) -> tuple[Any, Any, Any, Any]:
-        tile = pair * i32(p.tiles) + t
-        low, full_low, full_high, high = keys_of(o, tile * i32(ROWS) + offset, ROWS, p.block, n)
-        if not o.segments:
-            return low, full_low, full_high, high
-        low = jnp.maximum(low, given["bounds"][batch, tile, 0])
-        high = jnp.maximum(low, jnp.minimum(high, given["bounds"][batch, tile, 1]))
-        return low, low, low, high
+        if o.segments:  # places in the list of both tiles
+            return i32(0), i32(0), i32(0), given["met"][batch, pair, 0]
+        return keys_of(o, (pair * i32(p.tiles) + t) * i32(ROWS) + offset, ROWS, p.block, n)
 
     @pl.when(group < p.tiles)
     def _compute() -> None:
@@ -217,7 +214,7 @@ def _load(o: Options, p: Plan, given: Any, scratch: Any, place: tuple[Any, ...],
 
     @pl.loop(low, high)
     def _(j: Any) -> None:
-        keys = (batch, pl.ds(j * i32(p.block), p.block), lax.div(head, i32(o.G)))
+        keys = (batch, pl.ds(block_at(o, given, batch, pair, j) * i32(p.block), p.block), lax.div(head, i32(o.G)))
         for name, stages in (("k", p.k), ("v", p.v)):
             slot = lax.rem(j - low, i32(stages))
 
@@ -333,11 +330,12 @@ def _compute_tile(
         def load(start: int) -> Any:
             return plgpu.async_load_tmem(scores_part(start), layout=NATIVE)
 
+        first_key = block_at(o, given, batch, pair, j) * i32(p.block)
         plgpu.barrier_wait(scratch["scores"].at[slot])
         highest_q = max_q
         for start in parts:
             x_qc = load(start)
-            key = j * i32(p.block) + i32(start)
+            key = first_key + i32(start)
             if o.scaled:
                 x_qc = x_qc * given["qk_scale"][head]
             if o.bend is not None:

@@ -27,6 +27,8 @@ from .blackwell import NATIVE, OF_COLUMN, OF_ROW, PART, ROWS, SHARED_MEMORY, SPR
 from .gpu_blocks import (
     Arrays,
     Options,
+    block_at,
+    blocks_met,
     edges,
     i32,
     keys_of,
@@ -34,7 +36,6 @@ from .gpu_blocks import (
     pad_rows,
     queries_of,
     round_up,
-    segment_bounds,
 )
 from .hopper import mask, read, swizzled, tanh, tile_of_bias
 
@@ -183,7 +184,7 @@ def _keys_gradient(o: Options, given: dict[str, jax.Array]) -> tuple[jax.Array, 
     (B, S, K, D), E, dtype = given["k"].shape, given["v"].shape[3], given["k"].dtype
     T, (slots, stages) = given["q"].shape[1], key_plan(D, E)
     if o.segments:
-        given["bounds"] = segment_bounds(given["kv_ids"], given["q_ids"], ROWS, BLOCK)
+        given["met"] = blocks_met(o, given, BLOCK, ROWS, of_keys=True)
     scratch = {
         "k": plgpu.SMEM((ROWS, D), dtype, transforms=swizzled(D, dtype)),
         "v": plgpu.SMEM((ROWS, E), dtype, transforms=swizzled(E, dtype)),
@@ -212,9 +213,8 @@ def _keys_gradient(o: Options, given: dict[str, jax.Array]) -> tuple[jax.Array, 
             """(low, full_low, full_high, n), n blocks of any head: each role computes them, as few registers are left
             where all begin. All heads of a group take a block of queries before the next block comes."""
             low, full_low, full_high, high = queries_of(o, key - offset, ROWS, BLOCK, T // BLOCK)
-            if o.segments:
-                low = jnp.maximum(low, given["bounds"][batch, tile, 0])
-                high = jnp.maximum(low, jnp.minimum(high, given["bounds"][batch, tile, 1]))
+            if o.segments:  # places in the tile's list
+                low, high = i32(0), given["met"][batch, tile, 0]
             return low, full_low, full_high, (high - low) * i32(o.G)
 
         def load() -> None:
@@ -225,7 +225,8 @@ def _keys_gradient(o: Options, given: dict[str, jax.Array]) -> tuple[jax.Array, 
 
             @pl.loop(0, n)
             def _(count: Any) -> None:
-                head, i = kv_head * i32(o.G) + lax.rem(count, i32(o.G)), low + lax.div(count, i32(o.G))
+                head = kv_head * i32(o.G) + lax.rem(count, i32(o.G))
+                i = block_at(o, given, batch, tile, low + lax.div(count, i32(o.G)))
                 slot, rows = lax.rem(count, i32(stages)), pl.ds(i * i32(BLOCK), BLOCK)
                 ready = scratch["ready"].at[slot]
                 pl.when(count >= stages)(lambda: plgpu.barrier_wait(scratch["free"].at[slot]))
@@ -267,7 +268,7 @@ def _keys_gradient(o: Options, given: dict[str, jax.Array]) -> tuple[jax.Array, 
         @pl.when(group < slots)
         def _() -> None:
             low, full_low, full_high, n = span()
-            place = batch, kv_head, key, low, full_low, full_high, offset, n
+            place = batch, kv_head, tile, low, full_low, full_high, offset, n
             _compute_keys(o, given, scratch, place, slots, stages)
             plgpu.barrier_wait(scratch["done"])
             for index, (name, scale) in enumerate((("dk", o.scale), ("dv", 1.0))):
@@ -284,14 +285,16 @@ def _keys_gradient(o: Options, given: dict[str, jax.Array]) -> tuple[jax.Array, 
 
 
 def _compute_keys(o: Options, given: Any, scratch: Any, place: tuple[Any, ...], slots: int, stages: int) -> None:
-    batch, kv_head, key, low, full_low, full_high, offset, n = place
+    batch, kv_head, tile, low, full_low, full_high, offset, n = place
+    key = tile * i32(ROWS)
     dtype, group = given["k"].dtype, lax.axis_index("warpgroup")
     kv_ids_s = read(given["kv_ids"].at[batch, pl.ds(key, ROWS)], OF_ROW) if o.segments else None
 
     @pl.loop(0, lax.div(n - group + i32(slots - 1), i32(slots)))
     def _(turn: Any) -> None:
         count = group + turn * i32(slots)
-        i, stage = low + lax.div(count, i32(o.G)), lax.rem(count, i32(stages))
+        i = block_at(o, given, batch, tile, low + lax.div(count, i32(o.G)))
+        stage = lax.rem(count, i32(stages))
         # Queries and keys beyond T and S need no mask: the ones pass nothing, and of the others nothing is kept.
         on_edge = None
         if o.segments:
@@ -332,7 +335,7 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
     (B, T, H, D), E, dtype = given["q"].shape, given["v"].shape[3], given["q"].dtype
     tiles, stages = query_plan(D, E)
     if o.segments:
-        given["bounds"] = segment_bounds(given["q_ids"], given["kv_ids"], ROWS, BLOCK)
+        given["met"] = blocks_met(o, given, tiles * ROWS, BLOCK)
     scratch = {
         "q": plgpu.SMEM((tiles, ROWS, D), dtype, transforms=swizzled(D, dtype)),
         "d_out": plgpu.SMEM((tiles, ROWS, E), dtype, transforms=swizzled(E, dtype)),
@@ -350,17 +353,15 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
     def body(given: dict[str, Any], scratch: dict[str, Any]) -> None:
         batch, head, group = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
         # The last queries see the most keys under a causal mask: they start first.
-        first = (i32(T // (tiles * ROWS) - 1) - lax.axis_index("tile")) * i32(tiles)
+        several = i32(T // (tiles * ROWS) - 1) - lax.axis_index("tile")
+        first = several * i32(tiles)
         offset = i32(o.offset) if o.offset is not None else given["offset"][batch]
         n = given["k"].shape[1] // BLOCK
 
         def range_of(t: Any) -> tuple[Any, Any, Any, Any]:
-            low, full_low, full_high, high = keys_of(o, (first + t) * i32(ROWS) + offset, ROWS, BLOCK, n)
-            if not o.segments:
-                return low, full_low, full_high, high
-            low = jnp.maximum(low, given["bounds"][batch, first + t, 0])
-            high = jnp.maximum(low, jnp.minimum(high, given["bounds"][batch, first + t, 1]))
-            return low, low, low, high
+            if o.segments:  # places in the list of all tiles
+                return i32(0), i32(0), i32(0), given["met"][batch, several, 0]
+            return keys_of(o, (first + t) * i32(ROWS) + offset, ROWS, BLOCK, n)
 
         spans = [(x[0], x[3]) for x in (range_of(i32(t)) for t in range(tiles))]
         low, high = reduce(jnp.minimum, [x[0] for x in spans]), reduce(jnp.maximum, [x[1] for x in spans])
@@ -374,7 +375,8 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
 
             @pl.loop(low, high)
             def _(j: Any) -> None:
-                stage, keys = lax.rem(j - low, i32(stages)), pl.ds(j * i32(BLOCK), BLOCK)
+                stage, block = lax.rem(j - low, i32(stages)), block_at(o, given, batch, several, j)
+                keys = pl.ds(block * i32(BLOCK), BLOCK)
                 pl.when(j - low >= stages)(lambda: plgpu.barrier_wait(scratch["free"].at[stage]))
                 for name in "kv":
                     source = given[name].at[batch, keys, lax.div(head, i32(o.G))]
@@ -424,7 +426,7 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
         def _() -> None:
             row = (first + group) * i32(ROWS)
             span = range_of(group)
-            _compute_queries(o, given, scratch, (batch, head, row, offset), span)
+            _compute_queries(o, given, scratch, (batch, head, several, row, offset), span)
             plgpu.barrier_wait(scratch["done"])
             sums = scratch["dq"].at[:, pl.ds(group * i32(D), D)]
             _write(sums, given["dq"].at[batch, pl.ds(row, ROWS), head], D, o.scale, span[3] > span[0])
@@ -436,7 +438,7 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
 
 
 def _compute_queries(o: Options, given: Any, scratch: Any, place: tuple[Any, ...], span: tuple[Any, ...]) -> None:
-    batch, head, row, offset = place
+    batch, head, several, row, offset = place
     low, full_low, full_high, high = span
     dtype, group, rows = given["k"].dtype, lax.axis_index("warpgroup"), pl.ds(row, ROWS)
     lse_q = read(given["lse"].at[batch, head, rows], OF_ROW)
@@ -450,9 +452,10 @@ def _compute_queries(o: Options, given: Any, scratch: Any, place: tuple[Any, ...
             on_edge = True
         elif edges(o, BLOCK):
             on_edge = (j < full_low) | (j >= full_high) if o.window is not None else j >= full_high
+        first_key = block_at(o, given, batch, several, j) * i32(BLOCK)
         plgpu.barrier_wait(scratch["multiplied"].at[group])
         for start in range(0, BLOCK, PART):
-            key = j * i32(BLOCK) + i32(start)
+            key = first_key + i32(start)
 
             def sees(key: Any = key) -> Any:
                 ids = None

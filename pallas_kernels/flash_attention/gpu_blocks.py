@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .tpu_plan import PADDING_K, PADDING_Q, Plan, meet
+
 LOG2E = math.log2(math.e)
 # A row's maximum while it has seen no key, and a masked score: finite, so that no difference is nan, and a power of
 # two: fused arithmetic does not round the product, and with -1e30 the exponent of a masked score was up to 1e22.
 UNSEEN = -(2.0**100)
 CLOSED = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass: its probabilities are 0
 SHIFT = 1 << 20  # blocks by which a position may be negative and still divide by a block's length
-NO_QUERY, NO_KEY = -(2**31), -(2**31) + 1  # segment ids of padding, which must differ from one another
 NEVER = 1 << 20  # more steps than a loop has
 # Registers of a thread that computes and of one that loads. A block is launched with 168 for each of 384 threads, which
 # they share: 2 x 240 + 24 = 2 x 232 + 40 = 3 x 168; asking for more would wait for ever.
@@ -176,23 +177,27 @@ def _ordered(o: Options, low: Any, full_low: Any, full_high: Any, high: Any, n: 
     return (low, low, low, high) if o.segments else (low, full_low, full_high, high)
 
 
-def segment_bounds(ids_of: jax.Array, seen: jax.Array, tile: int, block: int) -> jax.Array:
-    """[B, tiles, 2]: the first and one past the last block of `seen` [B, N] that can share a segment with each tile of
-    `ids_of` [B, M]; lengths are multiples of `tile` and `block`. Padding ids are negative and share nothing."""
-    B, M = ids_of.shape
-    big = jnp.iinfo(jnp.int32).max
+def blocks_met(o: Options, given: dict[str, Any], block_q: int, block_k: int, of_keys: bool = False) -> jax.Array:
+    """[B, tiles, 1 + n]: how many blocks of keys each tile of queries meets by segments and positions (`of_keys`: the
+    other way), and these in ascending order."""
+    meets = pairs_met(o, given, block_q, block_k)
+    meets = jnp.swapaxes(meets, 1, 2) if of_keys else meets
+    n = meets.shape[2]
+    block = jnp.arange(n, dtype=jnp.int32)
+    order = jnp.sort(jnp.where(meets, block, block + n)) % n
+    return jnp.concatenate([meets.sum(-1, keepdims=True, dtype=jnp.int32), order], -1)
 
-    def extremes(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        ids = ids.reshape(B, -1, size)
-        return jnp.where(ids <= NO_KEY, big, ids).min(-1), ids.max(-1)
 
-    (low, high), (seen_low, seen_high) = extremes(ids_of, tile), extremes(seen, block)
-    meet = (seen_low[:, None, :] <= high[:, :, None]) & (low[:, :, None] <= seen_high[:, None, :])
-    n = meet.shape[2]
-    j = jnp.arange(n, dtype=jnp.int32)
-    first = jnp.where(meet, j, n).min(-1)
-    last = jnp.where(meet, j + 1, 0).max(-1)
-    return jnp.stack([jnp.minimum(first, last), last], axis=-1).astype(jnp.int32)
+def block_at(o: Options, given: dict[str, Any], batch: Any, tile: Any, n: Any) -> Any:
+    """The block of a tile's step n: with segments that of its list."""
+    return given["met"][batch, tile, i32(1) + n] if o.segments else n
+
+
+def pairs_met(o: Options, given: dict[str, Any], block_q: int, block_k: int) -> jax.Array:
+    """[B, tiles of queries, blocks of keys], of padded arrays."""
+    T, S = given["q"].shape[1], given["k"].shape[1]
+    plan = Plan(T, S, block_q, block_k, o.causal, o.window, o.offset, segments=True)
+    return meet(plan, given["q_ids"], given["kv_ids"], given.get("offset"))
 
 
 def pad_ids(q_ids_BT: jax.Array, kv_ids_BS: jax.Array, T: int, S: int) -> tuple[jax.Array, jax.Array]:
@@ -202,7 +207,7 @@ def pad_ids(q_ids_BT: jax.Array, kv_ids_BS: jax.Array, T: int, S: int) -> tuple[
         ids = jnp.where(ids == 0, none, ids.astype(jnp.int32))
         return jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])), constant_values=none)
 
-    return padded(q_ids_BT, T, NO_QUERY), padded(kv_ids_BS, S, NO_KEY)
+    return padded(q_ids_BT, T, PADDING_Q), padded(kv_ids_BS, S, PADDING_K)
 
 
 def pad_rows(x: jax.Array, length: int, axis: int = 1, value: float = 0.0) -> jax.Array:

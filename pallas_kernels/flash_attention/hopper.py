@@ -25,12 +25,13 @@ from .gpu_blocks import (
     UNSEEN,
     Arrays,
     Options,
+    block_at,
+    blocks_met,
     edges,
     i32,
     keys_of,
     pad_rows,
     round_up,
-    segment_bounds,
     unknown_zero,
 )
 
@@ -86,7 +87,7 @@ def forward(
         inputs["v"] = turned(inputs["v"])
     inputs |= arrays.padded(T_pad, S_pad)
     if o.segments:
-        inputs["bounds"] = segment_bounds(inputs["q_ids"], inputs["kv_ids"], TILE, block)
+        inputs["met"] = blocks_met(o, inputs, TILE, block)
     names = tuple(inputs)
 
     def body(*refs: Any) -> None:
@@ -144,12 +145,9 @@ def _kernel(o: Options, block: int, stages: int, given: dict[str, Any], scratch:
     n = given["k"].shape[1] // block
 
     def range_of(group: Any) -> tuple[Any, Any, Any, Any]:
-        low, full_low, full_high, high = keys_of(o, tile * i32(TILE) + group * i32(ROWS) + offset, ROWS, block, n)
-        if not o.segments:
-            return low, full_low, full_high, high
-        low = jnp.maximum(low, given["bounds"][batch, tile, 0])
-        high = jnp.maximum(low, jnp.minimum(high, given["bounds"][batch, tile, 1]))
-        return low, low, low, high
+        if o.segments:  # places in the tile's list
+            return i32(0), i32(0), i32(0), given["met"][batch, tile, 0]
+        return keys_of(o, tile * i32(TILE) + group * i32(ROWS) + offset, ROWS, block, n)
 
     # Both warpgroups go through all the blocks that either sees, as they free them and take turns together.
     first, last = range_of(i32(0)), range_of(i32(GROUPS - 1))
@@ -164,19 +162,19 @@ def _kernel(o: Options, block: int, stages: int, given: dict[str, Any], scratch:
     @pl.when(group == GROUPS)
     def _load() -> None:
         plgpu.set_max_registers(FEW_LOADS[1], action="decrease")
-        _load_blocks(o, block, stages, given, scratch, (batch, lax.div(head, i32(o.G))), (low, high))
+        _load_blocks(o, block, stages, given, scratch, (batch, lax.div(head, i32(o.G)), tile), (low, high))
 
 
 def _load_blocks(
-    o: Options, block: int, stages: int, given: Any, scratch: Any, of: tuple[Any, Any], span: tuple[Any, Any]
+    o: Options, block: int, stages: int, given: Any, scratch: Any, of: tuple[Any, Any, Any], span: tuple[Any, Any]
 ) -> None:
-    batch, kv_head = of
+    batch, kv_head, tile = of
     low, high = span
 
     @pl.loop(low, high)
     def _(j: Any) -> None:
         slot = lax.rem(j - low, i32(stages))
-        keys = (batch, pl.ds(j * i32(block), block))
+        keys = (batch, pl.ds(block_at(o, given, batch, tile, j) * i32(block), block))
 
         @pl.when(j - low >= stages)
         def _() -> None:
@@ -230,7 +228,10 @@ def _compute_group(
     def step(j: Any, carry: Any, masked: bool) -> Any:
         acc_qE, max_q, sum_q = carry
         slot = lax.rem(j - low, i32(stages))
-        bias_qs = tile_of_bias(given["bias"], batch, head, rows, pl.ds(j * i32(block), block)) if o.bias else None
+        bias_qs = None
+        if o.bias:
+            keys = pl.ds(block_at(o, given, batch, tile, j) * i32(block), block)
+            bias_qs = tile_of_bias(given["bias"], batch, head, rows, keys)
         plgpu.barrier_wait(scratch["k_ready"].at[slot])
 
         def scores(acc_ref: Any) -> Any:
@@ -254,8 +255,10 @@ def _compute_group(
             columns_s = None
             if crowded:
                 columns_s = read(scratch["columns"].at[group], OF_COLUMN)
-            lead = first_position - j * i32(block)
-            left = i32(o.S) - j * i32(block) if o.S % block else None
+            # Read where it is needed, from a place that seems to depend on the step: registers are short.
+            first_key = block_at(o, given, batch, tile, j + unknown_zero() if crowded else j) * i32(block)
+            lead = first_position - first_key
+            left = i32(o.S) - first_key if o.S % block else None
             x_qs = jnp.where(mask(o, lead, left, x_qs.shape, (q_ids_q, kv_ids_s), columns_s), x_qs, UNSEEN)
         # The maximum is kept in units of log2, so that the exponent is one multiplication-and-addition.
         highest_q = x_qs.max(axis=1) * o.base2
@@ -285,15 +288,15 @@ def _compute_group(
     )
     # One group is half a step behind the other: that is what keeps one's products beside the other's exponentials.
     pl.when(group == 1)(take_turn)
-    if o.window is not None or o.segments:
-        lax.fori_loop(low, own_low, skip, None)
     if o.window is not None and not o.segments:
+        lax.fori_loop(low, own_low, skip, None)
         carry = lax.fori_loop(own_low, full_low, lambda j, c: step(j, c, True), carry)
     if not o.segments:
         carry = lax.fori_loop(full_low, full_high, lambda j, c: step(j, c, False), carry)
     if edges(o, block):
         carry = lax.fori_loop(full_high, own_high, lambda j, c: step(j, c, True), carry)
-    lax.fori_loop(own_high, high, skip, None)
+    if not o.segments:
+        lax.fori_loop(own_high, high, skip, None)
     pl.when(group == 0)(take_turn)
 
     acc_qE, max_q, sum_q = carry

@@ -26,6 +26,8 @@ from .gpu_blocks import (
     MANY_LOADS,
     Arrays,
     Options,
+    block_at,
+    blocks_met,
     edges,
     i32,
     keys_of,
@@ -33,7 +35,6 @@ from .gpu_blocks import (
     pad_rows,
     queries_of,
     round_up,
-    segment_bounds,
     unknown_zero,
 )
 from .hopper import GROUPS, OF_COLUMN, OF_ROW, ROWS, TILE, WGMMA, check, mask, read, swizzled, tanh, tile_of_bias
@@ -141,7 +142,7 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
     (B, T, H, D), E, dtype = given["q"].shape, given["v"].shape[3], given["q"].dtype
     block = key_block(o, D, E)
     if o.segments:
-        given["bounds"] = segment_bounds(given["q_ids"], given["kv_ids"], TILE, block)
+        given["met"] = blocks_met(o, given, TILE, block)
     # With head size 256 there is room for two blocks of keys, and one of values.
     fixed, room = 2 * TILE * (D + E), SHARED_MEMORY
     stages = {"k": STAGES, "v": STAGES if fixed + 2 * STAGES * block * (D + E) <= room else 1}
@@ -171,15 +172,14 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
 
         first, last = range_of(i32(0)), range_of(i32(GROUPS - 1))
         low, high = jnp.minimum(first[0], last[0]), jnp.maximum(first[3], last[3])
-        if o.segments:
-            low = jnp.maximum(low, given["bounds"][batch, tile, 0])
-            high = jnp.maximum(low, jnp.minimum(high, given["bounds"][batch, tile, 1]))
+        if o.segments:  # places in the tile's list
+            low, high = i32(0), given["met"][batch, tile, 0]
 
         @pl.when(group < GROUPS)
         def _() -> None:
             plgpu.set_max_registers((MANY_LOADS if o.segments and D <= 192 else FEW_LOADS)[0], action="increase")
             _, full_low, full_high, _ = range_of(group)
-            place = (batch, head, tile * i32(TILE) + group * i32(ROWS), offset, group)
+            place = (batch, head, tile, offset, group)
             _compute_queries(o, block, stages, given, scratch, place, (low, full_low, full_high, high))
 
         @pl.when(group == GROUPS)
@@ -189,7 +189,7 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
 
             @pl.loop(low, high)
             def _(j: Any) -> None:
-                keys = (batch, pl.ds(j * i32(block), block))
+                keys = (batch, pl.ds(block_at(o, given, batch, tile, j) * i32(block), block))
                 for name in "kv":
                     slot = lax.rem(j - low, i32(stages[name]))
                     ready = scratch[name + "_ready"].at[slot]
@@ -209,8 +209,9 @@ def _queries_gradient(o: Options, given: dict[str, jax.Array]) -> jax.Array:
 def _compute_queries(
     o: Options, block: int, stages: Any, given: Any, scratch: Any, place: tuple[Any, ...], spans: tuple[Any, ...]
 ) -> None:
-    batch, head, row, offset, group = place
+    batch, head, tile, offset, group = place
     low, full_low, full_high, high = spans
+    row = tile * i32(TILE) + group * i32(ROWS)
     rows, D, dtype = pl.ds(row, ROWS), given["k"].shape[3], given["k"].dtype
     q_smem, d_out_smem, ready = scratch["q"].at[group], scratch["d_out"].at[group], scratch["q_ready"].at[group]
     plgpu.copy_gmem_to_smem(given["q"].at[batch, rows, head], q_smem, ready)
@@ -229,12 +230,14 @@ def _compute_queries(
         if o.segments:
             kv_ids_s = read(scratch["kv_ids"].at[slot], OF_COLUMN)
         columns_s = read(scratch["columns"].at[group], OF_COLUMN)
-        lead = row + offset - j * i32(block)
-        left = i32(o.S) - j * i32(block) if o.S % block else None
+        first_key = block_at(o, given, batch, tile, j) * i32(block)
+        lead = row + offset - first_key
+        left = i32(o.S) - first_key if o.S % block else None
         return jnp.where(mask(o, lead, left, p_qs.shape, (q_ids_q, kv_ids_s), columns_s), p_qs, 0.0)
 
     def bias_of(j: Any) -> Any:
-        return lambda: tile_of_bias(given["bias"], batch, head, rows, pl.ds(j * i32(block), block))
+        keys = pl.ds(block_at(o, given, batch, tile, j) * i32(block), block)
+        return lambda: tile_of_bias(given["bias"], batch, head, rows, keys)
 
     def step(j: Any, dq_qD: Any) -> Any:
         slot, v_slot = (lax.rem(j - low, i32(stages[name])) for name in "kv")
@@ -278,7 +281,7 @@ def _keys_gradient(o: Options, given: dict[str, jax.Array]) -> tuple[jax.Array, 
     shared = max(D, E) > 128  # both warpgroups hold the same keys, each half of the gradients' columns
     tile_keys = ROWS if shared else TILE
     if o.segments:
-        given["bounds"] = segment_bounds(given["kv_ids"], given["q_ids"], tile_keys, ROWS)
+        given["met"] = blocks_met(o, given, ROWS, tile_keys, of_keys=True)
     rows_of_ids = 1 if o.segments else 0
     # What is cut in two in shared memory has its halves in whole tiles.
     of_k, of_v = (swizzled(width // 2 if shared else width, dtype) for width in (D, E))
@@ -310,15 +313,14 @@ def _keys_gradient(o: Options, given: dict[str, jax.Array]) -> tuple[jax.Array, 
 
         first, last = range_of(i32(0)), range_of(i32(GROUPS - 1))
         low, high = jnp.minimum(first[0], last[0]), jnp.maximum(first[3], last[3])
-        if o.segments:
-            low = jnp.maximum(low, given["bounds"][batch, tile, 0])
-            high = jnp.maximum(low, jnp.minimum(high, given["bounds"][batch, tile, 1]))
+        if o.segments:  # places in the tile's list
+            low, high = i32(0), given["met"][batch, tile, 0]
 
         @pl.when(group < GROUPS)
         def _() -> None:
             plgpu.set_max_registers((MANY_LOADS if o.segments else FEW_LOADS)[0], action="increase")
             _, full_low, full_high, _ = range_of(group)
-            place = (batch, kv_head, tile * i32(tile_keys), offset, group)
+            place = (batch, kv_head, tile, offset, group)
             _compute_keys(o, shared, given, scratch, place, (low, full_low, full_high, high))
 
         @pl.when(group == GROUPS)
@@ -330,7 +332,8 @@ def _keys_gradient(o: Options, given: dict[str, jax.Array]) -> tuple[jax.Array, 
 
             @pl.loop(0, (high - low) * i32(o.G))
             def _(count: Any) -> None:
-                head, i = kv_head * i32(o.G) + lax.rem(count, i32(o.G)), low + lax.div(count, i32(o.G))
+                head = kv_head * i32(o.G) + lax.rem(count, i32(o.G))
+                i = block_at(o, given, batch, tile, low + lax.div(count, i32(o.G)))
                 slot, rows = lax.rem(count, i32(stages)), pl.ds(i * i32(ROWS), ROWS)
                 for name, of_row in (("q", "lse"), ("d_out", "delta")):
                     ready = scratch[name + "_ready"].at[slot]
@@ -351,16 +354,17 @@ def _keys_gradient(o: Options, given: dict[str, jax.Array]) -> tuple[jax.Array, 
 def _compute_keys(
     o: Options, shared: bool, given: Any, scratch: Any, place: tuple[Any, ...], spans: tuple[Any, ...]
 ) -> None:
-    batch, kv_head, key, offset, group = place
+    batch, kv_head, tile, offset, group = place
     low, full_low, full_high, high = spans
     D, E, dtype = given["k"].shape[3], given["v"].shape[3], given["k"].dtype
-    key = key if shared else key + group * i32(ROWS)
+    key = tile * i32(ROWS) if shared else tile * i32(TILE) + group * i32(ROWS)
     first_own = i32(0) if shared else group * i32(ROWS)
     width_k, width_v = (D // 2, E // 2) if shared else (D, E)
     columns_k, columns_v = (pl.ds(group * i32(w) if shared else 0, w) for w in (width_k, width_v))
     keys, shape = pl.ds(key, ROWS), (ROWS, ROWS)
     # Masks and bends need registers, of which two accumulators of 64 x 128 leave enough for one more tile in flight.
-    wide = width_k + width_v > (128 if o.bias else 192)
+    many = o.bias or (o.segments and o.window is not None and o.bend is not None)
+    wide = width_k + width_v > (128 if many else 192)
     crowded = wide and (shared or o.segments or o.window is not None or o.bend is not None or o.bias)
     kv_ids_s = None
     if o.segments:
@@ -373,8 +377,8 @@ def _compute_keys(
         q_ids_q = None
         if o.segments:
             q_ids_q = read(scratch["q_ids"].at[slot], OF_COLUMN)
-        i = low + lax.div(count, i32(o.G))
         columns_q = read(scratch["columns"].at[group], OF_COLUMN)
+        i = block_at(o, given, batch, tile, low + lax.div(count, i32(o.G)))
         lead = i * i32(ROWS) + offset - key
         sees = mask(o, lead, None, shape, (kv_ids_s, q_ids_q), columns_q, keys_first=True)
         return jnp.where(sees, p_sq, 0.0)
@@ -384,7 +388,8 @@ def _compute_keys(
     first_full, first_edge, end = ((edge - low) * i32(o.G) for edge in (full_low, full_high, high))
 
     def bias_of(count: Any) -> Any:
-        head, i = kv_head * i32(o.G) + lax.rem(count, i32(o.G)), low + lax.div(count, i32(o.G))
+        head = kv_head * i32(o.G) + lax.rem(count, i32(o.G))
+        i = block_at(o, given, batch, tile, low + lax.div(count, i32(o.G)))
         return lambda: tile_of_bias(given["bias"], batch, head, keys, pl.ds(i * i32(ROWS), ROWS))
 
     def step(count: Any, carry: Any) -> Any:

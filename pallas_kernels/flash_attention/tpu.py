@@ -24,6 +24,7 @@ from .tpu_plan import PADDING_K, PADDING_Q, Plan, padded_ids, tables
 UNSEEN = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass
 DQ_BYTES = 8 << 20  # of the queries' gradient at a time, which is held in vector memory
 PART = 2048  # queries: a longer row's backward pass is cut at multiples of this
+TABLE = 1 << 16  # pairs of blocks that are listed at a time (for segments), in scalar memory
 
 
 def blocks(
@@ -103,7 +104,11 @@ def _backward(
     (B, T, H, D), (_, S, K, E) = q_BTHD.shape, v_BSKE.shape
     G = H // K
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
+    segments, bias = q_segment_ids_BT is not None, bias_BHTS is not None
+    plan = _plan((T, S, D, E), causal, window, q_offset, segments, bias, q_BTHD.dtype == jnp.float32, is_backward=True)
     longest = max(1, DQ_BYTES // (4 * G * max(D, LANES) * PART)) * PART
+    if segments and B * plan.nk * plan.steps > TABLE:
+        longest = min(longest, -(-T // (2 * PART)) * PART)
     if longest < T:  # parts of the queries, whose gradients of keys and values add up
         parts = []
         for start in range(0, T, longest):
@@ -122,8 +127,6 @@ def _backward(
         whole = jnp.concatenate(dq, 1), functools.reduce(jnp.add, dk), functools.reduce(jnp.add, dv)
         return *(x.astype(dtype) for x in whole), *(jnp.concatenate(x, 2) for x in d_bias)
 
-    segments, bias = q_segment_ids_BT is not None, bias_BHTS is not None
-    plan = _plan((T, S, D, E), causal, window, q_offset, segments, bias, q_BTHD.dtype == jnp.float32, is_backward=True)
     Tp, Sp = plan.nq * plan.block_q, plan.nk * plan.block_k
     if "out" in rest and not plan.covered:
         rest = {"delta": delta(rest["out"], d_out_BTHE, rest["d_lse"])}
@@ -182,9 +185,23 @@ def _forward(
     if qk_scale_H is not None:
         q_BTHD, k_BSKD, v_BSKE = (x.astype(jnp.bfloat16) for x in (q_BTHD, k_BSKD, v_BSKE))
     _check(q_BTHD)
-    (_, T, _, D), (_, S, _, E) = q_BTHD.shape, v_BSKE.shape
+    (B, T, _, D), (_, S, _, E) = q_BTHD.shape, v_BSKE.shape
     segments, bias = q_segment_ids_BT is not None, bias_BHTS is not None
     plan = _plan((T, S, D, E), causal, window, q_offset, segments, bias, q_BTHD.dtype == jnp.float32, is_backward=False)
+    if q_segment_ids_BT is not None and plan.nq > 1 and B * plan.nq * plan.steps > TABLE:
+        options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "sinks_H": sinks_H}
+        options |= {"kv_segment_ids_BS": kv_segment_ids_BS, "qk_scale_H": qk_scale_H, "v_scale_H": v_scale_H}
+        half = plan.nq // 2 * plan.block_q
+        parts = [
+            _forward(
+                q_BTHD[:, part], k_BSKD, v_BSKE, q_segment_ids_BT=q_segment_ids_BT[:, part],
+                q_offset=q_offset + (part.start or 0), bias_BHTS=None if bias_BHTS is None else bias_BHTS[:, :, part],
+                **options,
+            )
+            for part in (slice(half), slice(half, None))
+        ]  # fmt: skip
+        outs, lses = zip(*parts, strict=True)
+        return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
     Tp, Sp = plan.nq * plan.block_q, plan.nk * plan.block_k
     extras, found = _segments(plan, q_segment_ids_BT, kv_segment_ids_BS, q_offset)
     if bias_BHTS is not None:

@@ -51,21 +51,24 @@ def backward(
     bq, bk, (grid_rows, steps) = plan.block_q, plan.block_k, plan.grid
     names, turned = list(tables), min(D, E) < SIDES.get(target_chip() or "", 128)
 
-    def key_block(n: Any, t: Any) -> Any:
-        return plan.place(n, t)[0]
-
-    def query_block(b: Any, n: Any, t: Any, refs: Any) -> Any:
-        j, t = plan.place(n, t)
-        return _query_block(plan, *plan.queries_of(j, dict(zip(names, refs, strict=True)), b), t)
+    def in_memory(b: Any, n: Any, t: Any, g: Any, refs: Any) -> tuple[Any, Any, Any]:
+        """Blocks of keys and of queries, and the queries' head."""
+        j, i, meets = plan.blocks(n, t, dict(zip(names, refs, strict=True)), b)
+        return j, i, g if meets is True or G == 1 else jnp.where(meets, g, G - 1)
 
     def q_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
-        return b, h, g, query_block(b, n, t, refs), 0
+        _, i, g = in_memory(b, n, t, g, refs)
+        return b, h, g, i, 0
 
     def row_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
-        return b, h, g, 0, query_block(b, n, t, refs)
+        _, i, g = in_memory(b, n, t, g, refs)
+        return b, h, g, 0, i
 
     def k_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
-        return b, h, key_block(n, t), 0
+        return b, h, in_memory(b, n, t, g, refs)[0], 0
+
+    def out_map(b: Any, h: Any, n: Any, t: Any, *_: Any) -> Any:
+        return b, h, plan.place(n, t)[0], 0
 
     specs = {
         "q": pl.BlockSpec((None, None, None, bq, D), q_map),
@@ -74,13 +77,13 @@ def backward(
         "d_out": pl.BlockSpec((None, None, None, bq, E), q_map),
         "out": pl.BlockSpec((None, None, None, bq, E), q_map),
         "rows": pl.BlockSpec((None, None, None, 2, bq), row_map),
-        "q_ids": pl.BlockSpec((None, 1, bq), lambda b, h, n, t, g, *refs: (b, 0, query_block(b, n, t, refs))),
-        "kv_ids": pl.BlockSpec((None, 1, bk), lambda b, h, n, t, *_: (b, 0, key_block(n, t))),
+        "q_ids": pl.BlockSpec((None, 1, bq), lambda b, h, n, t, g, *refs: (b, 0, in_memory(b, n, t, g, refs)[1])),
+        "kv_ids": pl.BlockSpec((None, 1, bk), lambda b, h, n, t, g, *refs: (b, 0, in_memory(b, n, t, g, refs)[0])),
     }
     out_specs = [
         pl.BlockSpec((None, None, G, T, D), lambda b, h, *_: (b, h, 0, 0, 0)),
-        pl.BlockSpec((None, None, bk, D), k_map),
-        pl.BlockSpec((None, None, bk, E), k_map),
+        pl.BlockSpec((None, None, bk, D), out_map),
+        pl.BlockSpec((None, None, bk, E), out_map),
     ]
     outs = [(B, K, G, T, D), (B, K, S, D), (B, K, S, E)]
     out_shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in outs]
@@ -88,16 +91,15 @@ def backward(
         shared = [n == 1 for n in arrays["bias"].shape[:3]]
 
         def bias_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
+            j, i, g = in_memory(b, n, t, g, refs)
             own = (0 if alone else at for alone, at in zip(shared, (b, h, g), strict=True))
-            return *own, key_block(n, t), query_block(b, n, t, refs)
+            return *own, j, i
+
+        def d_bias_map(b: Any, h: Any, n: Any, t: Any, g: Any, *refs: Any) -> Any:
+            return b, h, g, n, plan.nth(n, t, dict(zip(names, refs, strict=True)), b)
 
         specs["bias"] = pl.BlockSpec((None, None, None, bk, bq), bias_map)
-        out_specs.append(
-            pl.BlockSpec(
-                (None, None, None, bk, bq),
-                lambda b, h, n, t, g, *refs: (b, h, g, key_block(n, t), query_block(b, n, t, refs)),
-            )
-        )
+        out_specs.append(pl.BlockSpec((None, None, None, bk, bq), d_bias_map))
         out_shapes.append(jax.ShapeDtypeStruct((B, K, G, S, T), jnp.float32))
     scratch = {}
     if not _whole_queries(plan):
@@ -143,12 +145,6 @@ def _whole_keys(plan: Plan, G: int) -> bool:
     return plan.covered and plan.nq == G == 1
 
 
-def _query_block(plan: Plan, low: Any, high: Any, t: Any) -> Any:
-    if plan.folded:  # folded: no step is without a block
-        return low + t
-    return jnp.minimum(jnp.maximum(jnp.minimum(low + t, high), 0), plan.nq - 1) if plan.nq > 1 else 0
-
-
 def _kernel(plan: Plan, scores: Scores, steps: int, turned: bool, parts: Any, *refs: Any) -> None:
     names, inputs, count, sums = parts
     left = iter(refs)
@@ -157,9 +153,7 @@ def _kernel(plan: Plan, scores: Scores, steps: int, turned: bool, parts: Any, *r
     sums = {name: next(left) for name in sums}
     b, _h, n, step, g = (pl.program_id(axis) for axis in range(5))
     j, t = plan.place(n, step)
-    low, high = plan.queries_of(j, tables, b)
-    i = _query_block(plan, low, high, t)
-    visited = True if plan.folded else low + t <= high
+    _, i, visited = plan.blocks(n, step, tables, b)
     heads, bq, late = dq_ref.shape[0], plan.block_q, scores.scale
 
     def queries(i: Any, part: slice = slice(0, bq)) -> Any:
@@ -223,11 +217,17 @@ def _kernel(plan: Plan, scores: Scores, steps: int, turned: bool, parts: Any, *r
         body = functools.partial(pair.run, edge=is_edge)
         body() if wanted is True else pl.when(wanted)(body)
 
+    if d_bias and visited is not True:
+
+        @pl.when(jnp.logical_not(visited))
+        def _() -> None:
+            d_bias[0][...] = jnp.zeros_like(d_bias[0])
+
     if not plan.covered:
         is_last = (n == pl.num_programs(2) - 1) & (step == steps - 1) & (g == heads - 1)
         pl.when(is_last)(lambda: each_block(end))
 
-        @pl.when((g == heads - 1) & (low + t == high if plan.folded else t == steps - 1))
+        @pl.when((g == heads - 1) & (i == plan.queries_of(j, tables, b)[1] if plan.folded else t == steps - 1))
         def _() -> None:
             write_keys(slice(None), sums["dk"][...], sums["dv"][...])
 

@@ -91,18 +91,17 @@ def forward(
     def of(refs: Any) -> Any:
         return dict(zip(names, refs, strict=True))
 
-    def row(n: Any, t: Any) -> Any:
-        return plan.place(n, t)[0]
-
-    def key_block(b: Any, n: Any, t: Any, refs: Any) -> Any:
-        i, j = plan.place(n, t)
-        return _key_block(plan, *plan.keys_of(i, of(refs), b), j)
+    def in_memory(b: Any, n: Any, t: Any, refs: Any) -> tuple[Any, Any]:
+        return plan.blocks(n, t, of(refs), b)[:2]
 
     def q_map(b: Any, h: Any, n: Any, t: Any, *refs: Any) -> Any:
-        return b, h, row(n, t), 0
+        return b, h, in_memory(b, n, t, refs)[0], 0
 
     def kv_map(b: Any, h: Any, n: Any, t: Any, *refs: Any) -> Any:
-        return b, lax.div(h, jnp.int32(G)), key_block(b, n, t, refs), 0
+        return b, lax.div(h, jnp.int32(G)), in_memory(b, n, t, refs)[1], 0
+
+    def out_map(b: Any, h: Any, n: Any, t: Any, *_: Any) -> Any:
+        return b, h, plan.place(n, t)[0], 0
 
     specs = {
         "q": pl.BlockSpec((None, None, bq, D), q_map),
@@ -111,14 +110,16 @@ def forward(
     }
     inputs = {"q": q_BHTD, "k": k_BKSD, "v": v_BKSE, **extras}
     if "q_ids" in extras:
-        specs["q_ids"] = pl.BlockSpec((None, 1, bq), lambda b, h, n, t, *_: (b, 0, row(n, t)))
-        specs["kv_ids"] = pl.BlockSpec((None, 1, bk), lambda b, h, n, t, *refs: (b, 0, key_block(b, n, t, refs)))
+        for name, size, side in (("q_ids", bq, 0), ("kv_ids", bk, 1)):
+            specs[name] = pl.BlockSpec(
+                (None, 1, size), lambda b, h, n, t, *refs, side=side: (b, 0, in_memory(b, n, t, refs)[side])
+            )
     if "bias" in extras:
         shared_b, shared_h = (n == 1 for n in extras["bias"].shape[:2])
 
         def bias_map(b: Any, h: Any, n: Any, t: Any, *refs: Any) -> Any:
-            block = key_block(b, n, t, refs)
-            return 0 if shared_b else b, 0 if shared_h else h, block, row(n, t)
+            row, block = in_memory(b, n, t, refs)
+            return 0 if shared_b else b, 0 if shared_h else h, block, row
 
         specs["bias"] = pl.BlockSpec((None, None, bk, bq), bias_map)
     for name in ("sinks", "factors"):
@@ -139,8 +140,8 @@ def forward(
             grid=(B, H, grid_rows, steps),
             in_specs=[specs[name] for name in inputs],
             out_specs=[
-                pl.BlockSpec((None, None, bq, E), q_map),
-                pl.BlockSpec((None, None, 1, bq), lambda b, h, n, t, *_: (b, h, 0, row(n, t))),
+                pl.BlockSpec((None, None, bq, E), out_map),
+                pl.BlockSpec((None, None, 1, bq), lambda b, h, n, t, *_: (b, h, 0, plan.place(n, t)[0])),
             ],
             scratch_shapes=[
                 pltpu.VMEM((1, bq), jnp.float32),
@@ -169,13 +170,6 @@ def scores_kept(plan: Plan) -> tuple[int, int, int]:
     return min(AHEAD + 1, plan.block_q // size), plan.block_k, size
 
 
-def _key_block(plan: Plan, low: Any, high: Any, j: Any) -> Any:
-    """The last comes first; a step without a block of its own names one that is there."""
-    if plan.folded:
-        return high - j
-    return jnp.minimum(jnp.maximum(jnp.maximum(high - j, low), 0), plan.nk - 1) if plan.nk > 1 else 0
-
-
 def _kernel(
     plan: Plan, scores: Scores, steps: int, in_turns: bool, names: list[str], inputs: list[str], *refs: Any
 ) -> None:
@@ -186,21 +180,24 @@ def _kernel(
     out_ref, lse_ref, max_ref, sum_ref, acc_ref, scores_ref = refs[len(inputs) :]
     b, h, n, t = (pl.program_id(axis) for axis in range(4))
     i, j = plan.place(n, t)
-    low, high = plan.keys_of(i, tables, b)
-    block = _key_block(plan, low, high, j)
+    _, block, meets = plan.blocks(n, t, tables, b)
     rows = Rows(plan, scores, x, tables, (b, h, i, block), (out_ref, lse_ref, max_ref, sum_ref, acc_ref, scores_ref))
 
     full, kinds = plan.is_full(i, block, tables, b), _kinds(plan, steps)
     for first, is_edge in kinds:
-        # A row's first block is visited even when it is empty, for the output to be written.
-        wanted = [] if steps == 1 else [j == 0] if first else [j > 0] if plan.folded else [j > 0, high - j >= low]
+        wanted = [] if steps == 1 else [j == 0] if first else [j > 0]
+        if meets is not True and (plan.has_empty_rows or not first):
+            wanted.append(meets)
         if (first, not is_edge) in kinds:
             wanted.append(jnp.logical_not(full) if is_edge else full)
         body = functools.partial(rows.run, first=first, last=steps == 1, edge=is_edge)
         for turn in ([h % 2 == 0], [h % 2 == 1]) if in_turns else ([],):
             conditions = wanted + turn
             pl.when(functools.reduce(jnp.logical_and, conditions))(body) if conditions else body()
+    if plan.has_empty_rows:
+        pl.when((j == 0) & jnp.logical_not(meets))(functools.partial(rows.begin, last=steps == 1))
     if steps > 1:
+        high = plan.keys_of(i, tables, b)[1] if plan.folded else None
 
         @pl.when(j == high if plan.folded else j == steps - 1)
         def _() -> None:
@@ -217,9 +214,8 @@ def _kinds(plan: Plan, steps: int) -> list[tuple[bool, bool]]:
     found = set()
     for i in range(plan.nq):
         low, high = plan.keys_of(i, None, 0)
-        for j in range(max(1, high - low + 1)):
-            block = min(max(high - j, low, 0), plan.nk - 1)
-            found.add((j == 0, not plan.is_full(i, block, None, 0)))
+        for j in range(high - low + 1):
+            found.add((j == 0, not plan.is_full(i, high - j, None, 0)))
     return sorted(found, reverse=True)
 
 
@@ -237,6 +233,20 @@ class Rows:
     def chunks(self) -> list[slice]:
         size = min(self.plan.chunk, self.plan.block_q)
         return [slice(start, start + size) for start in range(0, self.plan.block_q, size)]
+
+    def begin(self, last: bool) -> None:
+        """In place of `run` where nothing is seen."""
+        *_, max_ref, sum_ref, acc_ref, _ = self.refs
+        for chunk in self.chunks():
+            size = chunk.stop - chunk.start
+            parts = [
+                jnp.full((ref.shape[0], size), x, jnp.float32)
+                for ref, x in ((max_ref, LOWEST), (sum_ref, 0), (acc_ref, 0))
+            ]
+            if last:
+                self.finish(chunk, *parts)
+            else:
+                max_ref[:, chunk], sum_ref[:, chunk], acc_ref[:, chunk] = parts
 
     def run(self, first: bool, last: bool, edge: bool) -> None:
         # On the diagonal a chunk's last keys are known to be hidden, and the first ones to be seen.

@@ -20,14 +20,15 @@ from .gpu_blocks import (
     UNSEEN,
     Arrays,
     Options,
+    blocks_met,
     edges,
     i32,
     keys_of,
     of_rows,
     pad_rows,
+    pairs_met,
     queries_of,
     round_up,
-    segment_bounds,
 )
 
 
@@ -58,7 +59,7 @@ def forward(
     of_tile = blocks(q_BTHD.shape[3], E, q_BTHD.dtype.itemsize, False)
     given = _padded(o, of_tile, {"q": q_BTHD, "k": k_BSKD, "v": v_BSKE}, arrays)
     if o.segments:
-        given["bounds"] = segment_bounds(given["q_ids"], given["kv_ids"], *of_tile[:2])
+        given["met"] = blocks_met(o, given, *of_tile[:2])
     (B, T_pad, H, _), E_pad = given["q"].shape, given["v"].shape[3]
     outs = {  # of float8, what it was widened to
         "out": jax.ShapeDtypeStruct((B, T_pad, H, E_pad), q_BTHD.dtype),
@@ -87,8 +88,8 @@ def backward(
     given |= of_rows(lse_BTH, delta_BTH, T_pad)
     of_keys = dict(given)
     if o.segments:
-        given["bounds"] = segment_bounds(given["q_ids"], given["kv_ids"], *of_tile[:2])
-        of_keys["bounds"] = segment_bounds(given["kv_ids"], given["q_ids"], of_tile[1], of_tile[0])
+        of_keys["met"] = blocks_met(o, given, *of_tile[:2], of_keys=True)
+        given["met"] = blocks_met(o, given, *of_tile[:2])
     wide = {
         "dq": jax.ShapeDtypeStruct((B, T_pad, H, D_pad), jnp.float32),
         "dk": jax.ShapeDtypeStruct((B, S_pad, K, D_pad), jnp.float32),
@@ -115,6 +116,8 @@ def bias_gradient(
     of_tile = blocks(q_BTHD.shape[3], v_BSKE.shape[3], q_BTHD.dtype.itemsize, True)
     given = _padded(o, of_tile, {"q": q_BTHD, "k": k_BSKD, "v": v_BSKE, "d_out": d_out_BTHE}, arrays)
     given |= of_rows(lse_BTH, delta_BTH, given["q"].shape[1])
+    if o.segments:
+        given["met"] = pairs_met(o, given, *of_tile[:2]).astype(jnp.int32)
     # A program adds up a tile over the rows and heads that share it.
     block_q, block_k, warps = of_tile
     names, bias = tuple(given), given["bias"]
@@ -126,24 +129,34 @@ def bias_gradient(
         i, j = pl.program_id(0), pl.program_id(1)
         b, h = lax.div(pl.program_id(2), i32(own_H)), lax.rem(pl.program_id(2), i32(own_H))
         rows, keys = pl.ds(i * block_q, block_q), pl.ds(j * block_k, block_k)
-        bias_qs = of_name["bias"][b, h, rows, keys]
 
         def add(n: Any, sum_qs: Any) -> Any:
             # Exactly one of the two goes on where one is shared.
             at_b, at_h = b + lax.div(n, i32(shared_H)), h + lax.rem(n, i32(shared_H))
-            kv = lax.div(at_h, i32(o.G))
+            if o.offset is not None and not o.segments:
+                return sum_qs + of_head(at_b, at_h)
+            return lax.cond(meets(at_b), lambda x: x + of_head(at_b, at_h), lambda x: x, sum_qs)
+
+        def meets(at_b: Any) -> Any:
+            if o.segments:
+                return of_name["met"][at_b, i, j] > 0
+            low, _, _, high = keys_of(o, i * block_q + _offset(o, of_name, at_b), block_q, block_k, S // block_k)
+            return (j >= low) & (j < high)
+
+        def of_head(at_b: Any, at_h: Any) -> Any:
+            kv, first_q = lax.div(at_h, i32(o.G)), i * block_q + _offset(o, of_name, at_b)
             q_qD, k_sD = of_name["q"][at_b, rows, at_h, :], of_name["k"][at_b, keys, kv, :]
-            first_q = i * block_q + (i32(o.offset) if o.offset is not None else of_name["offset"][at_b])
             ids = (of_name["q_ids"][at_b, rows], of_name["kv_ids"][at_b, keys]) if o.segments else None
             sees = _mask(o, first_q, j * block_k, (block_q, block_k), ids)
+            bias_qs = of_name["bias"][b, h, rows, keys]
             p_qs, _ = _weights(o, _dot(q_qD, k_sD, 1, 1), of_name["lse"][at_b, at_h, rows], sees, bias_qs)
             dp_qs = _dot(of_name["d_out"][at_b, rows, at_h, :], of_name["v"][at_b, keys, kv, :], 1, 1)
-            return sum_qs + p_qs * (dp_qs - of_name["delta"][at_b, at_h, rows][:, None])  # it is added after the bend
+            return p_qs * (dp_qs - of_name["delta"][at_b, at_h, rows][:, None])  # it is added after the bend
 
         zeros = jnp.zeros((block_q, block_k), jnp.float32)
         count = jnp.int32(B // own_B * shared_H)
-        if o.offset is not None and o.causal:  # nobody sees what is above the diagonal
-            count = jnp.where(j * block_k > i * block_q + (block_q - 1 + o.offset), 0, count)
+        if o.offset is not None and not o.segments:  # the same of all rows
+            count = jnp.where(meets(b), count, 0)
         of_name["d_bias"][b, h, rows, keys] = lax.fori_loop(0, count, add, zeros)
 
     d_bias = pl.pallas_call(
@@ -187,8 +200,8 @@ def _launch(
             own_B, own_H = (n > 1 for n in x.shape[:2])
             kept = None if over_queries or not own_H else o.G
             return pl.BlockSpec((None, kept, *x.shape[2:]), lambda i, h, b: (b * own_B, h * own_H, 0, 0))
-        if which == "bounds":
-            return pl.BlockSpec((None, x.shape[1], 2), lambda i, h, b: (b, 0, 0))
+        if which == "met":
+            return pl.BlockSpec((None, *x.shape[1:]), lambda i, h, b: (b, 0, 0))
         of_head = of_kv_head if which in ("k", "v", "dk", "dv") else of_query_head
         heads_kept = None if of_head is not None else o.G  # all the query heads of a key head
         at = of_head or (lambda h: h)
@@ -239,11 +252,12 @@ def _mask(o: Options, first_q: Any, first_s: Any, shape: tuple[int, ...], ids: A
     return sees
 
 
-def _loops(o: Options, block: int, step: Any, spans: Any, carry: Any) -> Any:
-    """step(j, carry, masked) over [low, high): masked but between full_low and full_high."""
+def _loops(o: Options, block: int, step: Any, refs: Any, i: Any, spans: Any, carry: Any) -> Any:
+    """step(j, carry, masked) over the blocks j that tile i meets: of [low, high), masked but between full_low and
+    full_high; with segments, of its list, all masked."""
     low, full_low, full_high, high = spans
     if o.segments:
-        return lax.fori_loop(low, high, lambda j, c: step(j, c, True), carry)
+        return lax.fori_loop(0, refs["met"][i, 0], lambda n, c: step(refs["met"][i, 1 + n], c, True), carry)
     if not edges(o, block):
         return lax.fori_loop(low, high, lambda j, c: step(j, c, False), carry)
     carry = lax.fori_loop(low, full_low, lambda j, c: step(j, c, True), carry)
@@ -251,16 +265,8 @@ def _loops(o: Options, block: int, step: Any, spans: Any, carry: Any) -> Any:
     return lax.fori_loop(full_high, high, lambda j, c: step(j, c, True), carry)
 
 
-def _spans(refs: Any, i: Any, spans: Any) -> Any:
-    """`spans` within the blocks that share a segment with tile i."""
-    if "bounds" not in refs:
-        return spans
-    low, high = jnp.maximum(spans[0], refs["bounds"][i, 0]), jnp.minimum(spans[3], refs["bounds"][i, 1])
-    return low, low, low, jnp.maximum(low, high)
-
-
-def _offset(o: Options, refs: Any) -> Any:
-    return i32(o.offset) if o.offset is not None else refs["offset"][0]
+def _offset(o: Options, refs: Any, b: Any = 0) -> Any:
+    return i32(o.offset) if o.offset is not None else refs["offset"][b]
 
 
 def _forward_tile(o: Options, of_tile: Any, refs: Any, i: Any) -> None:
@@ -288,10 +294,10 @@ def _forward_tile(o: Options, of_tile: Any, refs: Any, i: Any) -> None:
         return acc_qE, new_max_q, sum_q * decay_q + p_qs.sum(axis=1)
 
     n = refs["k"].shape[0] // block_k
-    spans = _spans(refs, i, keys_of(o, first_q, block_q, block_k, n))
+    spans = keys_of(o, first_q, block_q, block_k, n)
     start = jnp.full((block_q,), UNSEEN * o.base2, jnp.float32)
     carry = (jnp.zeros((block_q, refs["v"].shape[1]), jnp.float32), start, jnp.zeros((block_q,), jnp.float32))
-    acc_qE, max_q, sum_q = _loops(o, block_k, step, spans, carry)
+    acc_qE, max_q, sum_q = _loops(o, block_k, step, refs, i, spans, carry)
     if o.sinks:
         sink = jnp.maximum(refs["sinks"][0] * LOG2E, UNSEEN * o.base2)
         new_max_q = jnp.maximum(max_q, sink)
@@ -337,8 +343,8 @@ def _queries_tile(o: Options, of_tile: Any, refs: Any, i: Any) -> None:
         return dq_qD + _dot(ds_qs.astype(k_sD.dtype), k_sD, 1, 0)
 
     n = refs["k"].shape[0] // block_k
-    spans = _spans(refs, i, keys_of(o, first_q, block_q, block_k, n))
-    dq_qD = _loops(o, block_k, step, spans, jnp.zeros(q_qD.shape, jnp.float32))
+    spans = keys_of(o, first_q, block_q, block_k, n)
+    dq_qD = _loops(o, block_k, step, refs, i, spans, jnp.zeros(q_qD.shape, jnp.float32))
     refs["dq"][rows, :] = dq_qD * o.scale
 
 
@@ -366,10 +372,10 @@ def _keys_tile(o: Options, of_tile: Any, refs: Any, j: Any) -> None:
         return dk_sD + _dot(ds_qs.astype(q_qD.dtype), q_qD, 0, 0), dv_sE
 
     n = refs["q"].shape[0] // block_q
-    spans = _spans(refs, j, queries_of(o, j * block_k - offset, block_k, block_q, n))
+    spans = queries_of(o, j * block_k - offset, block_k, block_q, n)
 
     def of_head(g: Any, carry: Any) -> Any:
-        return _loops(o, block_k, lambda i, c, masked: step(g, i, c, masked), spans, carry)
+        return _loops(o, block_k, lambda i, c, masked: step(g, i, c, masked), refs, j, spans, carry)
 
     zeros = (jnp.zeros(k_sD.shape, jnp.float32), jnp.zeros(v_sE.shape, jnp.float32))
     dk_sD, dv_sE = lax.fori_loop(0, o.G, of_head, zeros)

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 
 from benchmarks.static import Program
 from tests.pallas_kernels import gpu_programs
+from tests.pallas_kernels import test_flash_attention_tpu as flash_tpu
 from tests.pallas_kernels.gpu_emulator import emulate
 from tests.pallas_kernels.test_flash_attention import headed, paired
 from tests.pallas_kernels.test_flash_attention_backward import check_parts
@@ -24,6 +25,7 @@ from twinax.pallas_kernels.flash_attention import (
     blackwell_backward,
     flash_attention,
     gpu,
+    gpu_blocks,
     hopper,
     hopper_backward,
     triton,
@@ -204,6 +206,60 @@ def test_large_scores_and_their_gradients_stay_finite(kernel, case):
     large = q * jnp.bfloat16(1e4), k * jnp.bfloat16(1e4), v
     for x in run(kernel, both)(large, d_out, arrays):
         assert np.isfinite(np.asarray(x, np.float32)).all()
+
+
+@pytest.mark.parametrize("mask", [{}, {"causal": False}, {"window": 90}, {"q_offset": (300, -150), "window": 150}])
+@pytest.mark.parametrize("ids", flash_tpu.IDS)
+def test_a_tile_lists_the_blocks_that_its_segments_and_positions_leave(ids, mask):
+    T, ids = 600, jnp.asarray(flash_tpu.IDS[ids], jnp.int32)
+    x, options = jnp.zeros((2, T, 1, 16)), {"causal": True, "window": None, "q_offset": 0, "scale": 1.0} | mask
+    at = np.arange(T)[:, None] + np.reshape(options["q_offset"], (-1, 1, 1)) - np.arange(T)
+    sees = (ids[:, :, None] == ids[:, None]) & (ids != 0)[:, None] & (at >= 0 if options["causal"] else True)
+    sees = sees if options["window"] is None else sees & (np.abs(at) < options["window"])
+    if isinstance(options["q_offset"], tuple):
+        options["q_offset"] = jnp.asarray(options["q_offset"], jnp.int32)
+    o, arrays = gpu_blocks.options_of(x, x, softcap=None, q_segment_ids_BT=ids, kv_segment_ids_BS=ids, **options)
+    given = {"q": jnp.zeros((2, 640, 1, 16)), "k": jnp.zeros((2, 640, 1, 16)), **arrays.padded(640, 640)}
+    meet = np.asarray(np.pad(np.asarray(sees), [(0, 0), (0, 40), (0, 40)]).reshape(2, 5, 128, 10, 64).any((2, 4)))
+    for of_keys, wanted in ((False, meet), (True, np.swapaxes(meet, 1, 2))):
+        lists = np.asarray(gpu_blocks.blocks_met(o, given, 128, 64, of_keys))
+        for at in np.ndindex(wanted.shape[:2]):
+            n, *blocks = lists[at]
+            assert blocks[:n] == list(np.flatnonzero(wanted[at]))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(name, marks=() if name == "triton" else pytest.mark.slow) for name in KERNELS]
+)
+def test_blocks_that_nobody_sees_may_hold_anything(kernel):
+    """What is not finite would show in anything that is computed of it, even if it were hidden then."""
+    skip_unless_for_this_gpu(kernel)
+    ids = np.asarray([[1] * 128 + [2] * 128 + [1] * 128], np.int32)
+    options = NOTHING | _check_options(
+        tuple(jnp.zeros((1, 384, 1, 16)) for _ in range(3)),
+        causal=True, window=None, q_offset=0, scale=None, softcap=None, bias_BHTS=None,
+        q_segment_ids_BT=jnp.asarray(ids), kv_segment_ids_BS=jnp.asarray(np.where(ids == 2, 5, ids)),
+    )  # fmt: skip
+    static = {name: x for name, x in options.items() if not isinstance(x, jax.Array)}
+    static.pop("bias_BHTS")
+    arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (rng.standard_normal((1, 384, 1, 16)) for _ in range(4))
+    bias, poisoned = rng.standard_normal((1, 1, 384, 384)), [k.copy(), v.copy()]
+    for x in poisoned:
+        x[:, 128:256] = np.nan
+    poisoned.append(np.where((np.arange(384) // 128 == 1), np.nan, bias))
+
+    def both(q, k, v, bias, d_out, arrays):
+        inputs = [x.astype(jnp.bfloat16) for x in (q, k, v, bias)]
+        (out, lse), pull = jax.vjp(
+            lambda q, k, v, b: KERNELS[kernel](q, k, v, bias_BHTS=b, **static, **arrays), *inputs
+        )
+        return out, lse, pull((d_out.astype(out.dtype), jnp.zeros_like(lse)))
+
+    results = [run(kernel, both)(q, *given, d_out, arrays) for given in ((k, v, bias), poisoned)]
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 @pytest.mark.usefixtures("interpreted")

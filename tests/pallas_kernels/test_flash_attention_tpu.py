@@ -117,6 +117,14 @@ def test_rows_too_long_for_the_backward_kernel_go_in_parts(monkeypatch):
     test_forward_and_backward("bias of every head, offsets by row")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["segments, sinks, softcap", "window, segments"])
+def test_rows_whose_list_of_pairs_is_too_long_go_in_parts(case, monkeypatch):
+    monkeypatch.setattr(tpu, "TABLE", 6)
+    monkeypatch.setattr(tpu, "PART", 128)
+    test_forward_and_backward(case)
+
+
 def test_bfloat16_sums_in_float32_and_large_scores_stay_finite():
     (q, k, v), options = contract.make("segments, sinks, softcap", jnp.bfloat16)
     del options["softcap"]
@@ -203,39 +211,126 @@ def test_under_the_diagonal_every_step_of_the_grid_has_a_pair_and_each_pair_a_st
         assert set(wanted) <= set(got)
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        Plan(700, 900, 128, 256, True, 300, 128, segments=False),
-        Plan(700, 900, 128, 256, False, 200, -70, segments=False),
-        Plan(512, 512, 128, 128, True, None, 0, segments=False),
-        Plan(500, 1500, 128, 128, True, 90, None, segments=False),  # the offset is known when it runs
-    ],
-)
-def test_the_forward_kernel_loads_no_block_that_the_mask_empties(plan):
-    """A step without a block of its own names the one that is there, or of a row that sees nothing the first."""
-    tables = {"offset": np.asarray([700])} if plan.offset is None else {}
-    seen = dict.fromkeys(range(plan.nq), frozenset())
-    for n in range(plan.grid[0]):
-        for t in range(plan.grid[1]):
-            i, j = (int(x) for x in plan.place(n, t))
-            low, high = (int(x) for x in plan.keys_of(i, tables, 0))
-            block = int(tpu_forward._key_block(plan, low, high, j))
-            assert low <= block <= high or high < low
-            seen[i] |= {block}
-    for i, blocks in seen.items():
-        low, high = (int(x) for x in plan.keys_of(i, tables, 0))
-        assert blocks == set(range(low, high + 1)) or (high < low and len(blocks) == 1)
+def steps_of(monkeypatch, kernel, run):
+    """The plan of a kernel, the ids of each step of its grid, the block [steps, axes] of each operand and result in
+    memory then, and (row, other, whether they meet)."""
+    found = []
+
+    def record(body, *, grid_spec, out_shape, **_):
+        def call(*operands):
+            plan, tables = body.args[0], [jnp.asarray(x) for x in operands[: grid_spec.num_scalar_prefetch]]
+            grid = np.indices(grid_spec.grid).reshape(len(grid_spec.grid), -1)
+            specs = [x for x in (*grid_spec.in_specs, *grid_spec.out_specs) if x.index_map is not None]
+            names = body.args[4] if kernel is tpu_forward else body.args[4][0]
+            named = dict(zip(names, tables, strict=True))
+
+            def of_step(*at):
+                b, n, t = at[0], *at[2:4]
+                maps = *(x.index_map(*at, *tables) for x in specs), plan.blocks(n, t, named, b)
+                return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), maps)
+
+            *blocks, pairs = jax.jit(jax.vmap(of_step))(*jnp.asarray(grid, jnp.int32))
+            found.append((plan, grid, [np.stack(x, 1) for x in blocks], np.stack(pairs)))
+            return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
+
+        return call
+
+    monkeypatch.setattr(kernel.pl, "pallas_call", record)
+    run()
+    return found[0]
 
 
-def test_blocks_of_other_segments_are_not_loaded():
-    ids = np.repeat([[1, 2, 3, 4]], 128, axis=1)
-    plan = Plan(512, 512, 128, 128, True, None, 0, segments=True)
-    _, tables = tpu._segments(plan, jnp.asarray(ids), jnp.asarray(ids), 0)
-    for i in range(4):
-        assert [int(x) for x in plan.keys_of(i, tables, 0)] == [i, i]
-        assert [int(x) for x in plan.queries_of(i, tables, 0)] == [i, i]
-    assert [bool(plan.is_full(i, i, tables, 0)) for i in range(4)] == [False] * 4  # causal: an edge
+IDS = {
+    "in order": [[1] * 200 + [2] * 300 + [0] * 100, [0] * 600],
+    "come back": [[1] * 150 + [2] * 230 + [1] * 140 + [3] * 80, [7] * 128 + [0] * 256 + [7] * 128 + [9] * 88],
+    "not in order, with gaps": [[9] * 130 + [2] * 250 + [5] * 220, [0] * 200 + [4] * 100 + [3] * 300],
+}
+MASKS = {
+    "causal": {},
+    "all keys": {"causal": False},
+    "window": {"window": 90},
+    "window both sides, before and after the keys": {"causal": False, "window": 60, "q_offset": -200},
+    "window, far": {"window": 100, "q_offset": 420},
+    "offsets by row": {"q_offset": (300, -150)},
+    "offsets by row, window": {"q_offset": (-220, 400), "window": 150},
+    "rows before the first key": {"q_offset": -150},
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ids", [None, *IDS])
+@pytest.mark.parametrize("mask", MASKS)
+def test_blocks_that_the_mask_empties_are_neither_loaded_nor_visited(mask, ids, bias, monkeypatch):
+    """By the index maps of the very programs; steps with nothing to do name the blocks that are there."""
+    B, T, H, K = 2, 600, 4, 2
+    options = {"causal": True, "window": None, "q_offset": 0} | MASKS[mask]
+    if isinstance(options["q_offset"], tuple):
+        options["q_offset"] = jnp.asarray(options["q_offset"], jnp.int32)
+    at = np.arange(T)[:, None] + np.reshape(options["q_offset"], (-1, 1, 1)) - np.arange(T)
+    sees = np.broadcast_to(at >= 0 if options["causal"] else True, (B, T, T))
+    sees = sees if options["window"] is None else sees & (np.abs(at) < options["window"])
+    options |= {"scale": 1.0, "softcap": None}
+    if ids is not None:
+        options["q_segment_ids_BT"] = options["kv_segment_ids_BS"] = rows = jnp.asarray(IDS[ids], jnp.int32)
+        sees = sees & (rows[:, :, None] == rows[:, None]) & (rows != 0)[:, None]
+    sees = np.pad(np.asarray(sees), [(0, 0), (0, 40), (0, 40)])
+    meet = np.asarray(sees.reshape(B, 5, 128, 5, 128).any((2, 4)))
+    if bias:
+        options["bias_BHTS"] = jnp.zeros((1, H, T, T))
+    q, k, of_rows = jnp.zeros((B, T, H, 8)), jnp.zeros((B, T, K, 8)), jnp.zeros((B, T, H))
+    runs = (
+        (tpu_forward, lambda: tpu._forward(q, k, k, **options)),
+        (tpu_backward, lambda: tpu.flash_attention_backward(q, k, k, q, of_rows, of_rows, **options)),
+    )
+    for kernel, run in runs:
+        plan, (b, h, n, t, *g), blocks, (row, other, visited) = steps_of(monkeypatch, kernel, run)
+        own, (i, j) = plan.place(n, t)[0], (other, row) if plan.per_key_block else (row, other)
+        # Each pair that meets has its step, and no other has.
+        visits = [(b, h, *g, own, other)] if plan.per_key_block else [(b, h, own, other)]
+        visits = np.stack(visits[0])[:, visited == 1]
+        wanted = np.swapaxes(meet, 1, 2) if plan.per_key_block else meet
+        times = np.zeros((B, K, H // K, 5, 5) if g else (B, H, 5, 5), int)
+        np.add.at(times, tuple(visits), 1)
+        np.testing.assert_array_equal(
+            times, np.broadcast_to(wanted.reshape(B, *[1] * (times.ndim - 3), 5, 5), times.shape)
+        )
+        # What is in memory meets, and is copied for its own steps only, or a first time before.
+        assert (meet[b, i, j] | ~np.asarray(meet.any((1, 2)))[b]).all()
+        of_q, of_k, of_v = blocks[:3]
+        np.testing.assert_array_equal(of_q[:, -2], i)
+        np.testing.assert_array_equal(of_k[:, 2], j)
+        np.testing.assert_array_equal(of_v, of_k)
+        copies = 1 + np.diff(of_q, axis=0).any(1).sum()
+        needed = times.sum() if plan.per_key_block else times.any(-1).sum()
+        assert copies <= needed + B * times.shape[1]
+        if bias:
+            of_bias = blocks[len(blocks) - (5 if plan.per_key_block else 3)]
+            np.testing.assert_array_equal(of_bias[:, -2:], np.stack([j, i], 1))
+            assert len(set(map(tuple, blocks[-1]))) == len(b) or not plan.per_key_block
+
+
+def test_blocks_that_nobody_sees_may_hold_anything():
+    """What is not finite would show in anything that is computed of it, even if it were hidden then."""
+    ids = np.asarray([[1] * 128 + [2] * 128 + [1] * 128 + [3] * 128])
+    kv_ids = np.where(ids == 2, 5, ids)
+    rng = np.random.default_rng(0)
+    shapes = (1, 512, 2, 8), (1, 512, 1, 8), (1, 512, 1, 8), (1, 2, 512, 512)
+    given = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    poisoned = [x.copy() for x in given]
+    for x in poisoned[:3]:
+        x[:, 128:256] = np.nan
+    poisoned[3][:, :, 128:256] = poisoned[3][..., 128:256] = np.nan
+
+    @jax.jit
+    def results(*given):
+        def loss(q, k, v, bias):
+            options = {"bias_BHTS": bias, "q_segment_ids_BT": ids, "kv_segment_ids_BS": kv_ids}
+            out, lse = flash_attention(q, k, v, **options, return_lse=True, implementation="tpu")
+            return jnp.where(lse > -jnp.inf, lse, 0).sum() + (out * out).sum(), (out, lse)
+
+        return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(*given)
+
+    jax.tree.map(np.testing.assert_array_equal, results(*poisoned), results(*given))
 
 
 def test_float64_is_for_others():
