@@ -26,7 +26,7 @@ from ..tuned import best
 from .formats import FLOAT8, INTEGERS, PACKED, QuantizedWeight, expand, scales_of
 from .quantize_rows import FORMATS, quantize_rows
 from .tpu_inside import PARTS
-from .tpu_kernel import Layout, kernel
+from .tpu_kernel import OUTPUTS, Layout, kernel
 from .tpu_rows import Operand, apart, evens_first, operand, split
 
 # Not a kernel yet: XLA fuses the dequantisation into its product, which reads weights as they are kept as well.
@@ -45,7 +45,10 @@ VMEM_BYTES = 48 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product is cut: what the unit multiplies, rows a tile, inputs a tile, inputs and outputs a block."""
+    """How a product is cut: what the unit multiplies, rows a tile, inputs a tile, inputs and outputs a block.
+
+    `several`: whether a large block's weights come by several copies at the same time.
+    """
 
     operand: Operand
     scaled_first: bool
@@ -53,6 +56,11 @@ class Plan:
     tile: int
     inputs: int
     outputs: int
+    several: bool
+
+    @property
+    def copies(self) -> int:
+        return self.outputs // OUTPUTS if self.several and self.outputs in range(1024, 4097, OUTPUTS) else 1
 
 
 def plan(M: int, x_dtype: jnp.dtype, weight: QuantizedWeight, activation_format: str | None, chip: str | None) -> Plan:
@@ -92,12 +100,17 @@ def plan(M: int, x_dtype: jnp.dtype, weight: QuantizedWeight, activation_format:
     wide = inputs // 2 if packed else inputs
     # Fast memory wants large blocks, as each step has its cost; a slow one small ones, as nothing hides the first.
     most = 1024 if min(M, rows) * taken.pieces <= 256 else 512
-    outputs = max(128, min(most, ((1 << 22) if deep == 256 else (1 << 21)) // wide // 128 * 128))
+    # One copy is slower than the memory. Several take their time to begin, which shows where the products, or what
+    # makes weights floats, take longer than the memory.
+    several = not scaled_first and (M <= FEW_ROWS or (weight.format == "int8" and chip not in NATIVE))
+    outputs = max(128, min(most, ((1 << 22) if deep == 256 or several else (1 << 21)) // wide // 128 * 128))
     outputs = min(outputs, -(-O // 128) * 128)
     key = {"M": 1 << max(M - 1, 0).bit_length(), "I": I, "O": O, "format": weight.format}
     key |= {"size": size if grouped else 0, "rows": activation_format or x_dtype.name}
     found = best("quantized_matmul", chip, key) or {}
-    return Plan(taken, scaled_first, min(M, found.get("rows", rows)), tile, inputs, found.get("outputs", outputs))
+    return Plan(
+        taken, scaled_first, min(M, found.get("rows", rows)), tile, inputs, found.get("outputs", outputs), several
+    )
 
 
 def tuning_space(chip: str, key: dict[str, Any]) -> list[dict[str, Any]]:
@@ -216,6 +229,7 @@ def quantized_matmul(
         quantized=activation_format,
         narrow_scales=cut.scaled_first and weight.zeros is None and chip in DEEP and size % 32 == 0,
         shift_given=shift_given,
+        copies=cut.copies,
     )
     G_step = cut.inputs // size if grouped else 1
     J_R, BO = x_NRI.shape[1], cut.outputs
@@ -231,11 +245,15 @@ def quantized_matmul(
         arguments, specs = [x_MI], [spec((M, cut.inputs), lambda o, n, k: (0, 0))]
     else:
         arguments, specs = [x_NRI], [spec((None, J_R, cut.inputs), lambda o, n, k: (n, 0, k))]
-    if inputs_first:
-        specs.append(spec((cut.inputs // 2 if packed else cut.inputs, BO), lambda o, n, k: (k, o)))
-    else:
-        specs.append(spec((BO, cut.inputs), lambda o, n, k: (o, k)))
-    arguments += [weight.values, scales_GO]
+    a_copy, of_weights = BO // cut.copies, cut.inputs // 2 if packed else cut.inputs
+    for c in range(cut.copies):
+        # There is nothing past the last outputs to copy.
+        at = lambda o, c=c: jnp.minimum(o * cut.copies + c, -(-O // a_copy) - 1)  # noqa: E731
+        if inputs_first:
+            specs.append(spec((of_weights, a_copy), lambda o, n, k, at=at: (k, at(o))))
+        else:
+            specs.append(spec((a_copy, of_weights), lambda o, n, k, at=at: (at(o), k)))
+    arguments += [*[weight.values] * cut.copies, scales_GO]
     specs.append(spec((G_step, BO), lambda o, n, k: (k, o)))
     if inside:
         pass

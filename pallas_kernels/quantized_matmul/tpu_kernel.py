@@ -53,6 +53,8 @@ class Layout:
     narrow_scales: bool
     # Whether what codes are off by comes from outside; else it is `CODES_OFF` times their scales.
     shift_given: bool
+    # Weights come in so many refs, each some of the block's outputs.
+    copies: int
 
     @property
     def contract(self) -> int:
@@ -86,8 +88,11 @@ class Layout:
         return self.format == "fp8_e4m3" and self.operand.dtype == jnp.bfloat16 and target_chip() in TURNING
 
 
-def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, *refs: Any) -> None:
+def kernel(layout: Layout, *refs: Any) -> None:
     given: Iterator[Any] = iter(refs)
+    x_ref = next(given)
+    w_refs = [next(given) for _ in range(layout.copies)]
+    scales_ref = next(given)
     outside = layout.inside is None
     x_scales_ref = next(given) if outside else None
     shift_ref = next(given) if layout.shift_given else None
@@ -111,10 +116,12 @@ def kernel(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, *refs: Any) 
 
         x_ref = rows_ref
     # Some outputs at a time, so that their sums stay in registers.
-    for first in range(0, y_ref.shape[1], OUTPUTS):
-        lanes = pl.ds(first, min(OUTPUTS, y_ref.shape[1] - first))
-        part = lambda ref: None if ref is None else ref.at[:, lanes]  # noqa: B023, E731
-        w_part = part(w_ref) if layout.contract == 0 else w_ref.at[lanes, :]
+    a_copy = y_ref.shape[1] // layout.copies
+    for first in (f for start in range(0, y_ref.shape[1], a_copy) for f in range(start, start + a_copy, OUTPUTS)):
+        w_ref, start = w_refs[first // a_copy], first % a_copy
+        width = min(OUTPUTS, a_copy - start)
+        part = lambda ref: None if ref is None else ref.at[:, pl.ds(first, width)]  # noqa: B023, E731
+        w_part = w_ref.at[:, pl.ds(start, width)] if layout.contract == 0 else w_ref.at[pl.ds(start, width), :]
         refs_part = [part(ref) for ref in (scales_ref, shift_ref, bias_ref, y_ref, sums_ref)]
         _outputs(layout, x_ref, w_part, x_scales_ref, totals_ref, *refs_part)
 

@@ -51,6 +51,9 @@ CASES = {
     "rows rounded inside, four bits": ("v6e", 1 << 14, (9, 512, 40, "int4", (1, None), True, "int8", "float32", None)),
     "rows rounded inside, float8": ("7x", 1 << 14, (3, 300, 40, "fp8_e4m3", (1, None), False, "fp8", "bfloat16", None)),
     "blocks of inputs": ("v5e", 256, (3, 600, 140, "int8", (1, None), False, "int8", "float32", "relu")),
+    "copies, outputs first": ("v5e", 256, (3, 600, 1100, "int8", (1, None), False, None, "bfloat16", None)),
+    "copies, inputs first": ("v6e", 1 << 14, (3, 256, 1100, "int4", (1, 128), True, None, "bfloat16", None)),
+    "copies, rows rounded inside": ("v5e", 1 << 14, (3, 256, 1100, "int8", (1, None), False, "int8", "bfloat16", None)),
     "blocks of grouped inputs": ("v6e", 1024, (3, 1300, 40, "int4", (1, 128), True, "int8", "float32", None)),
     "blocks of float8 with a rest": ("v6e", 256, (3, 600, 40, "fp8_e4m3", (1, None), False, None, "bfloat16", None)),
     "several tiles of rows": ("v5e", 1 << 14, (150, 64, 40, "int4", (1, 64), False, None, "float32", "gelu")),
@@ -61,6 +64,8 @@ QUICK = (
     "many rows of float8",
     "codes as float8, eight blocks",
     "rows rounded inside",
+    "copies, outputs first",
+    "copies, inputs first",
 )
 
 
@@ -74,6 +79,7 @@ def test_every_way_is_the_reference(case, monkeypatch):
     x, weight, bias, options = contract.make(case)
     cut = tpu.plan(len(x), x.dtype, weight, options["activation_format"], chip)
     assert cut.scaled_first == case.startswith("scaled first")
+    assert cut.copies == 4 or "copies" not in case
     y = contract.run(contract.product, "tpu", x, weight, bias, **options)
     contract.check(x, weight, bias, options, y)
 
