@@ -60,7 +60,7 @@ def cases(chip: str) -> Iterator[Case]:
                 f"backward {words}",
                 Kernel("backward", shape),
                 {"splash": tuple(Kernel("splash_backward", {**shape, "blocks": x}) for x in SPLASH_BACKWARD)},
-                1.1 if ahead else 1.0,
+                1.1,
             )
 
 
