@@ -10,6 +10,7 @@ in tiles of X = 128, Z = 2 S scales of a page, C lanes of a key that are multipl
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,8 +128,9 @@ class Cache:
         return pl.ds(at if isinstance(at, int) else pl.multiple_of(at, self.sizes.write_rows), count)
 
     def page(self, r: Any, entry: Any) -> Any:
+        """Of what the table does not have, any."""
         at = r * self.sizes.M + entry
-        return at if self.table_ref is None else self.table_ref[at]
+        return at if self.table_ref is None else self.table_ref[jnp.minimum(at, len(self.table_ref) - 1)]
 
     def _copies(self, slot: Any, nth: Any, page: Any) -> list[Any]:
         sem = self.sems.at[slot]
@@ -139,18 +141,30 @@ class Cache:
 
     def start(self, r: Any, j: Any, low: Any, stop: Any, slot: Any) -> None:
         """Begins to copy block j of request r: of its pages those in [low, stop)."""
-        for nth in range(self.sizes.n):
-            at = j * self.sizes.n + nth
+        for page in self.starts(r, j, low, stop, slot):
+            page()
 
-            @when(both(at >= low, at < stop))
-            def _(nth: int = nth, at: Any = at) -> None:
-                for copy in self._copies(slot, nth, self.page(r, at)):
-                    copy.start()
-
-    def wait(self, j: Any, low: Any, stop: Any, slot: Any) -> None:
-        """Until block j is there: a whole one at once, as a semaphore counts bytes, another page by page."""
+    def starts(self, r: Any, j: Any, low: Any, stop: Any, slot: Any) -> list[Callable[[], None]]:
+        """`start`, page by page, for other work to come between."""
         n = self.sizes.n
-        whole = both(j * n >= low, (j + 1) * n <= stop)
+        return [functools.partial(self._start, r, j * n + nth, nth, low, stop, slot) for nth in range(n)]
+
+    def _start(self, r: Any, at: Any, nth: int, low: Any, stop: Any, slot: Any) -> None:
+        # Read in any case: so little is left under the condition that there is no branch.
+        copies = self._copies(slot, nth, self.page(r, at))
+
+        @when(both(at >= low, at < stop))
+        def _() -> None:
+            for copy in copies:
+                copy.start()
+
+    def wait(self, j: Any, low: Any, stop: Any, slot: Any, full: bool = False) -> None:
+        """Until block j is there: a whole one at once, as a semaphore counts bytes, another page by page.
+
+        `full`: it has all pages.
+        """
+        n = self.sizes.n
+        whole = full or both(j * n >= low, (j + 1) * n <= stop)
 
         @when(whole)
         def _() -> None:
@@ -159,13 +173,12 @@ class Cache:
 
         @when(negated(whole))
         def _() -> None:
-            for nth in range(n):
-                at = j * n + nth
+            def page(nth: Any, _: Any = None) -> None:
+                for copy in self._copies(slot, nth, 0):
+                    copy.wait()
 
-                @when(both(at >= low, at < stop))
-                def _(nth: int = nth) -> None:
-                    for copy in self._copies(slot, nth, 0):
-                        copy.wait()
+            # A loop: what is written out runs too, each under a condition, where a block is whole.
+            jax.lax.fori_loop(jnp.maximum(low - j * n, 0), jnp.minimum(stop - j * n, n), page, None)
 
     def _block(self, slot: Any) -> list[tuple[Any, Any]]:
         """A block's buffers and what tells that they are full."""
@@ -208,7 +221,9 @@ class Cache:
             for nth in range(n):
                 page(nth)
         else:
-            jax.lax.fori_loop(0, n, page, None)
+            # Without a window all is there up to the end.
+            begin = jnp.clip(length // S - j * n, 0, n) if self.sizes.window is None else 0
+            jax.lax.fori_loop(begin, n, page, None)
 
     def key(self, slot: Any, head: Any) -> jax.Array:
         """[B, C]"""

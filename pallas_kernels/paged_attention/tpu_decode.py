@@ -277,25 +277,27 @@ def _kernel(
             return (slot + 1) % buffers
         return jnp.where(slot + 1 == buffers, 0, slot + 1)
 
-    def fetch(ahead: Any, wanted: Any = True) -> Any:
-        """Begins to copy the next block that nothing copies yet, if there is one: (slot, nth request, block)."""
+    def fetch(ahead: Any, wanted: Any = True) -> tuple[Any, list[Any]]:
+        """The next block that nothing copies yet, if there is one: what is behind it, and what begin to copy it.
+
+        `ahead`: (slot, nth request, block).
+        """
         if wanted is False:
-            return ahead
+            return ahead, []
         slot, a, j = ahead
         r = request(a)
         (page, _), stop = low_of(r), stop_of(r)
-
-        if known:  # past the last one, the last once more: the profiler follows no conditions on every chip
-            cache.start(r, j, page, stop, slot)
-        else:
-            pl.when(both(wanted, a < count))(lambda: cache.start(r, j, page, stop, slot))
-
+        # Known, past the last one the last once more: the profiler follows no conditions on every chip.
+        there = stop if known else jnp.where(both(wanted, a < count), stop, 0)
+        starts = cache.starts(r, j, page, there, slot)
         ends = (j + 1) * n >= stop
         if isinstance(ends, bool):
-            return following(slot), a + ends, 0 if ends else j + 1
+            return (following(slot), a + ends, 0 if ends else j + 1), starts
         _, low = low_of(request(a + 1))
         after = following(slot), jnp.where(ends, a + 1, a), jnp.where(ends, low, j + 1)
-        return after if wanted is True else tuple(jnp.where(wanted, *x) for x in zip(after, ahead, strict=True))
+        if wanted is not True:
+            after = tuple(jnp.where(wanted, *x) for x in zip(after, ahead, strict=True))
+        return after, starts
 
     def begin_part() -> None:
         put(part_refs, nothing(*acc_ref.shape))
@@ -332,27 +334,41 @@ def _kernel(
             at = j * B + jax.lax.broadcasted_iota(jnp.int32, (per_head, B), 1)
             return at < length if sizes.window is None else (at < length) & (at >= length - sizes.window)
 
-        def attend(*blocks: tuple[Any, Any, bool]) -> None:
-            """To blocks one after the other: (its number, its slot, whether some of it is hidden)."""
+        def attend(*blocks: tuple[Any, Any, bool], starts: Sequence[Any], ends: bool = False) -> None:
+            """To blocks one after the other: (its number, its slot, whether some of it is hidden).
+
+            `starts` begin other copies: beside the products, where they take no time. `ends`: these are the last, and
+            where there are no parts `out_buf` gets the result, as sums over lanes are waited for as long.
+            """
             # Head by head as in a chunk, but each stage for all: they wait for nothing of one another.
             masks = [mask_of(j) if masked else None for j, _, masked in blocks]
             q = in_pieces or [q_ref[row, of_head] for of_head in rows]
-            s = [[cache.scores(q[h], slot, h) for h in range(K)] for _, slot, _ in blocks]
+            s: list[list[jax.Array]] = []
+            places = [(slot, h) for _, slot, _ in blocks for h in range(K)]
+            for nth, (slot, h) in enumerate(places):
+                s += [[]] if h == 0 else []
+                s[-1].append(cache.scores(q[h], slot, h))
+                if nth == len(places) // 4:  # earlier, products wait for them; later, so do registers
+                    for start in starts:
+                        start()
             found: list[Any] = []
             for n, mask in enumerate(masks):
                 states = ((top_ref[x], sum_ref[x]) if n == 0 else found[-1][h][1:3] for h, x in enumerate(rows))
                 found.append([softmax_step(s[n][h], mask, *state) for h, state in enumerate(states)])
             for h, of_head in enumerate(rows):
-                _, top_ref[of_head], sum_ref[of_head], _ = found[-1][h]
+                _, top, total, _ = found[-1][h]
                 acc = acc_ref[of_head]
                 for n, (_, slot, _) in enumerate(blocks):
                     p, _, _, keep = found[n][h]
                     acc = acc * wide(keep, sizes.V) + cache.mix(p, masks[n], slot, h)
-                acc_ref[of_head] = acc
+                if ends and not has["parts"]:
+                    out_buf[of_head] = result(acc, total).astype(out_buf.dtype)
+                else:
+                    top_ref[of_head], sum_ref[of_head], acc_ref[of_head] = top, total, acc
 
         def arrive(j: Any, slot: Any) -> None:
             """Of a block before the last, whose pages are full."""
-            cache.wait(j, low_page, stop, slot)
+            cache.wait(j, low_page, stop, slot, full=sizes.window is None)
             if sizes.window is not None:
                 pl.when(j == low)(lambda: cache.tidy(j, low_page, length, slot))
 
@@ -365,12 +381,12 @@ def _kernel(
             for _ in range(together - 1):
                 slots.append(following(slots[-1]))
             first = begin + together * j
-            ahead = fetch(ahead)
+            starts: list[Any] = []
             for n, at in enumerate(slots):
+                ahead, more = fetch(ahead)
+                starts += more
                 arrive(first + n, at)
-            attend(*((first + n, at, masked) for n, at in enumerate(slots)))
-            for _ in slots[1:]:
-                ahead = fetch(ahead)  # to where those were
+            attend(*((first + n, at, masked) for n, at in enumerate(slots)), starts=starts)
             return following(slots[-1]), ahead
 
         def loop(low: Any, stop: Any, body: Any, carry: Any) -> Any:
@@ -426,22 +442,21 @@ def _kernel(
                 end = following(slot) if odd else slot
             else:
                 end = jnp.where(odd, following(slot), slot)
-            ahead = fetch(ahead)
+            ahead, starts = fetch(ahead)
+            ahead, more = fetch(ahead, odd)
             when(odd)(lambda: arrive(last - 1, slot))
             cache.wait(last, low_page, stop, end)
             new = (new_ref[row], None if new_scale_ref is None else new_scale_ref[row])
             when(known or a > 0)(written)  # what the request before began
             _insert(cache, length - 1, end, *new, write_buf, scale_write_buf)
             cache.tidy(last, low_page, length, end)
-            when(odd)(lambda: attend((last - 1, slot, masked), (last, end, True)))
-            when(negated(odd))(lambda: attend((last, end, True)))
-            ahead = fetch(ahead, odd)
-            write(r)
-            # After the token's copies: the profiler for 7x aborts where it is before them.
+            starts += write(r)
+            when(odd)(lambda: attend((last - 1, slot, masked), (last, end, True), starts=starts + more, ends=True))
+            when(negated(odd))(lambda: attend((last, end, True), starts=starts, ends=True))
             if has["parts"]:
                 end_part(parts)
-            _, total, acc = whole_refs if has["parts"] else part_refs
-            out_buf[...] = result(acc[...], total[...]).astype(out_buf.dtype)
+                _, total, acc = whole_refs
+                out_buf[...] = result(acc[...], total[...]).astype(out_buf.dtype)
             result_of(r).start()
             return following(end), ahead
 
@@ -464,16 +479,16 @@ def _kernel(
     def result_of(r: Any) -> Any:
         return pltpu.make_async_copy(out_buf, out_hbm.at[r, 0 if share is None else share], write_sem)
 
-    def write(r: Any) -> None:
-        """Begins to copy the tile of slots that the new token is in."""
+    def write(r: Any) -> list[Any]:
+        """What begin to copy the tile of slots that the new token is in."""
         rows, position = sizes.write_rows, length_of(r) - 1
         page = cache.page(r, position // sizes.S)
         first = position % sizes.S // rows * rows
-        for h, i in ((h, i) for h in range(K) for i in range(sizes.N)):
-            slots = cache.page_in_memory(page).at[cache.rows(h, i, first, rows)]
-            pltpu.make_async_copy(write_buf.at[h * sizes.N + i], slots, write_sem).start()
+        places = [cache.rows(h, i, first, rows) for h in range(K) for i in range(sizes.N)]
+        pairs = [(write_buf.at[nth], cache.page_in_memory(page).at[place]) for nth, place in enumerate(places)]
         if scale_write_buf is not None:
-            pltpu.make_async_copy(scale_write_buf, cache.scales_in_memory(page), write_sem).start()
+            pairs.append((scale_write_buf, cache.scales_in_memory(page)))
+        return [pltpu.make_async_copy(*pair, write_sem).start for pair in pairs]
 
     def written() -> None:
         """Waits until a request's new token is in the cache, and its result where it belongs."""
@@ -485,14 +500,17 @@ def _kernel(
     def _() -> None:
         _, low = low_of(request(0))
         ahead = (0, 0, low)
-        for _ in range(buffers - 1):
-            ahead = fetch(ahead)
+        for _ in range(buffers - together):
+            ahead, starts = fetch(ahead)
+            for start in starts:
+                start()
         if known:
             _, before, j = ahead  # of the first request; the same for each
-            write(request(0))  # for the first to wait for
+            for start in write(request(0)):  # for the first to wait for
+                start()
             result_of(request(0)).start()
-            jax.lax.fori_loop(0, count, lambda a, _: one(a, (0, (buffers - 1, a + before, j))) and None, None)
-            for slot in range(buffers - 1):
+            jax.lax.fori_loop(0, count, lambda a, _: one(a, (0, (buffers - together, a + before, j))) and None, None)
+            for slot in range(buffers - together):
                 cache.wait(slot, 0, stop_of(0), slot)
         else:
             jax.lax.fori_loop(0, count, one, (0, ahead))
@@ -610,12 +628,13 @@ def _insert(
     word, shift = at % rows * bits // 32, at * bits % 32
     is_mine = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0) == word
     others = ~(jnp.full((8, LANES), 2**bits - 1 if bits < 32 else -1, jnp.int32) << shift)
-    for at_tile, (h, i) in enumerate(tiles):
-        tile = cache.rows(h, i, first, rows)
-        old = pltpu.bitcast(cache.kv_buf[slot, nth, tile], jnp.int32)
+    places = [cache.rows(h, i, first, rows) for h, i in tiles]
+    # All are read before any is written: a compiler takes them for the same.
+    every = [pltpu.bitcast(cache.kv_buf[slot, nth, place], jnp.int32) for place in places]
+    for at_tile, ((h, i), place, old) in enumerate(zip(tiles, places, every, strict=True)):
         mine = (old & others) | (new_KE[h : h + 1, i * LANES : (i + 1) * LANES] << shift)
         new = pltpu.bitcast(jnp.where(is_mine, mine, old), cache.kv_buf.dtype)
-        cache.kv_buf[slot, nth, tile] = new
+        cache.kv_buf[slot, nth, place] = new
         write_buf[at_tile] = new
     if new_scale_KZ is not None:
         old = cache.scale_buf[slot, nth]
