@@ -311,7 +311,7 @@ class Runner:
                     raise RuntimeError("nobody waits for the programs any more")
                 if name in PRODUCTS:
                     decided.result()
-                program = self._made.lower(name, key).compile(self._made.compiler_options)
+                program = self._made.lower(name, key).compile(self._made.compiler_options(name))
                 if name == "empty":
                     self._start_empty(program)
                 return program
