@@ -3,8 +3,9 @@
 All sides have the same random weights and greedy sampling; we and transformers compute in --dtype. Servers are asked
 over HTTP by `twinax bench serve`'s own client, transformers within its process. In each round all sides are measured
 one after another, with prompts that no earlier round had; the row shows the round whose ratio is the median. In
-float32 llama.cpp's tokens are compared with ours before, and beside them stands what nobody can pass: all tokens
-multiplied with all weights, at the speed at which numpy's BLAS multiplies two large matrices in the same round.
+float32 llama.cpp's tokens are compared with ours before. Beside them stands what nobody can pass: all tokens multiplied
+with all weights, at the speed at which numpy (float32) or torch (bfloat16) multiplies two large matrices in the same
+round.
 
 llama.cpp: build `llama-server` and name it with --llama-server; --gguf-python is a Python with the gguf package, which
 writes the model's files.
@@ -130,9 +131,11 @@ def compare(rounds: int, sides: dict[str, Callable[[int], float]], comparisons: 
             )
 
 
-def sgemm_flops() -> float:
-    """Floating-point operations a second of numpy's float32 product of two large matrices, the best of three."""
+def product_flops(options: Any) -> float:
+    """Floating-point operations a second of a product of two large matrices in --dtype, the best of three."""
     size, seconds = 4096, []
+    if options.dtype != "float32":  # which numpy has not
+        return _ask_torch(options, "multiply", {"size": size, "dtype": options.dtype})["flops"]
     a_NN = np.random.default_rng(0).standard_normal((size, size), np.float32)
     for _ in range(3):
         start = time.perf_counter()
@@ -178,13 +181,17 @@ def saturation(options: Any, folder: Path, files: dict[str, Path], version: str)
             name: lambda seed, url=url: throughput(measure(BenchConfig(url=url, seed=seed, **settings)).summary)
             for name, url in urls.items()
         }
-        if report.peer_has(options.peer_python, "torch", "transformers"):
+        has_torch = report.peer_has(options.peer_python, "torch", "transformers")
+        if has_torch:
             comparisons["transformers"] = Comparison(f"{case}, {SLOTS} running", "transformers", 3.0)
             sides["transformers"] = lambda seed: transformers(options, folder, settings, seed)
-        if options.dtype == "float32":
-            comparisons["most"] = Comparison(case, "the most that float32 allows: numpy's sgemm", None)
+        if has_torch or options.dtype == "float32":
+            whose = "numpy's" if options.dtype == "float32" else "torch's"
+            comparisons["most"] = Comparison(case, f"the most that {options.dtype} allows: {whose} product", None)
             sides["most"] = lambda seed: most(
-                SIZES[options.size], load_of(BenchConfig(url="http://none", seed=seed, **settings)), sgemm_flops()
+                SIZES[options.size],
+                load_of(BenchConfig(url="http://none", seed=seed, **settings)),
+                product_flops(options),
             )
         compare(options.rounds, sides, comparisons)
     return [one.row() for one in comparisons.values()]
@@ -199,10 +206,14 @@ def transformers(options: Any, folder: Path, settings: dict[str, Any], seed: int
     ]
     sizes = {"batch": SLOTS, "chunk": 256, "dtype": options.dtype}
     question = {"model": str(folder), "requests": requests, **sizes}
-    answer = report.run_json([options.peer_python, str(PEER / "torch_llama.py"), "serve"], question)
+    answer = _ask_torch(options, "serve", question)
     if [len(tokens) for tokens in answer["tokens"]] != [one["tokens"] for one in requests]:
         raise RuntimeError("transformers did not produce the tokens that were asked for")
     return sum(one["tokens"] for one in requests) / answer["seconds"]
+
+
+def _ask_torch(options: Any, job: str, question: dict[str, Any]) -> dict[str, Any]:
+    return report.run_json([options.peer_python, str(PEER / "torch_llama.py"), job], question)
 
 
 def one_stream(options: Any, folder: Path, files: dict[str, Path], version: str) -> list[report.Row]:

@@ -152,6 +152,14 @@ class Programs:
         with use(self.mesh), weights_first(self.weights_first):
             return getattr(self, f"_lower_{name}")(key)
 
+    def compiler_options(self, name: str) -> dict[str, int] | None:
+        """What the compiler is told of the program `name`; None: nothing.
+
+        All but the layers are as quick by LLVM's first level, and compiled in two thirds of the time. The layers' sums
+        came out less exact by it (mxfp4: log-probabilities off by 4e-5).
+        """
+        return {"xla_backend_optimization_level": 1} if self.is_on_cpu and name != "blocks" else None
+
     # -- what they compute -----------------------------------------------------------------------------------------
 
     def _empty(self) -> tuple[Cache, sampling.SlotState]:
@@ -194,11 +202,6 @@ class Programs:
 
     def _select(self, bucket: Bucket, array: jax.Array, x_TD: jax.Array) -> jax.Array:
         return x_TD[self._unpack(bucket, array).sample_row]
-
-    def compiler_options(self, name: str) -> dict[str, int] | None:
-        """All but the layers are as quick by LLVM's first level, and compiled in two thirds of the time. The layers'
-        sums came out less exact by it (mxfp4: log-probabilities off by 4e-5)."""
-        return {"xla_backend_optimization_level": 1} if self.is_on_cpu and name != "blocks" else None
 
     def _finish(
         self, outside: Any, state: sampling.SlotState, rows_FR: jax.Array, x_RD: jax.Array, allowed_RW: jax.Array

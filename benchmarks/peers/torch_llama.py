@@ -1,4 +1,4 @@
-"""transformers' Llama on torch: `python torch_llama.py decode|serve|train QUESTION.json ANSWER.json`.
+"""transformers' Llama on torch: `python torch_llama.py decode|serve|train|multiply QUESTION.json ANSWER.json`.
 
 Needs no Twinax.
 """
@@ -102,9 +102,22 @@ def train(question: dict) -> dict:
     return {"seconds": statistics.median(seconds[2:]), "losses": losses}
 
 
+def multiply(question: dict) -> dict:
+    """Floating-point operations a second of the product of two large matrices, the best of three after one."""
+    size, dtype = question["size"], getattr(torch, question["dtype"])
+    a_NN = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(a_NN, a_NN)
+        seconds.append(time.perf_counter() - start)
+    return {"flops": 2 * size**3 / min(seconds[1:])}
+
+
 if __name__ == "__main__":
     job, question_file, answer_file = sys.argv[1:]
-    answer = {"decode": decode, "serve": serve, "train": train}[job](json.loads(Path(question_file).read_text()))
+    jobs = {"decode": decode, "serve": serve, "train": train, "multiply": multiply}
+    answer = jobs[job](json.loads(Path(question_file).read_text()))
     answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     answer["version"] = f"transformers {transformers.__version__}, torch {torch.__version__}"
     Path(answer_file).write_text(json.dumps(answer))
