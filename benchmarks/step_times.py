@@ -31,6 +31,7 @@ SEED = 5
 LOAD = 0.8  # of what the engine can keep up with, by the model
 PERCENTILES = (50, 90, 99)
 SIMULATIONS = 9
+BETWEEN = 20  # requests of each kind between two replays, to fit the model to
 
 
 def engine_of(folder: Path, slots: int, chunk_tokens: int, longest: int) -> Any:
@@ -107,7 +108,7 @@ def compare(engine: Any, options: argparse.Namespace) -> tuple[list[report.Row],
         name = f"{policy}{len(real)}"
         real.append((policy, summary(replay(engine, renamed(requests_of(trace), name)).outcome)))
         # The machine's speed drifts: what the model is fitted to is spread over the time of the replays.
-        calibrated.append(calibrate(engine, 2, name))
+        calibrated.append(calibrate(engine, BETWEEN, name))
     fitted, rows = model_of(calibrated), []
     again, first = real[0][1], real[1][1]
     for name in first:

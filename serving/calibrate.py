@@ -25,9 +25,9 @@ from .step_plan import StepPlan
 if TYPE_CHECKING:
     from .engine import Engine
 
-ROUNDS = 4  # with other requests each
 ROUND_REQUESTS = 40
 ROUND_SECONDS = 8.0
+LOAD = 0.8  # of the rate at which the engine served the same requests when all came at once
 OUTPUT_TOKENS = (8, 64)
 SEED = 5
 
@@ -94,14 +94,18 @@ def renamed(requests: list[Request], name: str) -> list[Request]:
     return found
 
 
-def calibrate(engine: Engine, rounds: int = ROUNDS, name: str = "calibrate") -> Replay:
-    """Random requests, all at once or nearly: with short prompts, and with long ones, in turn."""
+def calibrate(engine: Engine, requests: int = ROUND_REQUESTS, name: str = "calibrate") -> Replay:
+    """Random requests with short prompts, and with long ones: so many all at once, and again as they come to a busy
+    server: a step of half the rows takes other than what full ones tell."""
     longest = engine.max_model_len - OUTPUT_TOKENS[1]
     found = []
-    for number in range(rounds):
-        top = max(2, min(longest, (64, 3 * engine.config.chunk_tokens)[number % 2]))
-        trace = poisson(ROUND_REQUESTS, 1000.0, (min(16, top), top), OUTPUT_TOKENS, SEED + number)
+    for number, most in enumerate((64, 3 * engine.config.chunk_tokens)):
+        top = max(2, min(longest, most))
+        trace = poisson(requests, 1000.0, (min(16, top), top), OUTPUT_TOKENS, SEED + number)
         found.append(replay(engine, renamed(requests_of(trace), f"{name}-{number}"), ROUND_SECONDS))
+        served = sum(len(track.tokens) == track.request.params.max_tokens for track in found[-1].outcome.tracks)
+        paced = trace.at_rate(LOAD * max(served, 1) / found[-1].outcome.seconds)
+        found.append(replay(engine, renamed(requests_of(paced), f"{name}-{number}-paced"), ROUND_SECONDS))
     steps, starts = [step for one in found for step in one.steps], [start for one in found for start in one.starts]
     return Replay(found[-1].outcome, steps, starts)
 

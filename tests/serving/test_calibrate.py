@@ -28,5 +28,5 @@ def test_every_step_is_timed_and_the_simulator_can_go_by_them():
     short = replay(engine, renamed(requests_of(poisson(9, 1e9, (30, 40), (40, 50), 1)), "b"), seconds=0.0)
     assert not short.steps and not engine.has_work and engine.stats().pages_used == 0
 
-    timed = calibrate(engine, rounds=2, name="c")
+    timed = calibrate(engine, requests=20, name="c")
     assert {bool(size[1]) for size in {step.size for step in timed.steps}} == {False, True}
