@@ -1,12 +1,13 @@
 """quantized_matmul on a TPU's matrix unit (Mosaic).
 
-At the few rows of decoding, reading the weights is all that should take time, so they are not made floats: the unit
-multiplies 8-bit values, and activations come in 8-bit pieces (`tpu_rows.py`), int8 where it multiplies those natively,
-else float8. Four-bit codes become bytes by masks and shifts of whole words (`tpu_codes.py`). With many rows, bfloat16
-activations meet bfloat16 weights, as pieces would cost more than they save.
+At the few rows of decoding, reading the weights is all that should take time, so they are not made floats. The unit
+multiplies bfloat16 by float8 as it is, which float8 weights are and four-bit codes become by masks and shifts of whole
+words (`tpu_codes.py`). By int8 it multiplies int8 only, of which activations are three pieces (`tpu_rows.py`); with
+many rows these would cost more than they save, and int8 weights become bfloat16.
 
-Blocks of inputs are summed apart and scaled in float32 (`apart`). Only packed weights with many rows may be scaled
-before they are multiplied, rounded to bfloat16 there (mxfp4's powers of two round nothing).
+Blocks of inputs are summed apart and scaled in float32 (`apart`), which takes as many rows of the unit as blocks fill
+it. With many rows packed weights, and others where the chip computes in bfloat16, are scaled before they are
+multiplied, rounded to bfloat16 there (mxfp4's powers of two round nothing).
 
 Shapes: M rows   R rows of the unit (pieces of M)   I inputs   O outputs   G blocks of inputs   T inputs of a tile
 """
@@ -23,21 +24,22 @@ from jax.experimental.pallas import tpu as pltpu
 from ..chips import target_chip
 from ..float8 import NATIVE
 from ..tuned import best
-from .formats import FLOAT8, INTEGERS, PACKED, QuantizedWeight, expand, scales_of
+from .formats import FLOAT8, PACKED, QuantizedWeight, expand, scales_of
 from .quantize_rows import FORMATS, quantize_rows
+from .tpu_codes import NARROW, narrow
 from .tpu_inside import PARTS
-from .tpu_kernel import OUTPUTS, Layout, kernel
+from .tpu_kernel import CODES_OFF, OUTPUTS, Layout, kernel
 from .tpu_rows import Operand, apart, evens_first, operand, split
 
 # Not a kernel yet: XLA fuses the dequantisation into its product, which reads weights as they are kept as well.
 from .xla import quantized_matmul_transposed as quantized_matmul_transposed
 
 DEEP = ("v6e", "7x")  # matrix units of 256, not 128
-# Rows of the unit up to which pieces are faster than weights made bfloat16, by its depth.
+# Rows of the unit up to which int8 pieces are faster than weights made bfloat16, by its depth.
 PIECES_ROWS = {128: 96, 256: 192}
 # Cores that share a device's work.
 CORES = {"v5p": 2, "v4": 2}
-# Where blocks of inputs fill the unit and bfloat16 is computed in float32, so few sums are scaled sooner than weights.
+# Of so few rows of the unit sums are scaled sooner than weights, and rows' results cost little beside the weights.
 FEW_ROWS = 128
 MOST_INPUTS = 1 << 14
 VMEM_BYTES = 48 << 20
@@ -47,10 +49,12 @@ VMEM_BYTES = 48 << 20
 class Plan:
     """How a product is cut: what the unit multiplies, rows a tile, inputs a tile, inputs and outputs a block.
 
+    `weights`: what the unit's weights are.
     `several`: whether a large block's weights come by several copies at the same time.
     """
 
     operand: Operand
+    weights: jnp.dtype
     scaled_first: bool
     rows: int
     tile: int
@@ -72,19 +76,23 @@ def plan(M: int, x_dtype: jnp.dtype, weight: QuantizedWeight, activation_format:
         raise NotImplementedError(f"a TPU multiplies no {x_dtype}")
     deep = 256 if chip in DEEP else 128
     apart_by = -(-deep // size) if grouped else 1
-    integers = weight.format in INTEGERS
-    native = FLOAT8 if not integers or (chip in NATIVE and packed) else jnp.dtype(jnp.int8)
+    bfloat16 = jnp.dtype(jnp.bfloat16)
     if activation_format is not None:
         taken = Operand(FORMATS[activation_format][1], (1.0,))
+    elif weight.format == "int8" and not (x_dtype == bfloat16 and chip in NATIVE):
+        taken = operand(jnp.dtype(jnp.int8), x_dtype)
+        if x_dtype == bfloat16 and taken.pieces * M * apart_by > PIECES_ROWS[deep]:
+            taken = operand(bfloat16, x_dtype)
     else:
-        taken = operand(native, x_dtype)
-        many = taken.pieces * M * apart_by > PIECES_ROWS[deep]
-        if x_dtype == jnp.bfloat16 and (many or (native == jnp.int8 and chip in NATIVE)):
-            taken = operand(jnp.dtype(jnp.bfloat16), x_dtype)
-    # Of whole bytes only where bfloat16 is computed with: in float32, sums apart are sooner scaled.
-    scaled_first = grouped and (packed or (weight.inputs_first and deep == 256)) and taken.dtype == jnp.bfloat16
-    if deep == 128 and size % 128 == 0 and M <= FEW_ROWS:
+        taken = operand(bfloat16, x_dtype)
+    # Rounded to it, then. Of whole bytes only where bfloat16 is computed with: in float32, sums are sooner scaled.
+    scaled_first = grouped and taken.dtype == bfloat16 and taken.pieces == 1
+    scaled_first = scaled_first and (packed or (weight.inputs_first and deep == 256))
+    if weight.format != "int8" and M * apart_by <= FEW_ROWS:
         scaled_first = False
+    weights = taken.dtype
+    if weights == bfloat16 and weight.format != "int8" and not scaled_first:
+        weights = narrow(weight.format)
     blocks = -(-I // MOST_INPUTS)
     # Blocks of inputs of which several make the weight start at whole tiles of scales.
     unit = max(deep, size if grouped and size >= 128 else 0)
@@ -100,17 +108,20 @@ def plan(M: int, x_dtype: jnp.dtype, weight: QuantizedWeight, activation_format:
     wide = inputs // 2 if packed else inputs
     # Fast memory wants large blocks, as each step has its cost; a slow one small ones, as nothing hides the first.
     most = 1024 if min(M, rows) * taken.pieces <= 256 else 512
+    if packed and M <= FEW_ROWS and O >= 1 << 13:
+        most = 2048
     # One copy is slower than the memory. Several take their time to begin, which shows where the products, or what
     # makes weights floats, take longer than the memory.
-    several = not scaled_first and (M <= FEW_ROWS or (weight.format == "int8" and chip not in NATIVE))
+    several = M <= FEW_ROWS or (not packed and chip not in NATIVE)
     outputs = max(128, min(most, ((1 << 22) if deep == 256 or several else (1 << 21)) // wide // 128 * 128))
     outputs = min(outputs, -(-O // 128) * 128)
+    cores = CORES.get(chip or "", 1)
+    outputs = next((n for n in range(outputs, outputs // 2, -OUTPUTS) if -(-O // n) % cores == 0), outputs)
     key = {"M": 1 << max(M - 1, 0).bit_length(), "I": I, "O": O, "format": weight.format}
     key |= {"size": size if grouped else 0, "rows": activation_format or x_dtype.name}
     found = best("quantized_matmul", chip, key) or {}
-    return Plan(
-        taken, scaled_first, min(M, found.get("rows", rows)), tile, inputs, found.get("outputs", outputs), several
-    )
+    rows, outputs = min(M, found.get("rows", rows)), found.get("outputs", outputs)
+    return Plan(taken, weights, scaled_first, rows, tile, inputs, outputs, several)
 
 
 def tuning_space(chip: str, key: dict[str, Any]) -> list[dict[str, Any]]:
@@ -123,7 +134,7 @@ def tuning_space(chip: str, key: dict[str, Any]) -> list[dict[str, Any]]:
 def makes_rows(cut: Plan, M: int, I: int, O: int, weight: QuantizedWeight, chip: str | None) -> bool:
     """Whether the kernel can make its rows ready itself: one tile of rows, whose inputs it has all at once."""
     blocks, G = -(-O // cut.outputs), cut.inputs // weight.block_sizes[1] if weight.scales.shape[0] > 1 else 1
-    shifts = weight.zeros is not None or (weight.format == "int4" and cut.operand.dtype == FLOAT8)
+    shifts = weight.zeros is not None or (weight.format == "int4" and cut.weights in NARROW)
     return (
         cut.rows >= M
         and cut.inputs >= I
@@ -162,7 +173,7 @@ def quantized_matmul(
     whole = activation_format is None or (not grouped and scale is None)
     inside = whole and makes_rows(cut, M, I, O, weight, chip)
     # Codes taken as they are, 0 to 15, are 8 too large.
-    coded = weight.format == "int4" and taken.dtype == FLOAT8
+    coded = weight.format == "int4" and cut.weights in NARROW
     shift_given = weight.zeros is not None or (coded and not inside)
 
     if inside:
@@ -188,16 +199,22 @@ def quantized_matmul(
         x_NRI = jax.vmap(lambda x_RI: apart(x_RI, cut.tile, size if sums_apart else cut.tile, packed))(x_NRI)
 
     scales_GO = weight.scales if weight.scales.dtype == jnp.uint8 else weight.scales.astype(jnp.float32)
-    spread = lambda blocks_GP: jnp.pad(  # noqa: E731
-        jnp.broadcast_to(expand(blocks_GP, (weight.block[0], 1), (O, G)).T, (G, O)), [(0, G_all - G), (0, 0)]
-    )
+
+    def spread(blocks_GP: jax.Array) -> jax.Array:
+        blocks_OG = expand(blocks_GP, (weight.block[0], 1), (O, G))
+        return jnp.pad(jnp.broadcast_to(blocks_OG.T, (G, O)), [(0, G_all - G), (0, 0)])
+
     scales_GO = spread(scales_GO)
-    # What the unit's weights have to be less, times the sums of the inputs: zero points, eight of float8 codes.
-    shift_GO = None if weight.zeros is None else spread(weight.zeros.astype(jnp.float32))
-    if coded and shift_given:
-        shift_GO = jnp.full((G_all, O), 8.0) if shift_GO is None else shift_GO + 8
+    # What the unit's weights have to be less, times the sums of the inputs: zero points, eight of float8 codes. A
+    # kernel that has all of them takes zero points as they are.
+    shift_GO, narrow_zeros = None, True
+    if weight.zeros is not None:
+        narrow_zeros = weight.zeros.dtype == jnp.int8 and steps == 1
+        shift_GO = spread(weight.zeros if narrow_zeros else weight.zeros.astype(jnp.float32))
+    if coded and shift_given and not inside:
+        shift_GO = jnp.full((G_all, O), CODES_OFF) if shift_GO is None else shift_GO + CODES_OFF
     totals_MG = None
-    if shift_GO is not None and not cut.scaled_first:
+    if shift_GO is not None and not cut.scaled_first and not inside:
         shift_GO = shift_GO * scales_of(scales_GO, jnp.float32)
     if shift_GO is not None and not cut.scaled_first and not inside:
         # Even and odd inputs of packed weights' tiles stand apart.
@@ -212,6 +229,7 @@ def quantized_matmul(
     layout = Layout(
         format=weight.format,
         operand=taken,
+        weights=cut.weights,
         tile=cut.tile,
         size=size if grouped else None,
         inputs=cut.inputs,
@@ -227,7 +245,7 @@ def quantized_matmul(
         inputs_first=inputs_first,
         inside=I if inside else None,
         quantized=activation_format,
-        narrow_scales=cut.scaled_first and weight.zeros is None and chip in DEEP and size % 32 == 0,
+        narrow_scales=cut.scaled_first and narrow_zeros and chip in DEEP and size % 32 == 0,
         shift_given=shift_given,
         copies=cut.copies,
     )
@@ -247,12 +265,13 @@ def quantized_matmul(
         arguments, specs = [x_NRI], [spec((None, J_R, cut.inputs), lambda o, n, k: (n, 0, k))]
     a_copy, of_weights = BO // cut.copies, cut.inputs // 2 if packed else cut.inputs
     for c in range(cut.copies):
-        # There is nothing past the last outputs to copy.
-        at = lambda o, c=c: jnp.minimum(o * cut.copies + c, -(-O // a_copy) - 1)  # noqa: E731
-        if inputs_first:
-            specs.append(spec((of_weights, a_copy), lambda o, n, k, at=at: (k, at(o))))
-        else:
-            specs.append(spec((a_copy, of_weights), lambda o, n, k, at=at: (at(o), k)))
+
+        def index(o: jax.Array, n: jax.Array, k: jax.Array, c: int = c) -> tuple[jax.Array, jax.Array]:
+            # There is nothing past the last outputs to copy.
+            at = jnp.minimum(o * cut.copies + c, -(-O // a_copy) - 1)
+            return (k, at) if inputs_first else (at, k)
+
+        specs.append(spec((of_weights, a_copy) if inputs_first else (a_copy, of_weights), index))
     arguments += [*[weight.values] * cut.copies, scales_GO]
     specs.append(spec((G_step, BO), lambda o, n, k: (k, o)))
     if inside:
@@ -277,6 +296,7 @@ def quantized_matmul(
         specs.append(spec((1, BO), lambda o, n, k: (0, o)))
     sums = jnp.dtype(jnp.float32) if sums_apart else taken.sums
     scratch = [pltpu.VMEM((R, BO), sums)] if steps > 1 else []
+    scratch += [pltpu.VMEM((G_step, OUTPUTS), jnp.float32)] if sums_apart else []
     if inside:
         scratch.append(pltpu.VMEM((J_R, cut.inputs), taken.dtype))
         scratch += [pltpu.VMEM((M, 1), jnp.float32)] if layout.scaled_inside else []

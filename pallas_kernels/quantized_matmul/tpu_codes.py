@@ -13,9 +13,13 @@ from ..float8 import NATIVE
 from .formats import FLOAT8
 
 INT8 = jnp.dtype(jnp.int8)
-# float8 with a bias of 11 for 7, so of a 16th. These chips turn it into float32 in one step, FLOAT8 in seven.
-ELEVEN = jnp.dtype(jnp.float8_e4m3b11fnuz)
-TURNING = ("v5e", "v5p")
+# These chips' matrix units multiply bfloat16 by two kinds of float8 as they are, and their vector units turn both into
+# floats in one step, FLOAT8 in seven: float8 with a bias of 11 for 7, so of a 16th, and float8 with two bits of
+# mantissa, which are enough for e2m1 and whose negative zero is one.
+ELEVEN, E5M2 = jnp.dtype(jnp.float8_e4m3b11fnuz), jnp.dtype(jnp.float8_e5m2)
+TURNING = ("v5e", "v5p", "v6e")
+# What a matrix unit multiplies bfloat16 by as it is; FLOAT8 on a 7x.
+NARROW = (FLOAT8, ELEVEN, E5M2)
 SIXTEEN = 2.0**4
 # The same in each byte of an int32.
 TOP, HIGH, LOW = (x - (1 << 32) if x >> 31 else x for x in (0x80808080, 0xF0F0F0F0, 0x0F0F0F0F))
@@ -23,17 +27,26 @@ ONE, SEVEN, SEVENS, E2M1 = 0x01010101, 0x07070707, 0x7F7F7F7F, 0x1C1C1C1C
 # By format and by the dtype that is made.
 UNITS = {
     ("int4", FLOAT8): 2.0**9,
+    ("int4", ELEVEN): SIXTEEN * 2.0**9,
     ("int4", INT8): 2.0**-4,
     ("mxfp4", FLOAT8): 2.0**6,
     ("mxfp4", INT8): 0.5,
-    ("mxfp4", ELEVEN): SIXTEEN * 2.0**6,
+    ("mxfp4", E5M2): 2.0**14,
 }
+
+
+def narrow(form: str) -> jnp.dtype:
+    """Of `NARROW`, what a weight becomes in fewest steps; bfloat16 where the unit takes none of them."""
+    chip = target_chip()
+    if chip in TURNING:
+        return E5M2 if form == "mxfp4" else ELEVEN
+    return jnp.dtype(jnp.bfloat16) if chip == "v4" else FLOAT8
 
 
 def on_the_way(form: str) -> jnp.dtype:
     """To bfloat16: float8 takes fewer steps to e2m1, where the chip turns float8 into floats itself."""
     if form == "mxfp4" and target_chip() in TURNING:
-        return ELEVEN
+        return E5M2
     return FLOAT8 if form == "mxfp4" and target_chip() in NATIVE else INT8
 
 
@@ -47,7 +60,7 @@ def eleven(x: jax.Array) -> jax.Array:
 
 def spread(form: str, words: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """`dtype` is float8 or int8. float8 of "int4" are the codes 0 to 15, among its lowest numbers."""
-    if form == "int4" and dtype == FLOAT8:
+    if form == "int4" and dtype in NARROW:
         halves = words & LOW, (words >> 4) & LOW
     elif form == "int4":
         # Of 0 to 15 less 8, the bits with the top one turned, as the high half of a byte: 16 times the number.
@@ -55,9 +68,10 @@ def spread(form: str, words: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, ja
     elif dtype == INT8:
         halves = _twice(words), _twice(words >> 4)
     else:
-        halves = ((words << 4) & TOP) | ((words << 2) & E2M1), (words & TOP) | ((words >> 2) & E2M1)
-        if dtype == ELEVEN:
-            return eleven(halves[0]), eleven(halves[1])
+        # The exponent and the mantissa, one bit lower where only two bits are the mantissa's.
+        lower = 1 if dtype == E5M2 else 0
+        rest = E2M1 >> lower
+        halves = ((words << 4) & TOP) | ((words << 2 - lower) & rest), (words & TOP) | ((words >> 2 + lower) & rest)
     return pltpu.bitcast(halves[0], dtype), pltpu.bitcast(halves[1], dtype)
 
 

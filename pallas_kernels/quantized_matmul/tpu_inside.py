@@ -7,6 +7,7 @@ Shapes: M rows   R rows of the unit (pieces of M)   I inputs   T inputs of a til
   J blocks of inputs in a tile   G blocks of inputs
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from .tpu_rows import Operand
 PARTS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0))
 # Added to a float32 below 2 ** 22, it leaves a whole number in the low bits.
 WHOLE = 1.5 * 2.0**23
+# About how many rows one product puts in order.
+TURNED = 256
 # Rows at a time, where each is one of the unit's: what is found of so many stays in registers.
 ROWS = 32
 
@@ -55,7 +58,7 @@ def _prepare(
     if quantized is not None or taken.dtype != jnp.bfloat16:
         reach_M1, flaw_M1 = _reach(x_ref, I, end)
         if quantized is None:
-            up_M1, down_M1 = reach_scales(reach_M1, taken)
+            up_M1, down_M1 = reach_scales(reach_M1)
             # Rows that are not finite are zeros, and their scale is not a number.
             scales_ref[...] = jnp.where(flaw_M1 == 0, down_M1, jnp.nan)
             up_M1 = jnp.where(flaw_M1 == 0, up_M1, 0)
@@ -64,6 +67,8 @@ def _prepare(
             # A row that is not finite: whatever it becomes, times what is not a number.
             scales_ref[...] = up_M1 = jnp.where(flaw_M1 == 0, unit_M1, jnp.nan)
     totals_MG = None
+    put_apart = partial(_apart, rows=rows_ref.shape[0], tile=tile, size=size, packed=packed, dtype=taken.dtype)
+    wide: list[tuple[int, jax.Array]] = []
     for first in range(0, I, C):
         x_MC = _inputs(x_ref, first, C, end)
         pieces = _pieces(x_MC, up_M1, taken) if quantized is None else [_rounded(x_MC / up_M1, taken)]
@@ -71,14 +76,23 @@ def _prepare(
             means_MC = x_MC if quantized is None else pieces[0] * up_M1
             totals_MG = _add_totals(totals_MG, means_MC, first, size, I // size)
         x_RC = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=0)
-        place = [(first, 0, C)]
-        if packed:
-            x_RC = jnp.dot(x_RC.astype(jnp.bfloat16), _evens_first(C), preferred_element_type=jnp.float32)
+        if not packed:
+            rows_ref[:, first : first + C] = put_apart(x_RC, first % tile)
+            continue
+        wide.append((first, x_RC))
+        if len(wide) * len(x_RC) < TURNED and first + C < I:
+            continue
+        # Several at a time, as the unit's weights take longer to load than few rows to multiply.
+        x_XC = jnp.concatenate([x_RC for _, x_RC in wide], axis=0).astype(jnp.bfloat16)
+        x_XC = jnp.dot(x_XC, _evens_first(C), preferred_element_type=jnp.float32)
+        for k, (first, x_RC) in enumerate(wide):
+            R = len(x_RC)
             n, at = divmod(first, tile)
-            place = [(n * tile + at // 2 + half * (tile // 2), half * (C // 2), C // 2) for half in range(2)]
-        for to, start, width in place:
-            x_RW = x_RC[:, start : start + width]
-            rows_ref[:, to : to + width] = _apart(x_RW, rows_ref.shape[0], to % tile, tile, size, packed, taken.dtype)
+            for half in range(2):
+                to, start = n * tile + at // 2 + half * (tile // 2), half * (C // 2)
+                x_RW = x_XC[k * R : (k + 1) * R, start : start + C // 2]
+                rows_ref[:, to : to + C // 2] = put_apart(x_RW, to % tile)
+        wide = []
     if totals_ref is not None:
         assert totals_MG is not None
         parts = three_parts(totals_MG)
@@ -87,6 +101,11 @@ def _prepare(
 
 def outer(totals_MP: jax.Array, shift_GO: jax.Array) -> jax.Array:
     """Totals times what codes are off by, summed over G, to float32's precision in one product of bfloat16."""
+    if len(shift_GO) == 1:
+        # The unit would take a tile for it.
+        firsts = [[left for left, _ in PARTS].index(part) for part in range(3)]
+        total_M1, *rest = (totals_MP[:, p : p + 1].astype(jnp.float32) for p in firsts)
+        return sum(rest, total_M1) * shift_GO
     parts = three_parts(shift_GO)
     shift_PO = jnp.concatenate([parts[right] for _, right in PARTS], axis=0).astype(jnp.bfloat16)
     return jnp.dot(totals_MP, shift_PO, preferred_element_type=jnp.float32)
@@ -106,12 +125,11 @@ def chunk(tile: int) -> int:
     return 256 if tile % 256 == 0 else 128
 
 
-def reach_scales(reach_M1: jax.Array, taken: Operand) -> tuple[jax.Array, jax.Array]:
+def reach_scales(reach_M1: jax.Array) -> tuple[jax.Array, jax.Array]:
     """For rows of these largest numbers: the power of two that they are multiplied by, and its reciprocal."""
-    top = 22 if taken.dtype == jnp.int8 else 8
     # The power of two above it, from the bits, where its reciprocal is a normal number.
     above_M1 = (lax.bitcast_convert_type(reach_M1, jnp.int32) >> 23) - 126
-    up_M1 = top - jnp.clip(above_M1, -100, 128)
+    up_M1 = 22 - jnp.clip(above_M1, -100, 128)
     up, down = (lax.bitcast_convert_type((power + 127) << 23, jnp.float32) for power in (up_M1, -up_M1))
     return up, down
 
@@ -142,11 +160,6 @@ def _pieces(x_MC: jax.Array, up_M1: Any, taken: Operand) -> list[jax.Array]:
         return pieces
     x_MC = jnp.where(up_M1 > 0, x_MC, 0) * up_M1
     pieces = []
-    if taken.dtype == FLOAT8:
-        for _ in taken.weights:
-            pieces.append(x_MC.astype(FLOAT8).astype(jnp.float32))
-            x_MC = 32 * (x_MC - pieces[-1])
-        return pieces
     rest = lax.bitcast_convert_type(x_MC + WHOLE, jnp.int32) - 0x4B400000
     for _ in range(2):
         digit = ((rest + 128) & 255) - 128
@@ -167,7 +180,7 @@ def _evens_first(C: int) -> jax.Array:
     return (old == wanted).astype(jnp.float32).astype(jnp.bfloat16)
 
 
-def _apart(x_RW: jax.Array, rows: int, at: int, tile: int, size: int, packed: bool, dtype: jnp.dtype) -> jax.Array:
+def _apart(x_RW: jax.Array, at: int, rows: int, tile: int, size: int, packed: bool, dtype: jnp.dtype) -> jax.Array:
     """[J * R, W] in the unit's dtype from [R, W], the part of a tile from `at` on: row group j keeps block j only."""
     groups = max(1, tile // size)
     R, missing = rows // groups, rows // groups - x_RW.shape[0]

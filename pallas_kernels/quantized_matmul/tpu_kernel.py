@@ -18,7 +18,7 @@ from ..chips import target_chip
 from ..float8 import to_bfloat16
 from .activations import finish
 from .formats import FLOAT8, PACKED
-from .tpu_codes import SIXTEEN, TURNING, UNITS, eleven, on_the_way, spread
+from .tpu_codes import NARROW, SIXTEEN, TURNING, UNITS, eleven, on_the_way, spread
 from .tpu_inside import outer, prepare
 from .tpu_rows import Operand
 
@@ -32,6 +32,8 @@ class Layout:
 
     format: str
     operand: Operand
+    # What the unit's weights are.
+    weights: jnp.dtype
     tile: int
     size: int | None
     inputs: int
@@ -51,7 +53,7 @@ class Layout:
     quantized: str | None
     # Weights are scaled in bfloat16.
     narrow_scales: bool
-    # Whether what codes are off by comes from outside; else it is `CODES_OFF` times their scales.
+    # Whether zero points, or without `inside` all that codes are off by, times their scales, come from outside.
     shift_given: bool
     # Weights come in so many refs, each some of the block's outputs.
     copies: int
@@ -80,11 +82,11 @@ class Layout:
     @property
     def codes(self) -> jnp.dtype:
         """What four bits become first."""
-        return FLOAT8 if self.operand.dtype == FLOAT8 else on_the_way(self.format)
+        return self.weights if self.weights in NARROW else on_the_way(self.format)
 
     @property
     def turns(self) -> bool:
-        """Whether float8 becomes `eleven` on its way to bfloat16."""
+        """Whether float8 becomes `eleven`, or that on its way to bfloat16."""
         return self.format == "fp8_e4m3" and self.operand.dtype == jnp.bfloat16 and target_chip() in TURNING
 
 
@@ -100,6 +102,7 @@ def kernel(layout: Layout, *refs: Any) -> None:
     bias_ref = next(given) if layout.bias else None
     y_ref = next(given)
     sums_ref = next(given) if layout.steps > 1 else None
+    ready_ref = next(given) if layout.sums_apart else None
     if layout.inside is not None:
         rows_ref = next(given)
         x_scales_ref = next(given) if layout.scaled_inside else None
@@ -120,10 +123,12 @@ def kernel(layout: Layout, *refs: Any) -> None:
     for first in (f for start in range(0, y_ref.shape[1], a_copy) for f in range(start, start + a_copy, OUTPUTS)):
         w_ref, start = w_refs[first // a_copy], first % a_copy
         width = min(OUTPUTS, a_copy - start)
-        part = lambda ref: None if ref is None else ref.at[:, pl.ds(first, width)]  # noqa: B023, E731
         w_part = w_ref.at[:, pl.ds(start, width)] if layout.contract == 0 else w_ref.at[pl.ds(start, width), :]
-        refs_part = [part(ref) for ref in (scales_ref, shift_ref, bias_ref, y_ref, sums_ref)]
-        _outputs(layout, x_ref, w_part, x_scales_ref, totals_ref, *refs_part)
+        whole = (scales_ref, shift_ref, bias_ref, y_ref, sums_ref)
+        refs_part = [None if ref is None else ref.at[:, pl.ds(first, width)] for ref in whole]
+        if ready_ref is not None:
+            ready_ref[:, :width] = _scales(scales_ref[:, first : first + width]) * layout.unit
+        _outputs(layout, x_ref, w_part, x_scales_ref, totals_ref, ready_ref, *refs_part)
 
 
 def _outputs(
@@ -132,13 +137,14 @@ def _outputs(
     w_ref: Any,
     x_scales_ref: Any,
     totals_ref: Any,
+    ready_ref: Any,
     scales_ref: Any,
     shift_ref: Any,
     bias_ref: Any,
     y_ref: Any,
     sums_ref: Any,
 ) -> None:
-    sums_RO = _sums(layout, x_ref, w_ref, scales_ref, x_scales_ref, shift_ref)
+    sums_RO = _sums(layout, x_ref, w_ref, ready_ref, scales_ref, x_scales_ref, shift_ref)
 
     def write(sums_RO: jax.Array) -> None:
         M, sums_RO = layout.rows, sums_RO.astype(jnp.float32)
@@ -149,8 +155,12 @@ def _outputs(
         if not layout.by_block and x_scales_ref is not None:
             y_MO = y_MO * x_scales_ref[...]
         if totals_ref is not None:
-            shift_GO = CODES_OFF * _scales(scales_ref[...]) if shift_ref is None else shift_ref[...]
-            y_MO = y_MO - (_outer if layout.inside is None else outer)(totals_ref[...], shift_GO)
+            if layout.inside is None:
+                y_MO = y_MO - _outer(totals_ref[...], shift_ref[...])
+            else:
+                off = CODES_OFF if layout.format == "int4" and layout.weights in NARROW else 0.0
+                off = off if shift_ref is None else shift_ref[...].astype(jnp.float32) + off
+                y_MO = y_MO - outer(totals_ref[...], off * _scales(scales_ref[...]))
         bias_O = bias_ref[...] if layout.bias else None
         y_ref[...] = finish(y_MO, bias_O, layout.activation, y_ref.dtype)
 
@@ -171,7 +181,9 @@ def _outputs(
         write(sums_ref[...])
 
 
-def _sums(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, x_scales_ref: Any, shift_ref: Any) -> jax.Array:
+def _sums(
+    layout: Layout, x_ref: Any, w_ref: Any, ready_ref: Any, scales_ref: Any, x_scales_ref: Any, shift_ref: Any
+) -> jax.Array:
     """Sums over the block's inputs [R, O]; already scaled by block of inputs if those are summed apart."""
     taken, T = layout.operand, layout.tile
     total_RO: Any = None
@@ -183,7 +195,7 @@ def _sums(layout: Layout, x_ref: Any, w_ref: Any, scales_ref: Any, x_scales_ref:
             total_RO = sums_JRO if total_RO is None else total_RO + sums_JRO
             continue
         for first, sums_RO in _groups(layout, n, sums_JRO):
-            sums_RO = sums_RO.astype(jnp.float32) * (_scales(scales_ref[first : first + 1]) * layout.unit)
+            sums_RO = sums_RO.astype(jnp.float32) * ready_ref[first : first + 1, : sums_RO.shape[1]]
             if layout.by_block:
                 in_step = layout.inputs // (layout.size or layout.inputs)
                 g = first if layout.steps == 1 else first + pl.program_id(2) * in_step
@@ -202,7 +214,7 @@ def _groups(layout: Layout, tile: int, sums_JRO: jax.Array) -> Iterator[tuple[in
 
 def _weights(layout: Layout, w_ref: Any, n: int, scales_ref: Any, shift_ref: Any) -> jax.Array:
     """A tile of weights as the unit takes them: [T, O] where inputs come first, else [O, T]."""
-    T, dtype = layout.tile, layout.operand.dtype
+    T, dtype = layout.tile, layout.weights
     if layout.format not in PACKED:
         values = w_ref[n * T : (n + 1) * T, :] if layout.inputs_first else w_ref[:, n * T : (n + 1) * T]
         if layout.end is not None:
@@ -210,10 +222,8 @@ def _weights(layout: Layout, w_ref: Any, n: int, scales_ref: Any, shift_ref: Any
             first = pl.program_id(2) * layout.inputs + n * T if layout.steps > 1 else n * T
             inside = first + lax.broadcasted_iota(jnp.int32, values.shape, layout.contract) < layout.end
             values = jnp.where(inside, values.astype(jnp.float32), 0).astype(values.dtype)
-        if layout.turns:
-            values = eleven(values).astype(dtype)
-        else:
-            values = to_bfloat16(values) if values.dtype == FLOAT8 and dtype == jnp.bfloat16 else values.astype(dtype)
+        values = eleven(values) if layout.turns else values
+        values = to_bfloat16(values) if values.dtype == FLOAT8 and dtype == jnp.bfloat16 else values.astype(dtype)
         if not layout.scaled_first:
             return values
         scales_GO = _scales(scales_ref[...]) * layout.unit
@@ -234,11 +244,15 @@ def _scaled(layout: Layout, values_TO: jax.Array, scales_GO: jax.Array, size: in
     """Values of which `size` rows share a scale, less what they are shifted by, times it."""
     if layout.narrow_scales:
         values_GBO = values_TO.astype(jnp.bfloat16).reshape(-1, size, values_TO.shape[1])
+        if shift_ref is not None:
+            # Exact: whole numbers up to 256, times a power of two.
+            zeros_GO = (shift_ref[...].astype(jnp.float32) / layout.unit).astype(jnp.bfloat16)
+            values_GBO = values_GBO - jnp.broadcast_to(zeros_GO[:, None], (len(zeros_GO), 1, values_TO.shape[1]))
         scales_G1O = jnp.broadcast_to(scales_GO.astype(jnp.bfloat16)[:, None], (len(scales_GO), 1, values_TO.shape[1]))
         return (values_GBO * scales_G1O).reshape(values_TO.shape)
     values_GBO = values_TO.astype(jnp.float32).reshape(-1, size, values_TO.shape[1])
     if shift_ref is not None:
-        values_GBO = values_GBO - shift_ref[...][:, None] / layout.unit
+        values_GBO = values_GBO - shift_ref[...].astype(jnp.float32)[:, None] / layout.unit
     return (values_GBO * scales_GO[:, None]).reshape(values_TO.shape)
 
 

@@ -1,8 +1,8 @@
-"""Activations as a TPU's matrix unit takes them against 8-bit weights: each number in pieces of 8 bits.
+"""Activations as a TPU's matrix unit takes them against 8-bit weights: each number in pieces.
 
-A unit that multiplies int8 (or float8) by int8 needs no float copy of the weights. A row times the power of two that
-brings its largest number near 2 ** 22 is whole numbers, up to half a unit, and three int8 digits to the base 256 hold
-them; sums of their products are exact integers. float8 pieces are the nearest float8, then 16 times what is left, ...
+A unit that multiplies int8 by int8 needs no float copy of the weights. A row times the power of two that brings its
+largest number near 2 ** 22 is whole numbers, up to half a unit, and three int8 digits to the base 256 hold them; sums
+of their products are exact integers. float8 weights meet bfloat16, of which three pieces hold a float32.
 
 Shapes: M rows   I inputs   T inputs of a tile   J blocks of inputs in a tile
 """
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from .formats import FLOAT8
 
 # Inputs that one product puts in order.
 SHUFFLED = 128
@@ -39,8 +37,6 @@ def operand(dtype: jnp.dtype, x_dtype: jnp.dtype) -> Operand:
     """`dtype`'s pieces for activations of `x_dtype` that are not quantised."""
     if dtype == jnp.int8:
         return Operand(jnp.dtype(jnp.int8), (65536.0, 256.0, 1.0))
-    if dtype == FLOAT8:
-        return Operand(FLOAT8, tuple(32.0**-piece for piece in range(2 if x_dtype == jnp.bfloat16 else 5)))
     return Operand(jnp.dtype(jnp.bfloat16), (1.0,) * (1 if x_dtype == jnp.bfloat16 else 3))
 
 
@@ -56,24 +52,18 @@ def split(x_MI: jax.Array, taken: Operand) -> tuple[list[jax.Array], jax.Array]:
         return pieces, jnp.ones((len(x_MI), 1), jnp.float32)
     reach_M1 = jnp.max(jnp.abs(x_MI), axis=1, keepdims=True)
     # The power of two above it, from the bits, where its reciprocal is a normal number.
-    top = 22 if taken.dtype == jnp.int8 else 8
     above_M1 = (lax.bitcast_convert_type(reach_M1, jnp.int32) >> 23) - 126
-    up_M1 = top - jnp.clip(above_M1, -100, 128)
+    up_M1 = 22 - jnp.clip(above_M1, -100, 128)
     scaled = x_MI * lax.bitcast_convert_type((up_M1 + 127) << 23, jnp.float32)
     down_M1 = lax.bitcast_convert_type((127 - up_M1) << 23, jnp.float32)
     scales_M1 = jnp.where(jnp.isfinite(reach_M1), down_M1, jnp.nan)
     pieces = []
-    if taken.dtype == jnp.int8:
-        rest = jnp.where(jnp.isfinite(reach_M1), jnp.round(scaled), 0).astype(jnp.int32)
-        for _ in range(2):
-            digit = ((rest + 128) & 255) - 128
-            pieces.insert(0, digit.astype(jnp.int8))
-            rest = (rest - digit) >> 8
-        return [rest.astype(jnp.int8), *pieces], scales_M1
-    for _ in taken.weights:
-        pieces.append(jnp.where(jnp.isfinite(reach_M1), scaled, 0).astype(FLOAT8))
-        scaled = 32 * (scaled - pieces[-1].astype(jnp.float32))
-    return pieces, scales_M1
+    rest = jnp.where(jnp.isfinite(reach_M1), jnp.round(scaled), 0).astype(jnp.int32)
+    for _ in range(2):
+        digit = ((rest + 128) & 255) - 128
+        pieces.insert(0, digit.astype(jnp.int8))
+        rest = (rest - digit) >> 8
+    return [rest.astype(jnp.int8), *pieces], scales_M1
 
 
 def apart(x_RI: jax.Array, tile: int, block: int, paired: bool) -> jax.Array:
