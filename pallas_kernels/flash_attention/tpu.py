@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from .. import tuned
 from ..chips import target_chip
+from .block_plan import PADDING_K, PADDING_Q, Plan, padded_ids, tables
 from .gradient import delta, differentiable, without_padding
 from .tpu_backward import backward
 from .tpu_forward import LANES, LOG2E, Scores, forward
-from .tpu_plan import PADDING_K, PADDING_Q, Plan, padded_ids, tables
 
 UNSEEN = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass
 DQ_BYTES = 8 << 20  # of the queries' gradient at a time, which is held in vector memory

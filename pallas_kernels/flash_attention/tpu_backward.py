@@ -27,8 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..chips import target_chip
+from .block_plan import Plan
 from .tpu_forward import LOG2E, VMEM_BYTES, Scores, column, dot
-from .tpu_plan import Plan
 
 SIDES = {"v6e": 256, "7x": 256}  # of the matrix unit; else 128
 

@@ -16,7 +16,7 @@ from benchmarks.static import Request, compile_all
 from tests.pallas_kernels import test_flash_attention as contract
 from tests.pallas_kernels import test_flash_attention_backward as backward_contract
 from twinax.pallas_kernels.flash_attention import flash_attention, tpu, tpu_backward, tpu_forward
-from twinax.pallas_kernels.flash_attention.tpu_plan import Plan
+from twinax.pallas_kernels.flash_attention.block_plan import Plan
 
 # B, T, S, H, K, D, options: as in the contract.
 QUICK = {
