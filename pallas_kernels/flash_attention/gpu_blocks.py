@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .tpu_plan import PADDING_K, PADDING_Q, Plan, meet
+from .block_plan import PADDING_K, PADDING_Q, Plan, meet
 
 LOG2E = math.log2(math.e)
 # A row's maximum while it has seen no key, and a masked score: finite, so that no difference is nan, and a power of

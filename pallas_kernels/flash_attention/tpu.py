@@ -16,12 +16,11 @@ import jax.numpy as jnp
 
 from .. import tuned
 from ..chips import target_chip
+from .block_plan import PADDING_K, PADDING_Q, Plan, padded_ids, tables
 from .gradient import delta, differentiable, without_padding
-from .tpu_backward import backward
-from .tpu_forward import LANES, LOG2E, Scores, forward
-from .tpu_plan import PADDING_K, PADDING_Q, Plan, padded_ids, tables
+from .tpu_backward import SIDES, backward
+from .tpu_forward import LANES, Scores, forward
 
-UNSEEN = 1e30  # the log-sum-exp of a row that sees nothing, for the backward pass
 DQ_BYTES = 8 << 20  # of the queries' gradient at a time, which is held in vector memory
 PART = 2048  # queries: a longer row's backward pass is cut at multiples of this
 TABLE = 1 << 16  # pairs of blocks that are listed at a time (for segments), in scalar memory
@@ -33,10 +32,14 @@ def blocks(
     """Queries and keys a block takes at most; powers of two of at least 128.
 
     `plain`: without window, segments and traced offsets. Else a kernel has up to four bodies, and blocks more edges. On
-    v5e larger ones gain 3%, in a program four times as long. `wide`: float32, of which larger ones need 43 MiB.
+    v5e larger ones gain 3%, in a program four times as long. `wide`: float32, of which larger ones need 43 MiB, or
+    backward heads over 256. Backward, v6e's and 7x's matrix units stand still for some 5% of a pair of 1,024, while it
+    begins and ends; many keys make that rare, and fewer queries what is spilled and how long the program is.
     """
     if bias:
         return 512, 512
+    if is_backward and plain and not wide and not causal and chip in SIDES and (keys := _fit(S, 4096)) > 1024:
+        return 512, keys
     if is_backward or wide or not plain or chip in ("v5e", "v5p"):
         return 1024, 1024
     return (2048, 2048) if causal else (2048, 1024)
@@ -73,11 +76,11 @@ def _gradients(
     d_out_BTHE: jax.Array,
     lse_BTH: jax.Array,
     out_BTHE: jax.Array,
-    d_lse_BTH: jax.Array,
+    d_lse_BTH: jax.Array | None,
     **options: Any,
 ) -> tuple[jax.Array, ...]:
     """Those of whole rows, in the inputs' dtype."""
-    rest = {"out": out_BTHE, "d_lse": d_lse_BTH}
+    rest = {"out": out_BTHE} if d_lse_BTH is None else {"out": out_BTHE, "d_lse": d_lse_BTH}
     return _backward(q_BTHD, k_BSKD, v_BSKE, d_out_BTHE, lse_BTH, rest, q_BTHD.dtype, **options)
 
 
@@ -99,7 +102,7 @@ def _backward(
     softcap: float | None,
     bias_BHTS: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """`rest` holds delta, or the output and the gradient of its log-sum-exp; dq, dk and dv have `dtype`."""
+    """`rest` holds delta, or the output and perhaps the gradient of its log-sum-exp; dq, dk and dv have `dtype`."""
     _check(q_BTHD)
     (B, T, H, D), (_, S, K, E) = q_BTHD.shape, v_BSKE.shape
     G = H // K
@@ -129,7 +132,7 @@ def _backward(
 
     Tp, Sp = plan.nq * plan.block_q, plan.nk * plan.block_k
     if "out" in rest and not plan.covered:
-        rest = {"delta": delta(rest["out"], d_out_BTHE, rest["d_lse"])}
+        rest = {"delta": delta(rest["out"], d_out_BTHE, rest.get("d_lse"), lse_BTH.dtype)}
 
     def queries(x_BTHD: jax.Array) -> jax.Array:
         return _heads(x_BTHD, Tp, q_segment_ids_BT).reshape(B, K, G, Tp, -1)
@@ -143,12 +146,10 @@ def _backward(
         "v": _heads(v_BSKE, Sp, kv_segment_ids_BS),
         "d_out": queries(d_out_BTHE),
     }
-    lse2 = rows(jnp.where(lse_BTH > -jnp.inf, lse_BTH * LOG2E, UNSEEN), UNSEEN)
     if "out" in rest:
         arrays["out"] = queries(rest["out"])
-    # Together, as each operation of XLA's that makes one takes as long as a few blocks.
-    is_first = jnp.arange(2)[:, None] == 0
-    arrays["rows"] = jnp.where(is_first, lse2, rows(rest["d_lse" if "out" in rest else "delta"]))
+    arrays["lse"] = rows(lse_BTH, -jnp.inf)
+    arrays |= {name: rows(rest[name]) for name in ("delta", "d_lse") if name in rest}
     extras, found = _segments(plan, q_segment_ids_BT, kv_segment_ids_BS, q_offset)
     arrays |= extras
     if bias_BHTS is not None:
@@ -246,6 +247,7 @@ def _plan(
     T, S, D, E = sizes
     offset = q_offset if isinstance(q_offset, int) else None
     plain = window is None and offset is not None and not segments
+    wide = wide or (is_backward and max(D, E) > 256)
     most_q, most_k = blocks(target_chip(), T, S, causal, plain, bias, wide, is_backward)
     chunk = Plan.chunk
     if plain and not bias:

@@ -27,9 +27,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..chips import target_chip
+from .block_plan import Plan
 from .tpu_forward import LOG2E, VMEM_BYTES, Scores, column, dot
-from .tpu_plan import Plan
 
+UNSEEN = 1e30  # the log-sum-exp of a row that sees nothing
+MANY = 8  # chunks of a pair, from which on the compiler itself finds what can be done beside what
 SIDES = {"v6e": 256, "7x": 256}  # of the matrix unit; else 128
 
 
@@ -43,8 +45,9 @@ def backward(
     """dq [B, K, G, T, D], dk [B, K, S, D] and dv [B, K, S, E] in `dtype`; d_bias [B, K, G, S, T] in float32.
 
     `arrays`, in this order: q [B, K, G, T, D], k [B, K, S, D], v [B, K, S, E], d_out [B, K, G, T, E]; where the plan is
-    `covered`, out, alike; rows [B, K, G, 2, T]: lse2 (in base 2, large where nothing is seen), and delta, or, with out,
-    d_lse; perhaps q_ids, kv_ids [B, 1, length], and the bias, transposed, [B or 1, K or 1, G or 1, S, T].
+    `covered`, out, alike; lse and delta or, with out, perhaps d_lse [B, K, G, 1, T], as they are: each operation of
+    XLA's takes as long as a few blocks, and each further input on v5e 2% of a row of 1,024; perhaps q_ids, kv_ids [B,
+    1, length], and the bias, transposed, [B or 1, K or 1, G or 1, S, T].
     """
     B, K, G, T, D = arrays["q"].shape
     S, E = arrays["v"].shape[2:]
@@ -76,7 +79,7 @@ def backward(
         "v": pl.BlockSpec((None, None, bk, E), k_map),
         "d_out": pl.BlockSpec((None, None, None, bq, E), q_map),
         "out": pl.BlockSpec((None, None, None, bq, E), q_map),
-        "rows": pl.BlockSpec((None, None, None, 2, bq), row_map),
+        **{name: pl.BlockSpec((None, None, None, 1, bq), row_map) for name in ("lse", "delta", "d_lse")},
         "q_ids": pl.BlockSpec((None, 1, bq), lambda b, h, n, t, g, *refs: (b, 0, in_memory(b, n, t, g, refs)[1])),
         "kv_ids": pl.BlockSpec((None, 1, bk), lambda b, h, n, t, g, *refs: (b, 0, in_memory(b, n, t, g, refs)[0])),
     }
@@ -208,7 +211,6 @@ def _kernel(plan: Plan, scores: Scores, steps: int, turned: bool, parts: Any, *r
 
     to_queries = add_queries if "dq" in sums else functools.partial(write_queries, g, i)
     to_keys = add_keys if "dk" in sums else write_keys
-    x["lse2"], x["d_lse" if "out" in x else "delta"] = x["rows"].at[:1], x["rows"].at[1:]
     pair = Pair(plan, scores, x, tables, (b, i, j), to_queries, to_keys, turned, *d_bias)
     full = plan.is_full(i, j, tables, b)
     kinds = _kinds(plan)
@@ -232,10 +234,15 @@ def _kernel(plan: Plan, scores: Scores, steps: int, turned: bool, parts: Any, *r
             write_keys(slice(None), sums["dk"][...], sums["dv"][...])
 
 
+def base2(lse: jax.Array) -> jax.Array:
+    return jnp.where(lse > -jnp.inf, lse * LOG2E, UNSEEN)
+
+
 def delta(x: dict[str, Any]) -> jax.Array:
-    """[1, queries], from out, d_out and d_lse."""
+    """[1, queries], from out, d_out and d_lse, if there is one."""
     out, d_out = (jnp.transpose(x[name][...]).astype(jnp.float32) for name in ("out", "d_out"))
-    return (out * d_out).sum(0, keepdims=True) - x["d_lse"][...]
+    found = (out * d_out).sum(0, keepdims=True)
+    return found - x["d_lse"][...] if "d_lse" in x else found
 
 
 @functools.cache
@@ -266,11 +273,13 @@ class Pair:
     to_keys: Callable[[slice, jax.Array, jax.Array], None]
     turned: bool = True
     d_bias_ref: Any = None
+    _lse2: Any = None
     _delta: Any = None
 
     def run(self, edge: bool) -> None:
         x = self.x
-        # Of the output in every pair again: beside the first products this costs nothing.
+        # In every pair again: beside the first products this costs nothing.
+        self._lse2 = x["lse2"][...] if "lse2" in x else base2(x["lse"][...])
         self._delta = x["delta"][...] if "delta" in x else delta(x)
         diagonal = edge and self.plan.diagonal
         size = min(self.plan.chunk, self.plan.block_k)
@@ -281,7 +290,10 @@ class Pair:
         products = self._products(chunks[0], firsts[0])
         dq = None
         for n, chunk in enumerate(chunks):
-            following = self._products(chunks[n + 1], firsts[n + 1]) if n + 1 < len(chunks) else None
+            if products is None:
+                products = self._products(chunk, firsts[n])
+            ahead = n + 1 < len(chunks) and (n == 0 or not self._is_long)
+            following = self._products(chunks[n + 1], firsts[n + 1]) if ahead else None
             term = self._pass(chunk, firsts[n], products, rows, edge)
             dq = term if dq is None else dq + term
             if diagonal:  # what later chunks do not see is complete
@@ -291,6 +303,11 @@ class Pair:
         if not diagonal:
             assert dq is not None
             self.to_queries(slice(0, self.plan.block_q), dq)
+
+    @property
+    def _is_long(self) -> bool:
+        """Whether chunks come one after the other; else each one's first products come before the last one's others."""
+        return not self.turned and self.plan.block_k >= MANY * self.plan.chunk
 
     def _products(self, chunk: slice, first: int) -> tuple[jax.Array, jax.Array]:
         """Scores, and the gradients of the probabilities, [key, query]."""
@@ -308,7 +325,7 @@ class Pair:
             logits = s * (scores.scale * LOG2E)
         if "bias" in x:
             logits = logits + x["bias"][chunk, first:].astype(jnp.float32) * LOG2E
-        logits = logits - x["lse2"][:, first:]
+        logits = logits - self._lse2[:, first:]
         if edge:
             logits = self._mask(chunk, first, logits)
         p = jnp.exp2(logits)
@@ -321,6 +338,11 @@ class Pair:
         if self.turned:
             self.to_keys(chunk, dot(q[:, first:], ds, (1, 1)), dot(d_out[:, first:], p, (1, 1)))
             return dot(jnp.transpose(x["k"][chunk]), ds, (1, 0))
+        if self._is_long:  # in the order in which p and ds are there
+            dv, dk = dot(p, d_out[first:], (1, 0)), dot(ds, q[first:], (1, 0))
+            dq = dot(jnp.transpose(x["k"][chunk]), ds, (1, 0))
+            self.to_keys(chunk, dk, dv)
+            return dq
         dq = dot(jnp.transpose(x["k"][chunk]), ds, (1, 0))  # first, as it alone is turned around in the end
         self.to_keys(chunk, dot(ds, q[first:], (1, 0)), dot(p, d_out[first:], (1, 0)))
         return dq

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..chips import target_chip
-from .tpu_plan import Plan
+from .block_plan import Plan
 
 LANES = 128
 AHEAD = 4  # chunks whose scores are multiplied before they are needed

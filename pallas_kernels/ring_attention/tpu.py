@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from .. import tuned
 from ..chips import target_chip
+from ..flash_attention.block_plan import PADDING_K, PADDING_Q
 from ..flash_attention.tpu_forward import LOG2E, LOWEST, Scores
-from ..flash_attention.tpu_plan import PADDING_K, PADDING_Q
 from . import tpu_backward, tpu_forward, xla
 from .tpu_forward import LANES, Ring
 

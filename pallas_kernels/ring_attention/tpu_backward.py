@@ -19,9 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..flash_attention.block_plan import Plan
 from ..flash_attention.tpu_backward import Pair
 from ..flash_attention.tpu_forward import LANES
-from ..flash_attention.tpu_plan import Plan
 from .tpu_forward import (
     COLLECTIVE_ID,
     Ring,

@@ -32,8 +32,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..flash_attention.block_plan import Plan
 from ..flash_attention.tpu_forward import LANES, LOWEST, SUBLANES, Rows, Scores, scores_kept
-from ..flash_attention.tpu_plan import Plan
 
 COLLECTIVE_ID = 7
 

@@ -206,6 +206,31 @@ def test_bfloat16_keeps_its_dtype_and_sums_in_float32(implementation):
     np.testing.assert_allclose(np.asarray(out, np.float64), wanted_out, atol=2**-6)
 
 
+@ALL
+def test_each_result_alone_has_its_gradient(implementation):
+    check_gradients_of_one_result("causal with rests", implementation, 1e-12)
+
+
+def check_gradients_of_one_result(case, implementation, tolerance, dtype=np.float64):
+    """What nobody takes has no gradient, and a candidate is told so."""
+
+    def gradients(inputs, options, implementation, which):
+        def loss(*inputs):
+            return jnp.square(
+                flash_attention(*inputs, return_lse=True, implementation=implementation, **options)[which]
+            ).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*inputs)
+
+    for which in range(2):
+        with jax.enable_x64(True):
+            wanted = gradients(*make(case), "reference", which)
+        with jax.enable_x64(dtype == np.float64):
+            found = gradients(*make(case, dtype), implementation, which)
+        for x, y in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * max(1, np.abs(y).max()))
+
+
 def check_bfloat16_gradients(case, implementation):
     """Within what rounding inputs, weights and results to 8 bits makes, of the largest of each gradient."""
     inputs, options = make(case, jnp.bfloat16)

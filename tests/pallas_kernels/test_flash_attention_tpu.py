@@ -3,6 +3,7 @@
 Blocks are made 128 x 128, so that a few hundred tokens are several blocks: empty, full and edges.
 """
 
+import dataclasses
 import importlib.util
 from functools import partial
 
@@ -16,7 +17,7 @@ from benchmarks.static import Request, compile_all
 from tests.pallas_kernels import test_flash_attention as contract
 from tests.pallas_kernels import test_flash_attention_backward as backward_contract
 from twinax.pallas_kernels.flash_attention import flash_attention, tpu, tpu_backward, tpu_forward
-from twinax.pallas_kernels.flash_attention.tpu_plan import Plan
+from twinax.pallas_kernels.flash_attention.block_plan import Plan
 
 # B, T, S, H, K, D, options: as in the contract.
 QUICK = {
@@ -138,6 +139,21 @@ def test_bfloat16_sums_in_float32_and_large_scores_stay_finite():
     q, k = (np.asarray(x * np.float32(1e4), q.dtype) for x in (q, k))
     out, lse = attend(q, k, v)
     assert np.isfinite(np.asarray(out, np.float32)).all() and np.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("length", [512, 450])
+def test_pairs_of_many_chunks(length, monkeypatch):
+    monkeypatch.setattr(tpu, "blocks", lambda *_: (128, 512))
+    monkeypatch.setattr(tpu_backward, "MANY", 4)
+    plan = tpu._plan
+    monkeypatch.setattr(tpu, "_plan", lambda *given, **more: dataclasses.replace(plan(*given, **more), chunk=128))
+    monkeypatch.setitem(contract.CASES, "many", (1, 200, length, 2, 1, 8, {"causal": False}))
+    test_forward_and_backward("many")
+
+
+@pytest.mark.parametrize("case", ["causal, grouped, a rest"])
+def test_each_result_alone_has_its_gradient(case):
+    contract.check_gradients_of_one_result(case, "tpu", 3e-6, np.float32)
 
 
 @pytest.mark.slow
