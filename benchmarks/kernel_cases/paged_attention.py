@@ -125,8 +125,9 @@ def decode(
     import jax.numpy as jnp
     import numpy as np
 
+    from twinax.pallas_kernels.chips import CORES
     from twinax.pallas_kernels.paged_attention import tpu_block, tpu_decode
-    from twinax.pallas_kernels.paged_attention.tpu import CORES, blocks_of_part, pages_of_block
+    from twinax.pallas_kernels.paged_attention.tpu import blocks_of_part, pages_of_block
 
     N, L, S, M = requests, context, PAGE, context // PAGE
     kept, C = jnp.dtype(dtype), -(-D // 128) * 128
@@ -181,7 +182,7 @@ def library(target: Any, H: int, K: int, D: int, dtype: str, page: int, block: i
     from jax.experimental.pallas.ops.tpu import paged_attention as library
     from jax.experimental.pallas.ops.tpu.paged_attention.quantization_utils import QuantizedTensor
 
-    from twinax.pallas_kernels.paged_attention.tpu import CORES
+    from twinax.pallas_kernels.chips import CORES
 
     mode = "kv_head" if CORES.get(target.chip.name, 1) == 2 else None
 
