@@ -25,11 +25,16 @@ def cases(chip: str) -> Iterator[Case]:
     if not chip.startswith(("v", "tpu")):
         yield from _on_gpus()
         return
+
+    def ours(given: dict[str, Any]) -> Kernel:
+        # Over 8-bit pages 7x's loop is led by what is in scalar memory.
+        return Kernel("decode", given, profiled=chip != "tpu7x" or given["dtype"] == "bfloat16")
+
     for words, (H, K) in HEADS.items():
         for dtype in ("bfloat16", "int8", "float8_e4m3fn"):
             given: dict[str, Any] = {"H": H, "K": K, "D": 128, "dtype": dtype}
             name = f"decode, {words}, {REQUESTS} x {CONTEXT}, pages of {dtype}"
-            yield Case("paged_attention", name, Kernel("decode", given), {}, of_limit=0.86)
+            yield Case("paged_attention", name, ours(given), {}, of_limit=0.86)
     for dtype in ("bfloat16", "int8"):
         given = {"H": 32, "K": 8, "D": 128, "dtype": dtype}
         name = f"decode, Llama-3 8B, {REQUESTS} x {CONTEXT}, pages of {dtype}, lengths as data"
@@ -38,7 +43,7 @@ def cases(chip: str) -> Iterator[Case]:
             peers["ragged"] = tuple(
                 Kernel("ragged", {**given, "page": x, "block": n, "queries": m}) for x, n, m in RAGGED
             )
-        yield Case("paged_attention", name, Kernel("decode", {**given, "known": False}), peers, of_limit=0.86)
+        yield Case("paged_attention", name, ours({**given, "known": False}), peers, of_limit=0.86)
     for H in (128, 16):
         given = {"H": H, "K": 1, "D": 576, "dtype": "bfloat16", "latent": 512}
         name = f"decode, latents for {H} heads, {REQUESTS} x {CONTEXT}, pages of bfloat16"
