@@ -243,29 +243,29 @@ def test_two_cores_divide_the_requests_where_heads_cannot_be_halved(name, mode, 
 
 
 CUT = {
-    "a latent": (64, Case(((3, 1), (300, 1), (0, 0), (20, 1)), 4, D=48, H=4, latent=32)),
+    "a latent": (32, Case(((3, 1), (120, 1), (0, 0), (20, 1)), 4, D=48, H=4, latent=32)),
     "int8, window, sinks": (
-        96, Case(((390, 1), (40, 1)), 2, S=32, sinks=True, kept=jnp.int8, dtype=jnp.bfloat16, options={"window": 290}),
+        64, Case(((225, 1), (40, 1)), 2, S=32, sinks=True, kept=jnp.int8, dtype=jnp.bfloat16, options={"window": 180}),
     ),
     "only one, three key heads, softcap": (64, Case(((0, 0), (127, 1)), 2, K=3, H=6, options={"softcap": 2.0})),
     "a mix, a prompt longer than a part, sinks": (
-        64, Case(((200, 1), (9, 1), (60, 75), (0, 150), (1, 1)), 5, spare=3, sinks=True),
+        64, Case(((140, 1), (9, 1), (60, 20), (0, 80), (1, 1)), 5, spare=3, sinks=True),
     ),
     "several steps, some without work": (
         32, Case(((20, 1), *[(0, 0)] * 15, (190, 1), *[(0, 0)] * 8, (9, 1)), 26, D=48, latent=32),
     ),
     "a latent of int8, a mix, shared prefixes": (
-        96,
+        64,
         Case(
-            ((430, 1), (66, 1), (40, 5), (240, 1), (99, 1)), 5, D=48, S=32, H=3, kept=jnp.int8, dtype=jnp.bfloat16,
+            ((290, 1), (66, 1), (40, 5), (130, 1), (99, 1)), 5, D=48, S=32, H=3, kept=jnp.int8, dtype=jnp.bfloat16,
             latent=32, prefixes=((0, 0, 2, 0, 0), (2, 2, 0, 2, 2)),
         ),
     ),
     "shared prefixes within a part, sinks": (
-        64, Case(((250, 1), (139, 1), (20, 1)), 3, sinks=True, prefixes=((0, 0, 2), (6, 6, 0))),
+        64, Case(((220, 1), (107, 1), (20, 1)), 3, sinks=True, prefixes=((0, 0, 2), (6, 6, 0))),
     ),
     "shared prefixes, window": (
-        64, Case(((270, 1), (200, 1), (40, 5)), 3, prefixes=((0, 0, 2), (8, 8, 0)), options={"window": 170}),
+        64, Case(((200, 1), (140, 1), (40, 5)), 3, prefixes=((0, 0, 2), (6, 6, 0)), options={"window": 130}),
     ),
 }  # fmt: skip
 
