@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from twinax.pallas_kernels.chips import CORES
 from twinax.planner.gpu_target import TARGETS
 
 from .bundles import Lost, Program
@@ -34,7 +35,6 @@ class Dump:
     lost: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-CORES = {"v4": 2, "v5p": 2}  # that one program is for
 _ESTIMATE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)')
 _OPERATION = re.compile(r"^\d+-(.+?)-\d+-")
 _BUNDLES = re.compile(r"total scheduled bundles:\s+(\d+)")

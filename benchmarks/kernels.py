@@ -147,7 +147,7 @@ def measure(
     elsewhere: dict[str, str] = {}
     for number, case in enumerate(cases):
         for name, place, kernel in _kernels(case):
-            request = Request(target, case.builder(kernel), kernel.arguments, profiled=profiled)
+            request = Request(target, case.builder(kernel), kernel.arguments, profiled=profiled and kernel.profiled)
             found = fingerprint(request, case.operation if name == OURS else None)
             if kernel.environment is not None:
                 found = f"{found} {installed[kernel.environment]}"

@@ -14,6 +14,7 @@ TPUS = {
     "TPU7x": "7x",
     "TPU v7x": "7x",
 }
+CORES = {"v4": 2, "v5p": 2}  # that are one device, and that one program is for
 GPUS = ("A100", "H100", "H200", "B200", "B300", "GB200", "GB300")
 
 

@@ -16,12 +16,14 @@ from typing import Any
 class Kernel:
     """A builder of a case file by its name, or "module:function", and its JSON arguments.
 
-    `environment`: of a library that lives in its own, its name (see `benchmarks.tokamax_peer`).
+    `environment`: of a library that lives in its own, its name (see `benchmarks.tokamax_peer`). `profiled`: False where
+    the profiler comes to no end, as it does not follow what decides a loop; bundles are counted then.
     """
 
     function: str
     arguments: dict[str, Any]
     environment: str | None = None
+    profiled: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..chips import target_chip
+from ..chips import CORES, target_chip
 from .batch import NewTokens, SharedPrefixes, as_kept, token_rows
 from .pages import LANES, Pages
 from .tpu_block import Sizes
@@ -24,7 +24,6 @@ BLOCK_BYTES = 2 * MIB  # of a block: long enough a copy to hide what a step cost
 BLOCK_TOKENS = (256, 512)
 TABLE_BYTES = 512 * 1024  # of page tables that fit beside all else in the memory of scalars
 VMEM = {"v4": 16 * MIB, "v5e": 100 * MIB, "v5p": 60 * MIB, "v6e": 100 * MIB, "7x": 50 * MIB}
-CORES = {"v4": 2, "v5p": 2}  # that are one device
 PART_TOKENS = 2048  # of a part of a request, which only one core takes
 ROWS = 64  # decoding requests of a step of the grid at most
 

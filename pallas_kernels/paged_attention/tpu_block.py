@@ -26,6 +26,8 @@ from .pages import LANES
 
 MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
 LOG2_E = math.log2(math.e)
+BUSY = ("7x",)  # chips whose memory is so fast that the matrix unit must not wait, nor do what others can
+PAIRS_BYTES = 3 * 2**20  # of a block at most, of which `tpu_pairs` has 8 on the chip
 State = tuple[jax.Array, jax.Array, jax.Array]  # of a softmax: maxima and sums of each lane [N, 128], values [N, V]
 
 
@@ -67,6 +69,18 @@ class Sizes:
         """Whether pages are multiplied as they are kept: float8, by bfloat16 in pieces."""
         return self.kept == FLOAT8 and self.dtype == jnp.bfloat16 and target_chip() in NATIVE
 
+    @property
+    def in_pairs(self) -> bool:
+        """Whether decodes go by `tpu_pairs`."""
+        by_8_bits = self.quantised and self.dtype == jnp.bfloat16 and self.part is None
+        # A latent's values are too wide for the registers.
+        return by_8_bits and self.B * self.K * self.N * LANES <= PAIRS_BYTES and self.V < 512 and target_chip() in BUSY
+
+    @property
+    def turns_keys(self) -> bool:
+        """Whether int8 keys are turned over as such, a quarter of the work that bfloat16 is to the matrix unit."""
+        return self.kept == jnp.int8 and self.dtype == jnp.bfloat16 and target_chip() in BUSY
+
     def first_page(self, position: Any) -> Any:
         """The first page that a query at `position` sees."""
         return 0 if self.window is None else jnp.maximum(position - self.window + 1, 0) // self.S
@@ -105,6 +119,7 @@ class Cache:
     kv_buf: Any  # [buffers, n, K * tiles * S, X]
     scale_buf: Any  # [buffers, n, K, Z]
     sems: Any  # [buffers]
+    within: bool = False  # every page that is asked for is in the table, and none before it
 
     def mine(self, of_head: int) -> Any:
         """This core's part of a page's axis that has `of_head` numbers a head."""
@@ -130,7 +145,9 @@ class Cache:
     def page(self, r: Any, entry: Any) -> Any:
         """Of what the table does not have, any."""
         at = r * self.sizes.M + entry
-        return at if self.table_ref is None else self.table_ref[jnp.minimum(at, len(self.table_ref) - 1)]
+        if self.table_ref is None:
+            return at
+        return self.table_ref[at if self.within else jnp.minimum(at, len(self.table_ref) - 1)]
 
     def _copies(self, slot: Any, nth: Any, page: Any) -> list[Any]:
         sem = self.sems.at[slot]
@@ -153,7 +170,7 @@ class Cache:
         # Read in any case: so little is left under the condition that there is no branch.
         copies = self._copies(slot, nth, self.page(r, at))
 
-        @when(both(at >= low, at < stop))
+        @when(at < stop if self.within and self.sizes.window is None else both(at >= low, at < stop))
         def _() -> None:
             for copy in copies:
                 copy.start()
@@ -225,6 +242,55 @@ class Cache:
             begin = jnp.clip(length // S - j * n, 0, n) if self.sizes.window is None else 0
             jax.lax.fori_loop(begin, n, page, None)
 
+    def insert(
+        self,
+        position: Any,
+        slot: Any,
+        new_KE: jax.Array,
+        new_scale_KZ: jax.Array | None,
+        write_buf: Any,
+        scale_write_buf: Any,
+    ) -> None:
+        """Puts the new token into the buffer of its request's last block, and its tile of slots into one of their own.
+
+        (What lies behind the token in that tile is written back as it is, for others to tidy up.)
+        """
+        sizes, S, rows = self.sizes, self.sizes.S, self.sizes.write_rows
+        entry, at = position // S, position % S
+        nth = entry % sizes.n
+        first = at // rows * rows
+        tiles = [(h, i) for h in range(sizes.K) for i in range(sizes.N)]
+        # A tile in words of 32 bits, each of which holds a lane of as many neighbouring slots as fit.
+        bits = 8 * jnp.dtype(sizes.kept).itemsize
+        word, shift = at % rows * bits // 32, at * bits % 32
+        is_mine = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0) == word
+        others = ~(jnp.full((8, LANES), 2**bits - 1 if bits < 32 else -1, jnp.int32) << shift)
+        places = [self.rows(h, i, first, rows) for h, i in tiles]
+        # All are read before any is written: a compiler takes them for the same.
+        every = [pltpu.bitcast(self.kv_buf[slot, nth, place], jnp.int32) for place in places]
+        for at_tile, ((h, i), place, old) in enumerate(zip(tiles, places, every, strict=True)):
+            mine = (old & others) | (new_KE[h : h + 1, i * LANES : (i + 1) * LANES] << shift)
+            new = pltpu.bitcast(jnp.where(is_mine, mine, old), self.kv_buf.dtype)
+            self.kv_buf[slot, nth, place] = new
+            write_buf[at_tile] = new
+        if new_scale_KZ is not None:
+            old = self.scale_buf[slot, nth]
+            lane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
+            new = jnp.where((lane == at) | (lane == S + at), new_scale_KZ, old)
+            self.scale_buf[slot, nth] = new
+            scale_write_buf[...] = new
+
+    def write(self, r: Any, position: Any, write_buf: Any, scale_write_buf: Any, sem: Any) -> list[Callable[[], None]]:
+        """What begin to copy the tile of slots that `insert` changed to where it belongs."""
+        sizes, rows = self.sizes, self.sizes.write_rows
+        page = self.page(r, position // sizes.S)
+        first = position % sizes.S // rows * rows
+        places = [self.rows(h, i, first, rows) for h in range(sizes.K) for i in range(sizes.N)]
+        pairs = [(write_buf.at[nth], self.page_in_memory(page).at[place]) for nth, place in enumerate(places)]
+        if scale_write_buf is not None:
+            pairs.append((scale_write_buf, self.scales_in_memory(page)))
+        return [pltpu.make_async_copy(*pair, sem).start for pair in pairs]
+
     def key(self, slot: Any, head: Any) -> jax.Array:
         """[B, C]"""
         return self._tiles(slot, head, 0, self.sizes.C)
@@ -246,6 +312,11 @@ class Cache:
         pages = [self.scale_buf[slot, nth, pl.ds(head, 1), pl.ds(which * S, S)] for nth in range(self.sizes.n)]
         return jnp.concatenate(pages, 1)
 
+    def scales_of_all(self, slot: Any, which: int) -> jax.Array:
+        """[K, B]"""
+        S = self.sizes.S
+        return jnp.concatenate([self.scale_buf[slot, nth, :, pl.ds(which * S, S)] for nth in range(self.sizes.n)], 1)
+
     def query(self, q_NC: jax.Array) -> Any:
         """Queries as `scores` takes them."""
         if not self.sizes.in_pieces:
@@ -253,23 +324,35 @@ class Cache:
         x_2NC, back_N1 = float8.pieces(q_NC)
         return x_2NC, back_N1 * (self.sizes.scale * LOG2_E if self.sizes.softcap is None else 1.0)
 
-    def scores(self, q: Any, slot: Any, head: Any) -> jax.Array:
+    def scores(self, q: Any, slot: Any, head: Any, scales: jax.Array | None = None) -> jax.Array:
         """[N, B], in powers of 2."""
-        sizes, key = self.sizes, self.key(slot, head)
-        s_NB = float8.product(q, key, (1, 1)) if sizes.in_pieces else product(q, key, (1, 1))
+        sizes = self.sizes
+        if sizes.in_pieces:
+            s_NB = float8.product(q, self.key(slot, head), (1, 1))
+        elif sizes.turns_keys:
+            tiles = [self.kv_buf[slot, :, self.rows(head, i)] for i in range(sizes.C // LANES)]
+            tiles = [_cast(x.reshape(sizes.B, LANES).T, sizes.dtype) for x in tiles]
+            s_NB = product(q, tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, 0), (1, 0))
+        else:
+            s_NB = product(q, self.key(slot, head), (1, 1))
         if sizes.quantised:
-            s_NB = s_NB * self.scales(slot, head, 0)
+            s_NB = s_NB * (self.scales(slot, head, 0) if scales is None else scales)
         if sizes.softcap is None:
             return s_NB if sizes.in_pieces else s_NB * (sizes.scale * LOG2_E)
         return jnp.tanh(s_NB * (sizes.scale / sizes.softcap)) * (sizes.softcap * LOG2_E)
 
     def mix(self, p_NB: jax.Array, mask_NB: jax.Array | None, slot: Any, head: Any) -> jax.Array:
         """[N, V]: the values by their weights, which are 1 at most, and 0 where the mask is."""
-        sizes, value = self.sizes, self.value(slot, head)
-        if not sizes.quantised:
-            return product(p_NB.astype(sizes.dtype), value, (1, 0))
+        if not self.sizes.quantised:
+            return product(p_NB.astype(self.sizes.dtype), self.value(slot, head), (1, 0))
         scales = self.scales(slot, head, 1)
-        p_NB = p_NB * scales
+        return self.mix_scaled(p_NB * scales, mask_NB, scales, slot, head)
+
+    def mix_scaled(
+        self, p_NB: jax.Array, mask_NB: jax.Array | None, scales: jax.Array, slot: Any, head: Any
+    ) -> jax.Array:
+        """`mix` by weights that the values' scales are in already."""
+        sizes, value = self.sizes, self.value(slot, head)
         if not sizes.in_pieces:
             return product(p_NB.astype(sizes.dtype), value, (1, 0))
         # Of the tokens that a row sees, as a row's bits must not hang on others; known before the weights are.

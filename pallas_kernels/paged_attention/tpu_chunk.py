@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .pages import LANES
-from .tpu_block import LOG2_E, MASKED, Cache, Sizes, merged, nothing, one_in_all, result, softmax_step, when, wide
+from .tpu_block import LOG2_E, Cache, Sizes, merged, nothing, one_in_all, result, softmax_step, when, wide
 
 BUFFERS = 2
 ALIGN = 8  # rows of 32-bit numbers that a copy begins at multiples of
@@ -177,16 +177,13 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
     cache = Cache(sizes, 0 if static else layer_ref[0], core, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
 
     def begin_head(h: Any, _: Any) -> None:
-        top_ref, sum_ref, acc_ref = whole_refs
-        if sinks_ref is None:
-            top_ref[h] = jnp.full((t, LANES), MASKED, jnp.float32)
-            sum_ref[h] = jnp.zeros((t, LANES), jnp.float32)
-        else:
-            top_ref[h] = jnp.broadcast_to(sinks_ref[pl.ds(h, 1)] * LOG2_E, (t, LANES))
-            sum_ref[h] = one_in_all(t)
-        acc_ref[h] = jnp.zeros((t, V), jnp.float32)
+        top, total, acc = nothing(t, V)
         if sizes.part is not None:
-            top_Ht[h], sum_Ht[h], acc_HtV[h] = nothing(t, V)
+            top_Ht[h], sum_Ht[h], acc_HtV[h] = top, total, acc
+        if sinks_ref is not None:
+            top, total = jnp.broadcast_to(sinks_ref[pl.ds(h, 1)] * LOG2_E, top.shape), one_in_all(t)
+        for ref, x in zip(whole_refs, (top, total, acc), strict=True):
+            ref[h] = x
 
     jax.lax.fori_loop(0, H, begin_head, None)
 

@@ -15,6 +15,8 @@ merged in their order, the first one first: at once where one core has them all,
 parts, and `merge` does it when both are done. Chunks of prompts are summed in the same parts, so that a token has the
 same bits in either kernel. With parts of 2,048 tokens the cores' shares differ by 2,048 at most.
 
+Where the matrix unit has less time than that, `tpu_pairs` takes 8-bit pages.
+
 Shapes: as in tpu_block; N request rows of a program, r rows of a key head: its query heads, padded to 8.
 """
 
@@ -28,6 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from . import tpu_pairs
 from .pages import LANES
 from .tpu_block import (
     LOG2_E,
@@ -154,15 +157,16 @@ def decode(
         pltpu.VMEM((per_core, V), jnp.float32),
     ]
     of_state = [(per_core, LANES), (per_core, LANES), (per_core, V)]
-    states = []
+    states: list[Any] = []
     if has["parts"]:
         scratch += [pltpu.VMEM(shape, jnp.float32) for shape in of_state]
     if cut:
         scratch.append(pltpu.SemaphoreType.DMA(()))
         parts = -(-sizes.M // sizes.part_pages)
         states = [jax.ShapeDtypeStruct((parts, *shape), jnp.float32) for shape in of_state]
+    kernel, scratch = (tpu_pairs.kernel, tpu_pairs.scratch(sizes, per_core)) if sizes.in_pairs else (_kernel, scratch)
     out, *found = pl.pallas_call(
-        functools.partial(_kernel, sizes, cores, shares, block_rows, has, static_length),
+        functools.partial(kernel, sizes, cores, shares, block_rows, has, static_length),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(cores, steps),
@@ -448,9 +452,9 @@ def _kernel(
             cache.wait(last, low_page, stop, end)
             new = (new_ref[row], None if new_scale_ref is None else new_scale_ref[row])
             when(known or a > 0)(written)  # what the request before began
-            _insert(cache, length - 1, end, *new, write_buf, scale_write_buf)
+            cache.insert(length - 1, end, *new, write_buf, scale_write_buf)
             cache.tidy(last, low_page, length, end)
-            starts += write(r)
+            starts += cache.write(r, length - 1, write_buf, scale_write_buf, write_sem)
             when(odd)(lambda: attend((last - 1, slot, masked), (last, end, True), starts=starts + more, ends=True))
             when(negated(odd))(lambda: attend((last, end, True), starts=starts, ends=True))
             if has["parts"]:
@@ -479,17 +483,6 @@ def _kernel(
     def result_of(r: Any) -> Any:
         return pltpu.make_async_copy(out_buf, out_hbm.at[r, 0 if share is None else share], write_sem)
 
-    def write(r: Any) -> list[Any]:
-        """What begin to copy the tile of slots that the new token is in."""
-        rows, position = sizes.write_rows, length_of(r) - 1
-        page = cache.page(r, position // sizes.S)
-        first = position % sizes.S // rows * rows
-        places = [cache.rows(h, i, first, rows) for h in range(K) for i in range(sizes.N)]
-        pairs = [(write_buf.at[nth], cache.page_in_memory(page).at[place]) for nth, place in enumerate(places)]
-        if scale_write_buf is not None:
-            pairs.append((scale_write_buf, cache.scales_in_memory(page)))
-        return [pltpu.make_async_copy(*pair, write_sem).start for pair in pairs]
-
     def written() -> None:
         """Waits until a request's new token is in the cache, and its result where it belongs."""
         for buffer in (write_buf, scale_write_buf, out_buf):
@@ -506,7 +499,8 @@ def _kernel(
                 start()
         if known:
             _, before, j = ahead  # of the first request; the same for each
-            for start in write(request(0)):  # for the first to wait for
+            tile = request(0), length_of(request(0)) - 1, write_buf, scale_write_buf, write_sem
+            for start in cache.write(*tile):  # for the first to wait for
                 start()
             result_of(request(0)).start()
             jax.lax.fori_loop(0, count, lambda a, _: one(a, (0, (buffers - together, a + before, j))) and None, None)
@@ -603,42 +597,3 @@ def _merge_kernel(known: tuple[int, int] | None, *refs: Any) -> None:
         copy = pltpu.make_async_copy(out_buf, out_hbm.at[row, 0, mine], sems.at[0])
         copy.start()
         copy.wait()
-
-
-def _insert(
-    cache: Cache,
-    position: Any,
-    slot: Any,
-    new_KE: jax.Array,
-    new_scale_KZ: jax.Array | None,
-    write_buf: Any,
-    scale_write_buf: Any,
-) -> None:
-    """Puts the new token into the buffer of its request's last block, and its tile of slots into one of their own.
-
-    (What lies behind the token in that tile is written back as it is, for others to tidy up.)
-    """
-    sizes, S, rows = cache.sizes, cache.sizes.S, cache.sizes.write_rows
-    entry, at = position // S, position % S
-    nth = entry % sizes.n
-    first = at // rows * rows
-    tiles = [(h, i) for h in range(sizes.K) for i in range(sizes.N)]
-    # A tile in words of 32 bits, each of which holds a lane of as many neighbouring slots as fit.
-    bits = 8 * jnp.dtype(sizes.kept).itemsize
-    word, shift = at % rows * bits // 32, at * bits % 32
-    is_mine = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0) == word
-    others = ~(jnp.full((8, LANES), 2**bits - 1 if bits < 32 else -1, jnp.int32) << shift)
-    places = [cache.rows(h, i, first, rows) for h, i in tiles]
-    # All are read before any is written: a compiler takes them for the same.
-    every = [pltpu.bitcast(cache.kv_buf[slot, nth, place], jnp.int32) for place in places]
-    for at_tile, ((h, i), place, old) in enumerate(zip(tiles, places, every, strict=True)):
-        mine = (old & others) | (new_KE[h : h + 1, i * LANES : (i + 1) * LANES] << shift)
-        new = pltpu.bitcast(jnp.where(is_mine, mine, old), cache.kv_buf.dtype)
-        cache.kv_buf[slot, nth, place] = new
-        write_buf[at_tile] = new
-    if new_scale_KZ is not None:
-        old = cache.scale_buf[slot, nth]
-        lane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
-        new = jnp.where((lane == at) | (lane == S + at), new_scale_KZ, old)
-        cache.scale_buf[slot, nth] = new
-        scale_write_buf[...] = new

@@ -243,29 +243,29 @@ def test_two_cores_divide_the_requests_where_heads_cannot_be_halved(name, mode, 
 
 
 CUT = {
-    "a latent": (64, Case(((3, 1), (300, 1), (0, 0), (20, 1)), 4, D=48, H=4, latent=32)),
+    "a latent": (32, Case(((3, 1), (120, 1), (0, 0), (20, 1)), 4, D=48, H=4, latent=32)),
     "int8, window, sinks": (
-        96, Case(((390, 1), (40, 1)), 2, S=32, sinks=True, kept=jnp.int8, dtype=jnp.bfloat16, options={"window": 290}),
+        64, Case(((225, 1), (40, 1)), 2, S=32, sinks=True, kept=jnp.int8, dtype=jnp.bfloat16, options={"window": 180}),
     ),
     "only one, three key heads, softcap": (64, Case(((0, 0), (127, 1)), 2, K=3, H=6, options={"softcap": 2.0})),
     "a mix, a prompt longer than a part, sinks": (
-        64, Case(((200, 1), (9, 1), (60, 75), (0, 150), (1, 1)), 5, spare=3, sinks=True),
+        64, Case(((140, 1), (9, 1), (60, 20), (0, 80), (1, 1)), 5, spare=3, sinks=True),
     ),
     "several steps, some without work": (
         32, Case(((20, 1), *[(0, 0)] * 15, (190, 1), *[(0, 0)] * 8, (9, 1)), 26, D=48, latent=32),
     ),
     "a latent of int8, a mix, shared prefixes": (
-        96,
+        64,
         Case(
-            ((430, 1), (66, 1), (40, 5), (240, 1), (99, 1)), 5, D=48, S=32, H=3, kept=jnp.int8, dtype=jnp.bfloat16,
+            ((290, 1), (66, 1), (40, 5), (130, 1), (99, 1)), 5, D=48, S=32, H=3, kept=jnp.int8, dtype=jnp.bfloat16,
             latent=32, prefixes=((0, 0, 2, 0, 0), (2, 2, 0, 2, 2)),
         ),
     ),
     "shared prefixes within a part, sinks": (
-        64, Case(((250, 1), (139, 1), (20, 1)), 3, sinks=True, prefixes=((0, 0, 2), (6, 6, 0))),
+        64, Case(((220, 1), (107, 1), (20, 1)), 3, sinks=True, prefixes=((0, 0, 2), (6, 6, 0))),
     ),
     "shared prefixes, window": (
-        64, Case(((270, 1), (200, 1), (40, 5)), 3, prefixes=((0, 0, 2), (8, 8, 0)), options={"window": 170}),
+        64, Case(((200, 1), (140, 1), (40, 5)), 3, prefixes=((0, 0, 2), (6, 6, 0)), options={"window": 130}),
     ),
 }  # fmt: skip
 
@@ -326,13 +326,62 @@ def test_large_scores_stay_finite(kept):
     assert np.isfinite(out).all()
 
 
-@pytest.mark.parametrize(
-    "requests", [((33, 1), (69, 1)), pytest.param(((33, 1), (40, 9), (70, 1)), marks=pytest.mark.slow)]
-)
-def test_float8_is_multiplied_as_it_is_kept(requests, monkeypatch):
+def on_7x(monkeypatch):
+    """Pages of 8 bits are taken in pairs of blocks, and float8 is multiplied as it is kept."""
     monkeypatch.setattr(tpu_block, "target_chip", lambda: "7x")
-    case = Case(requests, len(requests), S=32, K=2, H=4, kept=jnp.float8_e4m3fn, dtype=jnp.bfloat16)
-    check(case, "eager")
+
+
+EIGHT_BITS = {"S": 32, "K": 2, "H": 4, "dtype": jnp.bfloat16}
+PAIRS = {
+    "float8, one block and three": (
+        Case(((15, 1), (69, 1)), 2, kept=jnp.float8_e4m3fn, **EIGHT_BITS), "on_wait",
+    ),
+    "int8, some without work, sinks": (
+        Case(((128, 1), (0, 0), (0, 1), (31, 1), (95, 1)), 5, sinks=True, kept=jnp.int8, **EIGHT_BITS), "eager",
+    ),
+}  # fmt: skip
+MORE_PAIRS = {
+    "float8, a mix, softcap": (
+        Case(
+            ((33, 1), (40, 9), (70, 1)), 3, kept=jnp.float8_e4m3fn, **EIGHT_BITS, options={"softcap": 2.0}
+        ),
+        "eager",
+    ),
+    "int8, window": (
+        Case(((70, 1), (3, 1), (129, 1), (300, 1)), 4, kept=jnp.int8, **EIGHT_BITS, options={"window": 97}), "on_wait",
+    ),
+    "int8, several steps, some without work": (
+        Case(((130, 1), *[(40 * n, 1) for n in range(7)], *[(0, 0)] * 8, *[(9, 1)] * 3, *[(0, 0)] * 6), 25,
+             kept=jnp.int8, **EIGHT_BITS),
+        "on_wait",
+    ),
+    "int8, nobody": (Case(((0, 0), (0, 0)), 2, kept=jnp.int8, **EIGHT_BITS), "on_wait"),
+    "int8, prefixes": (
+        Case(((70, 1), (66, 1), (40, 5), (181, 1)), 4, kept=jnp.int8, sinks=True, **EIGHT_BITS,
+             prefixes=((0, 1, 2, 1), (0, 2, 0, 2))),
+        "on_wait",
+    ),
+    "float8, prefixes, window": (
+        Case(((70, 1), (166, 1), (40, 5), (181, 1)), 4, kept=jnp.float8_e4m3fn, **EIGHT_BITS,
+             prefixes=((0, 1, 2, 1), (0, 2, 0, 2)), options={"window": 80}),
+        "eager",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_of_blocks(name, monkeypatch):
+    on_7x(monkeypatch)
+    monkeypatch.setattr(tpu, "ROWS", 8)
+    check(*PAIRS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_PAIRS)
+def test_more_pairs_of_blocks(name, monkeypatch):
+    on_7x(monkeypatch)
+    monkeypatch.setattr(tpu, "ROWS", 8)
+    check(*MORE_PAIRS[name])
 
 
 def feed(q, k, v, counts, *, row, neighbours, seed, before=0, shared=False, kept=None, implementation="tpu"):
@@ -416,7 +465,7 @@ def test_a_request_gives_the_same_bits_in_any_company(kept, monkeypatch):
     """
     monkeypatch.setattr(tpu, "BLOCK_TOKENS", (64, 64))
     monkeypatch.setattr(tpu_block, "over_lanes", tree_over_lanes)
-    monkeypatch.setattr(tpu_block, "target_chip", lambda: "7x")
+    on_7x(monkeypatch)
     with interpreted("on_wait"):
         check_bits(kept, "tpu")
 
