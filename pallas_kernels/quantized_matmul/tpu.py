@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..chips import target_chip
+from ..chips import CORES, target_chip
 from ..float8 import NATIVE
 from ..tuned import best
 from .formats import FLOAT8, PACKED, QuantizedWeight, expand, scales_of
@@ -37,8 +37,6 @@ from .xla import quantized_matmul_transposed as quantized_matmul_transposed
 DEEP = ("v6e", "7x")  # matrix units of 256, not 128
 # Rows of the unit up to which int8 pieces are faster than weights made bfloat16, by its depth.
 PIECES_ROWS = {128: 96, 256: 192}
-# Cores that share a device's work.
-CORES = {"v5p": 2, "v4": 2}
 # Of so few rows of the unit sums are scaled sooner than weights, and rows' results cost little beside the weights.
 FEW_ROWS = 128
 MOST_INPUTS = 1 << 14
