@@ -2,12 +2,17 @@
 
 import dataclasses
 
+from . import kv_policies, schedulers
 from .request import TokenLogprob
+from .scheduler_config import SchedulerConfig
+from .step_times import StepTimes
+
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Limits of an engine.
+    """Limits of an engine. Raises ValueError, before anything is loaded, for those that no model could be served with.
 
     Attributes:
         max_running: requests decoded at once.
@@ -43,6 +48,24 @@ class EngineConfig:
     swap_bytes: int = 0
     plan: str = ""
     compile_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        SchedulerConfig(
+            max_running=self.max_running,
+            page_size=self.page_size,
+            num_pages=1 if self.num_pages is None else self.num_pages,
+            max_model_len=2 if self.max_model_len is None else self.max_model_len,
+            chunk_tokens=self.chunk_tokens,
+            max_waiting=self.max_waiting,
+            max_token_ms=self.max_token_ms,
+        )
+        if self.swap_bytes < 0:
+            raise ValueError(f"swap_bytes must be at least 0, got {self.swap_bytes}; 0 is for none")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {self.dtype!r}")
+        schedulers.load(self.scheduler, StepTimes([]))
+        if self.prefix_cache:
+            kv_policies.load(self.prefix_cache, 1)
 
 
 @dataclasses.dataclass(frozen=True)

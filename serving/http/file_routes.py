@@ -39,7 +39,10 @@ def keep(service: Service, config: ServeConfig) -> Kept | None:
     if config.files is None:
         return None
     folder = Path(config.files).expanduser()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"files must be a folder, and {folder} is none; choose another") from None
     records.lock(folder)  # held until this process ends
     files = FileStore(folder / "files", max_bytes=config.max_file_bytes, max_files=config.max_files)
     return Kept(files, Batches(service, files, folder / "batches"))

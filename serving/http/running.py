@@ -92,7 +92,7 @@ class _Server:
                 timeout_graceful_shutdown=int(config.drain_seconds + _LAST_SECONDS + 1),
             )
         )
-        self._warn_if_open()
+        self._warn()
         with self._handle_signals():
             serving = asyncio.create_task(web.serve(sockets=[listener]))
             supervision = asyncio.create_task(engine.run())
@@ -177,13 +177,16 @@ class _Server:
             flush=True,
         )
 
-    def _warn_if_open(self) -> None:
-        host = self._config.host
+    def _warn(self) -> None:
+        """Of what is allowed and hardly meant."""
+        host, tenants = self._config.host, self._config.tenants()
+        if self._config.scheduler == "fair" and len(tenants) < 2:
+            self._say("warning: the scheduler 'fair' is fair between API keys, and there are not two; give --api-keys")
         try:
             local = ipaddress.ip_address(host).is_loopback
         except ValueError:
             local = host == "localhost"
-        if not local and not self._config.tenants():
+        if not local and not tenants:
             self._say(f"warning: {host} is reachable from other machines and there is no API key; set TWINAX_API_KEY")
 
     @contextlib.contextmanager

@@ -422,10 +422,31 @@ def test_grammars_that_cannot_be_used_are_refused(engine, grammar, message):
     [
         ({"max_model_len": 161}, "context of 160"),
         ({"cache_bytes": 1000}, "must hold one request"),
-        ({"chunk_tokens": 1}, "chunk_tokens"),
-        ({"max_running": 0}, "max_running"),
     ],
 )
-def test_limits_that_make_no_engine_are_refused(config, message):
+def test_limits_that_do_not_fit_the_model_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         Engine(loaded(), EngineConfig(compile_cache="", **config))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_running", 0),
+        ("max_waiting", 0),
+        ("max_model_len", 0),
+        ("page_size", 0),
+        ("num_pages", 0),
+        ("chunk_tokens", 1),
+        ("max_token_ms", 0.0),
+        ("swap_bytes", -1),
+        ("dtype", "int8"),
+        ("scheduler", "fare"),
+        ("prefix_cache", "lfu"),
+    ],
+)
+def test_limits_that_fit_no_model_are_refused_before_one_is_loaded(name, value):
+    """By the name that they have on the command line, but for policies, whose error lists them."""
+    message = {"scheduler": "no scheduler 'fare'", "prefix_cache": "no eviction policy 'lfu'"}.get(name, name)
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**{name: value})

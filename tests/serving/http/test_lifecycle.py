@@ -94,6 +94,22 @@ def test_bad_settings(field, value):
         ServeConfig(model="m", **{field: value})
 
 
+def test_a_folder_for_files_that_is_a_file(start_server, tmp_path):
+    (tmp_path / "file").touch()
+    server = start_server(ready=False, files=str(tmp_path / "file"))
+    assert server.process.wait(timeout=60) == 1
+    assert "twinax: error: files must be a folder" in server.output()
+
+
+def test_a_scheduler_between_keys_that_are_not_there(start_server):
+    server = start_server(ready=False, scheduler="fair")
+    deadline = time.monotonic() + 60
+    while not any("give --api-keys" in line for line in server.lines):
+        assert time.monotonic() < deadline, server.lines
+        time.sleep(0.02)
+    server.stop()
+
+
 def test_the_key_is_not_in_the_repr():
     assert "secret" not in repr(ServeConfig(model="m", api_key="secret"))
 
