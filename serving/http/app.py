@@ -50,8 +50,8 @@ def create_app(service: Service, keys: ApiKeys, stall_seconds: float, kept: Kept
         Route("/v1/completions", Generate(service, completion_job), methods=["POST"]),
         Route("/v1/chat/completions", Generate(service, chat_job), methods=["POST"]),
         Route("/v1/responses", Generate(service, response_job), methods=["POST"]),
-        Route("/v1/embeddings", Call(service, embeddings), methods=["POST"]),
-        Route("/v1/score", Call(service, score), methods=["POST"]),
+        Route("/v1/embeddings", Call(service, embeddings, queues=True), methods=["POST"]),
+        Route("/v1/score", Call(service, score, queues=True), methods=["POST"]),
         *FileRoutes(service, kept).routes(),
         Route("/tokenize", Call(service, tokenize.tokenize), methods=["POST"]),
         Route("/detokenize", Call(service, tokenize.detokenize), methods=["POST"]),
@@ -194,14 +194,18 @@ def _model(service: Service) -> Callable[[Request], Awaitable[Response]]:
 
 
 class Call:
-    """A route that answers a JSON object with a JSON object, unless the client goes away meanwhile."""
+    """A route that answers a JSON object with a JSON object, unless the client goes away meanwhile. `queues`: it asks
+    the engine, whose queue may be full."""
 
-    def __init__(self, service: Service, function: Answer) -> None:
+    def __init__(self, service: Service, function: Answer, queues: bool = False) -> None:
         self._service = service
         self._function = function
+        self._queues = queues
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = Caller(scope["tenant"])
+        if self._queues:
+            self._service.check_room(caller)  # before a body is read for nothing
         body = await read_json(scope, receive, self._service.max_body_bytes)
         await unless_gone(receive, self._answer(body, caller, scope, receive, send))
 

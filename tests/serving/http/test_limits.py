@@ -1,6 +1,8 @@
 """The API key, a full queue, and leaving: on one server that queues a single request."""
 
 import concurrent.futures
+import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -112,11 +114,13 @@ def test_a_full_queue_answers_429_at_once(locked: Server):
             for future in concurrent.futures.as_completed(answers, timeout=60):
                 refused.append(future.result())
                 if len(refused) == 3:
+                    early = [_status_by_head(locked, f"/v1/{name}") for name in ("completions", "embeddings", "score")]
                     os.kill(pid, signal.SIGCONT)
                     break
             statuses = sorted(future.result().status_code for future in answers)
     finally:
         os.kill(pid, signal.SIGCONT)
+    assert early == [429] * 3
     for response in refused:
         assert response.status_code == 429
         assert 1 <= int(response.headers["retry-after"]) <= 60
@@ -125,6 +129,18 @@ def test_a_full_queue_answers_429_at_once(locked: Server):
     assert set(statuses) == {200, 429}
     with locked.client(api_key=KEY) as client:
         client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+
+
+def _status_by_head(server: Server, path: str) -> int:
+    """What is answered before any of the body was sent."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+    with contextlib.closing(connection):
+        connection.putrequest("POST", path)
+        for name, value in (("content-type", "application/json"), ("content-length", "9000000")):
+            connection.putheader(name, value)
+        connection.putheader("authorization", f"Bearer {KEY}")
+        connection.endheaders()
+        return connection.getresponse().status
 
 
 def test_the_client_retries_after_429(locked: Server):
