@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--times", type=Path, default=TIMES, help="the cost model")
     parser.add_argument("--pages", type=float, default=1.0, help="pages, times those of full contexts in all slots")
     parser.add_argument("--first-token", type=float, default=1.0, help="goodput: seconds to the first token")
-    parser.add_argument("--between", type=float, default=0.05, help="goodput: seconds between tokens, 99% of them")
+    parser.add_argument("--between", type=float, default=0.05, help="goodput: seconds between tokens, 99%% of them")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--policies", nargs="*", default=schedulers.names())
     options = parser.parse_args()
