@@ -156,11 +156,6 @@ class Engine:
         """Queues a request. Raises InvalidRequest (names the field) or QueueFull."""
         params = request.params
         request.validate(self.loaded.config.vocab_size, self.max_model_len)
-        if len(params.logit_bias) > sampling.MAX_BIAS:
-            raise InvalidRequest(
-                "logit_bias",
-                f"logit_bias has at most {sampling.MAX_BIAS} entries, got {len(params.logit_bias)}; leave some out",
-            )
         matcher = None
         if params.grammar is not None:
             if request.pooling:

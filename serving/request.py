@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, get_args
 import msgspec
 
 MAX_LOGPROBS = 20
+MAX_BIAS = 1024  # entries of logit_bias
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKENS = 64
@@ -113,6 +114,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _number("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 to turn it off")
         if not isinstance(self.logit_bias, dict):
             _refuse("logit_bias", "a map from token id to bias", self.logit_bias, "write logit_bias={token_id: bias}")
+        if len(self.logit_bias) > MAX_BIAS:
+            message = f"logit_bias must have at most {MAX_BIAS} entries, got {len(self.logit_bias)}; leave some out"
+            raise InvalidRequest("logit_bias", message)
         for token, bias in self.logit_bias.items():
             _token("logit_bias", token, vocab_size)
             _number("logit_bias", bias, -100, 100, f"change the bias of token {token}")

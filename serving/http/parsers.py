@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..request import MAX_BIAS
 from .errors import ApiError, bad, nearest, show
 from .schemas import BOOLEAN, STRING, Schema, any_of, array, described, nullable, schema_of
 
@@ -20,6 +21,7 @@ MAX_N = 128
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_INPUTS = 2048
+MAX_PROMPTS = 10_000
 MAX_PIECES = 10_000  # of a conversation: messages, and their parts and calls
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 
@@ -117,10 +119,18 @@ def stop(param: str, value: Any) -> list[str]:
     return values
 
 
-@described({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}})
+@described(
+    {
+        "type": "object",
+        "maxProperties": MAX_BIAS,
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    }
+)
 def logit_bias(param: str, value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
         raise bad(param, f"'{param}' must be an object from token id to bias, got {show(value)}.", "invalid_type")
+    if len(value) > MAX_BIAS:  # before each is looked at: of a million that takes half a second
+        raise bad(param, f"'{param}' must have at most {MAX_BIAS} entries, got {len(value)}.")
     parse, out = number(-100, 100), {}
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
@@ -145,7 +155,7 @@ def token_ids(param: str, value: Any) -> list[int]:
     return [parse(f"{param}[{i}]", item) for i, item in enumerate(value)]
 
 
-@described(any_of(STRING, array(STRING, 1), _TOKEN_IDS, array(_TOKEN_IDS, 1)))
+@described(any_of(STRING, array(STRING, 1, MAX_PROMPTS), _TOKEN_IDS, array(_TOKEN_IDS, 1, MAX_PROMPTS)))
 def prompts(param: str, value: Any) -> list[str | list[int]]:
     """A string, a list of strings, a list of ids, or a list of lists of ids -> the list of prompts."""
     if isinstance(value, str):
@@ -155,6 +165,8 @@ def prompts(param: str, value: Any) -> list[str | list[int]]:
         raise bad(param, f"'{param}' must be {kinds}, got {show(value)}.", "invalid_type")
     if not value:
         raise bad(param, f"'{param}' is an empty list; give at least one prompt ({kinds}).")
+    if len(value) > MAX_PROMPTS and isinstance(value[0], str | list):  # as above
+        raise bad(param, f"'{param}' must have at most {MAX_PROMPTS} prompts, got {len(value)}.")
     if all(isinstance(item, str) for item in value):
         return [string(f"{param}[{i}]", item) for i, item in enumerate(value)]
     if all(isinstance(item, list) for item in value):

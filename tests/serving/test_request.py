@@ -92,6 +92,8 @@ def test_messages_state_rule_value_and_fix():
         SamplingParams(max_tokens=-5).validate(VOCAB, CONTEXT)
     with pytest.raises(InvalidRequest, match=r"^logit_bias must be a whole number from 0 to 99, got 100; token ids"):
         SamplingParams(logit_bias={100: 1}).validate(VOCAB)
+    with pytest.raises(InvalidRequest, match=r"^logit_bias must have at most 1024 entries, got 1025; leave some out$"):
+        SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0)).validate(2000)
 
 
 def test_without_a_context_length_max_tokens_has_a_limit_all_the_same():

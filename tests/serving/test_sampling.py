@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twinax.serving import sampling
+from twinax.serving import request, sampling
 from twinax.serving.sampling import SamplingRows, SlotState, top_logprobs
 
 V = 50
@@ -42,6 +42,10 @@ def kept_by_sorting(logits, top_k, top_p, min_p):
         before = np.concatenate([[0], np.cumsum(p / p.sum())[:-1]])
         kept = [token for token, mass in zip(kept, before, strict=True) if mass < top_p] or kept[:1]
     return {int(t) for t in kept if np.exp(np.float64(logits[t]) - np.float64(logits.max())) >= min_p}
+
+
+def test_there_is_room_for_all_that_a_request_may_ask():
+    assert (sampling.MAX_TOP, sampling.MAX_BIAS) == (request.MAX_LOGPROBS, request.MAX_BIAS)
 
 
 def test_ordered_bits_order_as_floats_do():

@@ -162,6 +162,8 @@ def test_prompt_forms(value, expected):
         (["ok", "\ud800"], "prompt[1]"),
         (7, "prompt"),
         ({"text": "a"}, "prompt"),
+        ([[1]] * 10_001, "prompt"),
+        (["a"] * 10_001, "prompt"),
     ],
 )
 def test_bad_prompts(value, param):
@@ -170,7 +172,10 @@ def test_bad_prompts(value, param):
 
 @pytest.mark.parametrize(
     "value",
-    [{"-1": 1}, {"x": 1}, {"1.5": 1}, {"5": 101}, {"5": math.nan}, {"5": None}, {"5": 1, "05": 2}, [5], {"²": 1}],
+    [
+        *({"-1": 1}, {"x": 1}, {"1.5": 1}, {"5": 101}, {"5": math.nan}, {"5": None}, {"5": 1, "05": 2}, [5], {"²": 1}),
+        {str(token): 1 for token in range(1025)},
+    ],
 )
 def test_bad_logit_bias(value):
     error = _refused(fields.logit_bias, "logit_bias", value)
