@@ -45,6 +45,7 @@ class Operation:
     query: dict[str, Field] | None = None
     example: dict[str, Any] | None = None
     also: tuple[int, ...] = ()  # statuses of success other than 200, with the same answer
+    links: dict[str, Any] | None = None  # what may follow a success
 
 
 def _json(schema: Schema) -> dict[str, Schema]:
@@ -59,6 +60,11 @@ def _generates(summary: str, body: dict[str, Field], answer: Schema, example: di
 def _computes(summary: str, body: dict[str, Field], answer: Schema, example: dict[str, Any]) -> Operation:
     return Operation(summary, _json(answer), (*_BODY, *_ENGINE), body, example=example)
 
+
+# A file may become a batch: without it no tool would find a body that begins one.
+_BATCH = {
+    "batch": {"operationRef": "#/paths/~1v1~1batches/post", "requestBody": {"input_file_id": "$response.body#/id"}}
+}
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/"): Operation("The page for people.", {"text/html": STRING}),
@@ -89,7 +95,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "/tokenize"): _computes("Tokens of a text.", TOKENIZE, answers.TOKENIZE, {"prompt": "Hello"}),
     ("POST", "/detokenize"): _computes("Text of tokens.", DETOKENIZE, answers.DETOKENIZE, {"tokens": [1, 2]}),
-    ("POST", "/v1/files"): Operation("Upload a file.", _json(answers.FILE), (404, *_BODY), form=fields.UPLOAD),
+    ("POST", "/v1/files"): Operation(
+        "Upload a file.", _json(answers.FILE), (404, *_BODY), form=fields.UPLOAD, links=_BATCH
+    ),
     ("GET", "/v1/files"): Operation(
         "The files.", _json(answers.page(answers.FILE)), (400, 404), query=fields.LIST_FILES
     ),
@@ -146,6 +154,8 @@ def _operation(operation: Operation, path: str, model_id: str, locked: bool) -> 
     parameters = [_parameter("path", name, True, STRING) for name in re.findall(r"{(\w+)}", path)]
     for name, field in (operation.query or {}).items():
         parameters.append(_parameter("query", name, field.required, schema_of(field.parse)))
+    if operation.links is not None:
+        responses["200"]["links"] = operation.links
     if parameters:
         found["parameters"] = parameters
     if operation.body is not None:
@@ -167,7 +177,7 @@ def _parameter(place: str, name: str, required: bool, schema: Schema) -> dict[st
 
 def _body(table: dict[str, Field], model_id: str) -> Schema:
     schema = schema_of_object(table)
-    known = {"model": {"enum": [model_id]}, "messages": _MESSAGES}
+    known = {"model": {"enum": [model_id]}, "messages": _MESSAGES, "endpoint": {"enum": list(ENDPOINTS)}}
     properties = {name: known.get(name, property) for name, property in schema["properties"].items()}
     for name, field in table.items():
         if name in known and not field.required:

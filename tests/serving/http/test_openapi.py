@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from twinax.serving.http import fields
+from twinax.serving.http.batch_work import ENDPOINTS
 from twinax.serving.http.fields import schema_of_object
 from twinax.serving.http.openapi import OPERATIONS
 
@@ -59,6 +60,15 @@ def test_what_a_path_takes_is_said_of_all_its_methods(server: Server):
     response = server.http.request("PUT", server.url + "/v1/files/file-0")
     assert response.status_code == 405
     assert set(response.headers["allow"].split(", ")) == {"GET", "HEAD", "DELETE"}
+
+
+def test_a_batch_can_be_made_by_the_document_alone(document):
+    """Which a tool needs that draws requests from it: an endpoint, and the file that an upload left."""
+    content = document["paths"]["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]
+    assert set(content["schema"]["properties"]["endpoint"]["enum"]) == set(ENDPOINTS)
+    [link] = document["paths"]["/v1/files"]["post"]["responses"]["200"]["links"].values()
+    assert link["operationRef"] == "#/paths/~1v1~1batches/post"
+    assert link["requestBody"] == {"input_file_id": "$response.body#/id"}
 
 
 @pytest.fixture
