@@ -12,6 +12,7 @@ from .service import Caller, Service, off_loop
 from .tools import tools
 
 _MOST_CHARACTERS = 1 << 20  # which take about a second
+_MOST_TOKENS = 1 << 18  # as well
 
 TOKENIZE = {
     "model": Field(string),
@@ -67,6 +68,8 @@ async def detokenize(service: Service, body: dict[str, Any], _: Caller) -> dict[
     values = parse_object(None, body, DETOKENIZE)
     service.check_model(values["model"])
     tokenizer, tokens = service.tokenizer, values["tokens"]
+    if len(tokens) > _MOST_TOKENS:
+        raise bad("tokens", f"'tokens' must have at most {_MOST_TOKENS} tokens, got {len(tokens)}; send parts.")
     vocab_size = service.engine.info.vocab_size
     for i, token in enumerate(tokens):
         if token >= vocab_size:

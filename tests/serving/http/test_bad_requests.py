@@ -190,6 +190,7 @@ def test_tokenize_and_detokenize(server: Server):
     check_error(server.post("/tokenize", {"prompt": "a", "model": "x"}), 404, "model", "model_not_found")
     check_error(server.post("/detokenize", {}), 400, "tokens", "missing_required_parameter")
     check_error(server.post("/detokenize", {"tokens": [999]}), 400, "tokens[0]", "invalid_value")
+    check_error(server.post("/detokenize", {"tokens": [1] * 300_000}), 400, "tokens", "invalid_value")
     messages = {"messages": [{"role": "user", "content": "a"}]}
     for body, param in (
         (messages | {"prompt": "a"}, "prompt"),

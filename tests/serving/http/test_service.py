@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import json
 import signal
 import threading
 from types import SimpleNamespace
@@ -128,3 +129,32 @@ def test_a_long_body_holds_up_nobody_while_it_is_read(monkeypatch):
     assert asyncio.run(both(b'"' + b"x" * 500_000 + b'"')) == {"a": "x" * 500_000}
     with pytest.raises(ApiError, match="is given twice"):
         asyncio.run(both(b"[" + b"1," * 200_000 + b'{"b": 1, "b": 2}]'))
+
+
+def read(data: bytes) -> dict[str, Any]:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": data}
+
+    return asyncio.run(body.read_json({"headers": [(b"content-type", b"application/json")]}, receive, 1 << 24))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"a": [' + b"1," * body.MAX_VALUES + b"1]}",
+        b"{" + b",".join(b'"%d":1' % key for key in range(body.MAX_KEYS + 1)) + b"}",
+        b'{"a": "' + b",:" * body.MAX_VALUES + b'", "b": [' + b"1," * body.MAX_VALUES + b"1]}",
+    ],
+    ids=["numbers", "keys", "numbers after a text"],
+)
+def test_more_values_than_can_be_read_beside_others_are_refused(data):
+    """One list or object is read in one go: the interpreter does nothing else meanwhile."""
+    with pytest.raises(ApiError, match="a list of more than 1,000,000 values or an object of more than 100,000 keys"):
+        read(data)
+
+
+def test_what_looks_like_many_values_within_a_text_is_one():
+    text = ',:"\\' * body.MAX_VALUES
+    assert read(json.dumps({"a": text, "b": 1}).encode()) == {"a": text, "b": 1}
+    many = {"a": [1] * (body.MAX_VALUES - 1), "b": [{"c": 1, "d": 2}] * body.MAX_KEYS}
+    assert read(json.dumps(many).encode()) == many
