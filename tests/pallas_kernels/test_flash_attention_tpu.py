@@ -29,7 +29,6 @@ QUICK = {
 SLOW = {
     "one query": (2, 1, 390, 2, 1, 8, {"q_offset": 389, "window": 200}),
     "all keys": (1, 200, 333, 2, 2, 8, {"causal": False}),
-    "causal, three blocks": (1, 290, 290, 2, 1, 8, {}),
     "the middle of a row": (1, 256, 512, 1, 1, 8, {"q_offset": 128}),
     "late queries": (1, 512, 256, 1, 1, 8, {"q_offset": -128}),
     "not on the diagonal": (1, 200, 400, 1, 1, 8, {"q_offset": 77, "sinks": True}),
@@ -46,7 +45,6 @@ SLOW = {
         {"bias": (2, 1), "q_offset": (120, 40), "sinks": True},
     ),
     "a negative scale": (1, 140, 140, 1, 1, 8, {"scale": -0.5}),
-    "latent": (1, 150, 150, 1, 1, 192, {"value_size": 128}),
 }
 SLOW |= contract.paired(256, 40) | contract.headed(200)
 CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
