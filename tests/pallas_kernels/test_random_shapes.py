@@ -27,8 +27,10 @@ from twinax.pallas_kernels.flash_attention import triton as flash_triton
 from twinax.pallas_kernels.grouped_matmul import gpu_triton as grouped_triton
 from twinax.pallas_kernels.quantized_matmul import gpu, gpu_triton
 
-SEEDS = pytest.mark.parametrize("seed", thorough(range(8), 2))
-BOTH = pytest.mark.parametrize("implementation", ["xla", pytest.param("tpu", marks=pytest.mark.slow)])
+# Eight seeds of XLA's; four of the interpreted kernels, which take as long.
+BOTH = pytest.mark.parametrize(
+    ("implementation", "seed"), thorough([*(("xla", n) for n in range(8)), *(("tpu", n) for n in range(4))], 2)
+)
 TRITON = pytest.mark.skipif(jax.default_backend() == "gpu", reason="for Pallas's interpreter")
 
 
@@ -54,7 +56,6 @@ def some(rng: np.random.Generator, options: dict[str, Any], share: float = 0.4) 
 
 
 @BOTH
-@SEEDS
 def test_flash_attention(seed, implementation, monkeypatch):
     from twinax.pallas_kernels.flash_attention import tpu, xla
 
@@ -97,7 +98,7 @@ def test_flash_attention_on_gpus(kernel, seed, monkeypatch):
 
 
 @pytest.mark.slow
-@SEEDS
+@pytest.mark.parametrize("seed", range(4))
 def test_ring_attention(seed, monkeypatch):
     rng = np.random.default_rng(seed)
     devices, chunk, K, G = (int(n) for n in rng.integers((2, 1, 1, 1), (9, 6, 3, 4)))
@@ -130,7 +131,6 @@ def paged_case(rng: np.random.Generator) -> paged.Case:
 
 
 @BOTH
-@SEEDS
 def test_paged_attention(seed, implementation, monkeypatch):
     rng = np.random.default_rng(seed)
     case = paged_case(rng)
@@ -172,7 +172,6 @@ def check_quantized(case: tuple[Any, ...], implementation: str, monkeypatch: pyt
 
 
 @BOTH
-@SEEDS
 def test_quantized_matmul(seed, implementation, monkeypatch):
     check_quantized(quantized_case(np.random.default_rng(seed)), implementation, monkeypatch)
 
@@ -210,7 +209,6 @@ def group_sizes(rng: np.random.Generator) -> list[int]:
 
 
 @BOTH
-@SEEDS
 def test_grouped_matmul(seed, implementation, monkeypatch):
     rng = np.random.default_rng(seed)
     case = group_sizes(rng), int(rng.integers(1, 40)), around(rng, 128), around(rng, 128)
