@@ -41,8 +41,11 @@ _BUNDLES = re.compile(r"total scheduled bundles:\s+(\d+)")
 _SPILL = re.compile(r"vmem:\[#allocation\d+_spill")
 
 
-def read_tpu(folder: Path, chip: str, data: Mapping[int, Any] | None = None) -> Dump:
-    """Operations of the whole program (`<...>`, `TLP`) are left out. `data`: operands of kernels that decide loops."""
+def read_tpu(folder: Path, chip: str, data: Mapping[str, Mapping[int, Any]] | None = None) -> Dump:
+    """Operations of the whole program (`<...>`, `TLP`) are left out.
+
+    `data`: of kernels by their names, the operands that decide loops.
+    """
     cycles: dict[str, float] = {}
     for file in (folder / "static").glob("*_static_llo_profile.textproto"):
         cycles |= {name: float(count) for name, count in _ESTIMATE.findall(file.read_text())}
@@ -65,13 +68,18 @@ def read_tpu(folder: Path, chip: str, data: Mapping[int, Any] | None = None) -> 
         if name in bundles and "schedule-analysis" not in file.name:
             try:
                 program = Program(file.read_text(), chip)
-                operands = data if name in kernels else None
+                operands = _operands(data, name) if data and name in kernels else None
                 counted[name] = float(max(program.cycles(operands, core) for core in range(CORES.get(chip, 1))))
             except Lost as error:
                 lost[name] = str(error)
     _empty(folder / "static")
     _empty(folder / "llo")
     return Dump(cycles, bundles, sum(spills.values()) if bundles else None, counted=counted, lost=lost)
+
+
+def _operands(data: Mapping[str, Mapping[int, Any]], operation: str) -> Mapping[int, Any] | None:
+    """Of the kernel that `operation` is, which XLA calls by its name and a number; a single one may have no name."""
+    return next(iter(data.values())) if len(data) == 1 else data.get(operation.partition(".")[0])
 
 
 def forget(folder: Path) -> None:

@@ -86,8 +86,9 @@ class Program:
         flops, hbm_bytes: what one device cannot avoid, for the limit. Causal attention counts half.
         dtype: of the products, for their peak: "bfloat16", "float32", "int8" or "float8".
         share: how much of the compiled program's cycles counts; for variants that compute a known multiple.
-        data: of each argument None, or its value where that decides how long the program runs. The one Pallas kernel
-            among its operations gets the scalars that are made of them.
+        data: of each argument None, or its value where that decides how long the program runs. The Pallas kernels
+            among its operations get the scalars that are made of them; several have a name each.
+        moved_bytes: what it does move, where its way of cutting the work moves more than it has to: no time is less.
     """
 
     function: Callable[..., Any]
@@ -97,6 +98,7 @@ class Program:
     dtype: str = "bfloat16"
     share: float = 1.0
     data: tuple[Any, ...] | None = None
+    moved_bytes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

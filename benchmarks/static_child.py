@@ -113,8 +113,8 @@ def using(choices: list[Any]) -> Iterator[None]:
         yield
 
 
-def scalars(target: Target, program: Program) -> dict[int, Any]:
-    """What the program's one Pallas kernel that has scalars finds in them, computed here of the program's `data`."""
+def scalars(target: Target, program: Program) -> dict[str, dict[int, Any]]:
+    """What the program's Pallas kernels that have scalars find in them, computed here of the program's `data`."""
     import jax
 
     with target.context():
@@ -125,12 +125,13 @@ def scalars(target: Target, program: Program) -> dict[int, Any]:
         for argument, data in zip(program.arguments, program.data, strict=True)
         for value in ([None] * len(jax.tree.leaves(argument)) if data is None else jax.tree.leaves(data))
     ]
-    (found,) = list(_kernels_scalars(traced, given))
-    return dict(enumerate(found))
+    found = list(_kernels_scalars(traced, given))
+    assert len(dict(found)) == len(found), f"kernels of one name: {[name for name, _ in found]}"
+    return {name: dict(enumerate(values)) for name, values in found}
 
 
-def _kernels_scalars(closed: Any, given: list[Any]) -> Iterator[list[Any]]:
-    """Of each kernel that has some. `given`: values, or None. The results' values are appended to it."""
+def _kernels_scalars(closed: Any, given: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Of each kernel that has some, by its name. `given`: values, or None. The results' values are appended to it."""
     from jax.extend.core import Literal
 
     values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
@@ -145,8 +146,8 @@ def _kernels_scalars(closed: Any, given: list[Any]) -> Iterator[list[Any]]:
         if equation.primitive.name == "pallas_call":
             count = equation.params["grid_mapping"].num_index_operands
             if count:
-                yield inputs[:count]
-        elif hasattr(inner, "jaxpr"):
+                yield equation.params["name"] or "", inputs[:count]
+        elif hasattr(inner, "jaxpr") and equation.primitive.name != "scan":
             yield from _kernels_scalars(inner, inputs)
             results = inputs[len(inner.jaxpr.invars) :]
         elif all(x is not None for x in inputs):
@@ -165,7 +166,8 @@ def summary(chip: Any, program: Program, found: Dump, seconds: float, temp_bytes
     def seconds_of(by_op: dict[str, float]) -> float | None:
         if not by_op or (longest is not None and longest not in by_op):
             return None
-        return max(sum(by_op.values()) * program.share / chip.clock, program.hbm_bytes / chip.memory_bandwidth)
+        moved = max(program.hbm_bytes, program.moved_bytes)
+        return max(sum(by_op.values()) * program.share / chip.clock, moved / chip.memory_bandwidth)
 
     # The profiler takes data for 0.
     profiled = seconds_of(found.cycles) if program.data is None else None

@@ -1,11 +1,12 @@
-"""Paged decode: the heads of Llama-3 8B and 70B, and latents, 64 requests of 2,048 tokens, by bytes.
+"""Paged decode: the heads of Llama-3 8B and 70B, and latents, 64 requests of 2,048 tokens, by bytes; and prompts.
 
-Once in a variant of our kernel whose lengths are known when it is compiled, which the static profiler can follow; and
-once as it is, by the bundles that run with these lengths, against jax's paged and ragged paged attention. These do not
-write the new tokens, ours does.
+Decodes once in a variant of our kernel whose lengths are known when it is compiled, which the static profiler can
+follow; and once as it is, by the bundles that run with these lengths, against jax's paged and ragged paged attention.
+Chunks of prompts, alone and among decodes, are by bundles, against the ragged one. jax's do not write the new tokens,
+ours does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..kernels_timed import InPlace
@@ -18,6 +19,15 @@ REQUESTS, CONTEXT, PAGE = 64, 2048, 64
 # tiles were slower.
 PAGED = ((64, 32), (128, 16))
 RAGGED = ((128, 16, 8),)
+POOL = 2**18  # tokens that all pages hold: XLA would bring a small pool whole into fast memory
+# Batches with prompts: (requests, new tokens of each, tokens before), decodes first; and jax's blocks, the best two of
+# those tried on v6e (steps of 512 to 2,048 tokens, tiles of 16 to 256 queries).
+LARGE, SMALL = ((128, 8, 128), (128, 8, 64)), ((128, 16, 32), (128, 16, 16))
+BATCHES = {
+    "prompt of 2048": (((1, 2048, 0),), LARGE),
+    "prompt of 512 after 8192": (((1, 512, 8192),), LARGE),
+    "63 decodes of 2048, prompt of 512 after 2048": (((63, 1, 2047), (1, 512, 2048)), SMALL),
+}
 HEADS = {"Llama-3 8B": (32, 8), "Llama-3 70B": (64, 8)}
 
 
@@ -44,6 +54,11 @@ def cases(chip: str) -> Iterator[Case]:
                 Kernel("ragged", {**given, "page": x, "block": n, "queries": m}) for x, n, m in RAGGED
             )
         yield Case("paged_attention", name, ours({**given, "known": False}), peers, of_limit=0.86)
+    for words, (batch, blocks) in BATCHES.items():
+        given = {"H": 32, "K": 8, "D": 128, "dtype": "bfloat16", "batch": [list(some) for some in batch]}
+        ragged = tuple(Kernel("ragged", {**given, "page": x, "block": n, "queries": m}) for x, n, m in blocks)
+        name = f"Llama-3 8B, {words}, pages of bfloat16"
+        yield Case("paged_attention", name, Kernel("mixed", given), {"ragged": ragged})
     for H in (128, 16):
         given = {"H": H, "K": 1, "D": 576, "dtype": "bfloat16", "latent": 512}
         name = f"decode, latents for {H} heads, {REQUESTS} x {CONTEXT}, pages of bfloat16"
@@ -131,22 +146,12 @@ def decode(
     import numpy as np
 
     from twinax.pallas_kernels.chips import CORES
-    from twinax.pallas_kernels.paged_attention import tpu_block, tpu_decode
-    from twinax.pallas_kernels.paged_attention.tpu import blocks_of_part, pages_of_block
+    from twinax.pallas_kernels.paged_attention import tpu_decode
 
     N, L, S, M = requests, context, PAGE, context // PAGE
-    kept, C = jnp.dtype(dtype), -(-D // 128) * 128
-    E, V = (C, latent) if latent else (2 * C, C)
-    quantised = kept.itemsize == 1
-    cores = CORES.get(target.chip.name, 1)
-    of_core = K // cores if K % cores == 0 else K
-    n = pages_of_block(S, of_core * E * kept.itemsize, M)
-    sizes = tpu_block.Sizes(
-        K=of_core, S=S, n=n, M=M, N=E // 128,
-        C=C, v_lane=0 if latent else C, V=V, scale=D**-0.5,
-        softcap=None, window=None, quantised=quantised, dtype=jnp.dtype("bfloat16"), kept=kept,
-        part=blocks_of_part(n, S, M) if K % cores else None,
-    )  # fmt: skip
+    kept, cores = jnp.dtype(dtype), CORES.get(target.chip.name, 1)
+    sizes = _sizes(K, D, kept, M, cores, latent)
+    C, E, quantised = sizes.C, 128 * sizes.N, sizes.quantised
 
     def step(q: Any, new: Any, news: Any, kv: Any, scale: Any, layer: Any, table: Any, lengths: Any) -> Any:
         return tpu_decode.decode(
@@ -172,6 +177,88 @@ def decode(
     donated = jax.jit(step, donate_argnums=(3, 4) if quantised else (3,))
     data = None if known else (*[None] * 5, np.int32(0), *_data(PAGE, N, L))
     return Program(donated, given, 2.0 * N * H * L * (D + (latent or D)), hbm_bytes, data=data)
+
+
+def _sizes(K: int, D: int, kept: Any, M: int, cores: int, latent: int | None = None) -> Any:
+    import jax.numpy as jnp
+
+    from twinax.pallas_kernels.paged_attention import tpu_block
+    from twinax.pallas_kernels.paged_attention.tpu import blocks_of_part, pages_of_block
+
+    S, C = PAGE, -(-D // 128) * 128
+    E, V = (C, latent) if latent else (2 * C, C)
+    of_core = K // cores if K % cores == 0 else K
+    n = pages_of_block(S, of_core * E * kept.itemsize, M)
+    return tpu_block.Sizes(
+        K=of_core, S=S, n=n, M=M, N=E // 128,
+        C=C, v_lane=0 if latent else C, V=V, scale=D**-0.5,
+        softcap=None, window=None, quantised=kept.itemsize == 1, dtype=jnp.dtype("bfloat16"), kept=kept,
+        part=blocks_of_part(n, S, M) if K % cores else None,
+    )  # fmt: skip
+
+
+def mixed(target: Any, H: int, K: int, D: int, dtype: str, batch: Sequence[Sequence[int]]) -> Program:
+    """The public function for a batch as in BATCHES; queries, keys, values and results lie head by head."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from twinax.pallas_kernels.chips import CORES
+    from twinax.pallas_kernels.paged_attention import init_pages, paged_attention
+    from twinax.pallas_kernels.paged_attention.tpu import tile_rows
+
+    data = table_RM, lengths_R, new_R = _batch(batch, PAGE)
+    decodes = int(np.sum(new_R == 1))
+    made = jax.eval_shape(lambda: init_pages(1, POOL // PAGE, PAGE, K, D, jnp.dtype(dtype), layout="joint"))
+    pages = jax.tree.map(lambda x: target.array(x.shape, x.dtype), made)
+
+    def step(q_HTD: Any, k_KTD: Any, v_KTD: Any, pages: Any, table: Any, lengths: Any, new: Any) -> Any:
+        out_THD, pages = paged_attention(
+            *(jnp.swapaxes(x, 0, 1) for x in (q_HTD, k_KTD, v_KTD)), pages, layer=0, page_table_RM=table,
+            lengths_R=lengths, query_start_R=jnp.cumsum(new) - new, query_length_R=new, decode_rows=decodes,
+            implementation="tpu",
+        )  # fmt: skip
+        return jnp.swapaxes(out_THD, 0, 1), pages
+
+    T = int(new_R.sum())
+    cores = CORES.get(target.chip.name, 1)
+    tile = tile_rows(T - decodes, H // cores, _sizes(K, D, made.dtype, table_RM.shape[1], cores))
+    moved = tokens_read(new_R[:decodes], lengths_R[:decodes], 1, PAGE)
+    moved += tokens_read(new_R[decodes:], lengths_R[decodes:], tile, PAGE)
+    given = target.array((H, T, D)), target.array((K, T, D)), target.array((K, T, D)), pages
+    scalars = [target.array(x.shape, "int32") for x in data]
+    donated = jax.jit(step, donate_argnums=3)
+    return Program(
+        donated, (*given, *scalars), *_work(H, K, D, new_R, lengths_R), data=(*[None] * 4, *data),
+        moved_bytes=4.0 * K * D * moved,
+    )  # fmt: skip
+
+
+def _batch(batch: Sequence[Sequence[int]], page: int) -> tuple[Any, Any, Any]:
+    """Of each request its pages, its length with the new tokens, and how many these are."""
+    import numpy as np
+
+    count, new, before = (np.array(x, np.int32) for x in zip(*batch, strict=True))
+    new_R, lengths_R = np.repeat(new, count), np.repeat(new + before, count)
+    R, M = len(new_R), -(-int(lengths_R.max()) // page)
+    return np.arange(R * M, dtype=np.int32).reshape(R, M), lengths_R, new_R
+
+
+def tokens_read(new_R: Any, lengths_R: Any, tile: int, block: int, causal: bool = True) -> int:
+    """Keys read by tiles of `tile` token rows, `block` at once: of each request in a tile, or only what it sees."""
+    read = stop = 0
+    for new, length in zip(map(int, new_R), map(int, lengths_R), strict=True):
+        start, stop = stop, stop + new
+        for edge in range(start // tile * tile + tile, stop + tile, tile):
+            seen = length - max(0, stop - edge) if causal else length
+            read += -(-seen // block) * block
+    return read
+
+
+def _work(H: int, K: int, D: int, new_R: Any, lengths_R: Any) -> tuple[float, float]:
+    """What cannot be avoided: products of what is seen, and the bytes of bfloat16 pages."""
+    seen = sum(new * (length - new) + new * (new + 1) / 2 for new, length in zip(new_R, lengths_R, strict=True))
+    return 4.0 * H * D * float(seen), 4.0 * K * D * float(lengths_R.sum())
 
 
 def _data(page: int, requests: int = REQUESTS, context: int = CONTEXT) -> tuple[Any, Any]:
@@ -205,8 +292,18 @@ def library(target: Any, H: int, K: int, D: int, dtype: str, page: int, block: i
     return Program(step, given, *work, data=(None, None, None, table_NM, lengths_N))
 
 
-def ragged(target: Any, H: int, K: int, D: int, dtype: str, page: int, block: int, queries: int) -> Program:
-    """jax's ragged paged attention; `block`: pages of a step, `queries`: of its tile."""
+def ragged(
+    target: Any,
+    H: int,
+    K: int,
+    D: int,
+    dtype: str,
+    page: int,
+    block: int,
+    queries: int,
+    batch: Sequence[Sequence[int]] = ((REQUESTS, 1, CONTEXT - 1),),
+) -> Program:
+    """jax's ragged paged attention; `block`: pages of a step, `queries`: of its tile, which reads whole requests."""
     import numpy as np
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
@@ -216,11 +313,15 @@ def ragged(target: Any, H: int, K: int, D: int, dtype: str, page: int, block: in
             num_queries_per_block=queries, vmem_limit_bytes=48 * 2**20,
         )  # fmt: skip
 
-    N, (table_NM, lengths_N) = REQUESTS, _data(page)
-    data = table_NM, lengths_N, np.arange(N + 1, dtype=np.int32), np.full(1, N, np.int32)
+    table_RM, lengths_R, new_R = _batch(batch, page)
+    ends = np.concatenate([[0], np.cumsum(new_R)]).astype(np.int32)
+    data = table_RM, lengths_R, ends, np.full(1, len(new_R), np.int32)
     scalars = [target.array(x.shape, "int32") for x in data]
-    given = target.array((N, H, D)), target.array((table_NM.size, page, 2 * K, D), dtype), *scalars
-    return Program(step, given, 4.0 * N * H * CONTEXT * D, 4.0 * N * CONTEXT * K * D, data=(None, None, *data))
+    T = int(new_R.sum())
+    moved = 4.0 * K * D * tokens_read(new_R, lengths_R, queries, block * page, causal=False)
+    given = target.array((T, H, D)), target.array((POOL // page, page, 2 * K, D), dtype), *scalars
+    work = _work(H, K, D, new_R, lengths_R)
+    return Program(step, given, *work, data=(None, None, *data), moved_bytes=moved)
 
 
 def merge(target: Any, H: int, V: int, later: int) -> Program:

@@ -24,6 +24,8 @@ BLOCK_BYTES = 2 * MIB  # of a block: long enough a copy to hide what a step cost
 BLOCK_TOKENS = (256, 512)
 TABLE_BYTES = 512 * 1024  # of page tables that fit beside all else in the memory of scalars
 VMEM = {"v4": 16 * MIB, "v5e": 100 * MIB, "v5p": 60 * MIB, "v6e": 100 * MIB, "7x": 50 * MIB}
+# For chunks less: beside that, what a chunk does use, and XLA's own arrays of many rows, have to fit once more.
+CHUNK_VMEM = {**VMEM, "v5e": 64 * MIB, "v5p": 40 * MIB, "v6e": 64 * MIB, "7x": 40 * MIB}
 PART_TOKENS = 2048  # of a part of a request, which only one core takes
 ROWS = 64  # decoding requests of a step of the grid at most
 
@@ -128,6 +130,7 @@ def paged_attention(
             at = rows._replace(start_R=query_start_R)
             scales = _write_scales(scales, layer, kept, at, common["table"])
         new_TKE = pad(kept_TKE.astype(jnp.float32))
+        common["vmem_bytes"] = CHUNK_VMEM.get(chip or "", 64 * MIB)
         out, kv = chunk(sizes, pad(q_THC), new_TKE, sinks_H, kv, scales, rows, tile=tile, cores=shares, **common)
         outs.append(out[: T - decode_rows])
 

@@ -20,10 +20,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..chips import target_chip
 from .pages import LANES
-from .tpu_block import LOG2_E, Cache, Sizes, merged, nothing, one_in_all, result, softmax_step, when, wide
+from .tpu_block import LOG2_E, Cache, Sizes, State, merged, nothing, one_in_all, result, softmax_step, when, wide
 
 BUFFERS = 2
+ROWS = 512  # of a product at most
 ALIGN = 8  # rows of 32-bit numbers that a copy begins at multiples of
 
 
@@ -80,7 +82,7 @@ def chunk(
     across = lambda lanes: pl.BlockSpec((per_core, tile, lanes), lambda c, i, *_: (c, i, 0))  # noqa: E731
     info = pl.BlockSpec((tile, LANES), lambda c, i, *_: (i, 0))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    inputs: list[Any] = [jnp.swapaxes(q_THC, 0, 1)]
+    inputs: list[Any] = [_in_hbm(jnp.swapaxes(q_THC, 0, 1))]
     inputs += [jnp.broadcast_to(x.astype(jnp.int32)[:, None], (T, LANES)) for x in (rows.owner_T, rows.position_T)]
     specs = [across(C), info, info]
     if sinks_H is not None:
@@ -94,7 +96,7 @@ def chunk(
     if writes:
         # A page's rows begin anywhere: before the first row, and as far as a window after the last.
         padded = jnp.pad(new_TKE.astype(jnp.float32), ((S, window), (0, 0), (0, 0)))
-        inputs.append(jnp.swapaxes(padded, 0, 1))
+        inputs.append(_in_hbm(jnp.swapaxes(padded, 0, 1)))
         specs.append(hbm)
     kv = kv_LPKNSX.reshape(*kv_LPKNSX.shape[:2], -1, LANES)
     inputs.append(kv)
@@ -148,6 +150,17 @@ def chunk(
     return tuple(jnp.swapaxes(x, 0, 1) for x in out), kv_LPKNSX
 
 
+def _in_hbm(x: jax.Array) -> jax.Array:
+    """Or XLA brings what it made itself into the kernel's memory first, and finds that both do not fit."""
+    # Known to what is compiled for a chip only, not to interpreters.
+    return x if target_chip() is None else pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
+def heads_of_product(G: int, tile: int) -> int:
+    """Of the G query heads of a key head, those whose rows are multiplied by keys that the matrix unit loads once."""
+    return next(g for g in range(G, 0, -1) if G % g == 0 and (g == 1 or g * tile <= ROWS))
+
+
 def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: bool, *refs: Any) -> None:
     given: Iterator[Any] = iter(refs)
     scalars: list[Any] = [None if static else next(given) for _ in range(8)]
@@ -172,6 +185,8 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
 
     K, B, n, S, V = sizes.K, sizes.B, sizes.n, sizes.S, sizes.V
     H, t, _ = q_HtC.shape
+    g = heads_of_product(H // K, t)
+    at_once = 2 if H // g % 2 == 0 else 1  # the products of one while the other's weights are made
     i = pl.program_id(1)
     core = pl.program_id(0) if cores > 1 else None
     cache = Cache(sizes, 0 if static else layer_ref[0], core, table_ref, kv_hbm, scale_hbm, kv_buf, scale_buf, sems)
@@ -188,20 +203,29 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
     jax.lax.fori_loop(0, H, begin_head, None)
 
     def attend(r: Any, j: Any, slot: Any, masked: bool) -> None:
-        def head(h: Any, _: Any) -> None:
-            k = h * K // H
-            s = cache.scores(cache.query(q_HtC[h]), slot, k)
+        def group(a: Any) -> tuple[Any, State]:
+            some, k = pl.ds(a * g, g), a * g * K // H
+            rows = lambda ref: ref[some].reshape(g * t, ref.shape[2])  # noqa: E731
+            s = cache.scores(cache.query(rows(q_HtC)), slot, k)
             mask = None
             if masked:
+                of_each = lambda x: wide(jnp.concatenate([x] * g), B)  # noqa: E731
                 position = position_ref[...]
                 at = j * B + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-                mask = at <= wide(jnp.where(owner_ref[...] == r, position, -1), B)
+                mask = at <= of_each(jnp.where(owner_ref[...] == r, position, -1))
                 if sizes.window is not None:
-                    mask &= at > wide(position, B) - sizes.window
-            p, top_Ht[h], sum_Ht[h], keep = softmax_step(s, mask, top_Ht[h], sum_Ht[h])
-            acc_HtV[h] = acc_HtV[h] * wide(keep, V) + cache.mix(p, mask, slot, k)
+                    mask &= at > of_each(position) - sizes.window
+            p, top, total, keep = softmax_step(s, mask, rows(top_Ht), rows(sum_Ht))
+            acc = rows(acc_HtV) * wide(keep, V) + cache.mix(p, mask, slot, k)
+            return some, (top, total, acc)
 
-        jax.lax.fori_loop(0, H, head, None)
+        def groups(a: Any, _: Any) -> None:
+            # All are read before any is written: a compiler takes them for the same.
+            for some, state in [group(a * at_once + nth) for nth in range(at_once)]:
+                for ref, x in zip(part_refs, state, strict=True):
+                    ref[some] = x.reshape(g, t, -1)
+
+        jax.lax.fori_loop(0, H // g // at_once, groups, None)
 
     def end_part(r: Any) -> None:
         """The next block is another part's: merges what the rows of request r have of the one before."""

@@ -4,12 +4,17 @@ import dataclasses
 import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from rich.console import Console
 
-from benchmarks import kernel_cases, kernels, static
+from benchmarks import dumps, kernel_cases, kernels, static, static_child
 from benchmarks.dumps import forget, read_ptxas, read_tpu
-from benchmarks.kernel_cases import Case, Kernel, grouped_matmul
+from benchmarks.kernel_cases import Case, Kernel, grouped_matmul, paged_attention
 from benchmarks.static import Program, Request, Static
 from benchmarks.static_child import summary
 from twinax.planner.chips import find_chip
@@ -32,6 +37,8 @@ def test_microseconds_and_the_share_of_the_limit():
     assert _summary(1.75e9 * 4e-6, hbm_bytes=0).of_limit == pytest.approx(0.25)
     assert _summary(1.75e9 * 4e-6, hbm_bytes=0, dtype="int8").of_limit == pytest.approx(0.125)
     assert _summary(1.75e9 * 4e-6, share=0.75).microseconds == pytest.approx(3)
+    moved = _summary(1.0, moved_bytes=1638e9 * 8e-6)
+    assert (moved.microseconds, moved.of_limit) == pytest.approx((8, 0.25)), "nor than those that it does move"
 
 
 PEERS = {"a": (Kernel("g", {"n": 1}), Kernel("g", {"n": 2})), "b": ()}
@@ -148,6 +155,40 @@ def test_tables_as_functions_of_the_index():
         for table in grouped_matmul._tables(sizes, 128, empty=True):
             known = grouped_matmul._Known(table)
             assert [int(known[i]) for i in range(len(table))] == table
+
+
+def test_tiles_read_what_their_rows_see():
+    read = paged_attention.tokens_read
+    assert read([1, 1], [100, 64], 1, 64) == 128 + 64, "whole pages"
+    assert read([256], [300], 128, 1) == 172 + 300, "the second tile sees 128 tokens more"
+    assert read([256], [300], 128, 1, causal=False) == 600
+    # Rows 0 to 2, 3 to 10: tiles of 4 rows of which the first two requests share one.
+    assert read([3, 8], [3, 8], 4, 1) == 3 + 1 + 5 + 8
+    assert read([3, 8], [3, 8], 4, 8, causal=False) == 8 * 4
+
+
+def test_each_kernel_of_a_program_finds_its_own_scalars():
+    whole = pl.BlockSpec((8, 128), lambda *_: (0, 0))
+
+    def call(name, lengths, x):
+        def kernel(lengths, x, o):
+            o[...] = x[...]
+
+        grid = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=(1,), in_specs=[whole], out_specs=whole)
+        return pl.pallas_call(kernel, grid_spec=grid, out_shape=x, name=name)(lengths, x)
+
+    def step(lengths, x):
+        places = jnp.searchsorted(lengths, lengths, side="right")  # a scan
+        return call("b", places, call("a", lengths + 1, x))
+
+    data = np.array([3, 5, 9], np.int32)
+    traced = jax.make_jaxpr(step)(jax.ShapeDtypeStruct((3,), "int32"), jax.ShapeDtypeStruct((8, 128), "float32"))
+    found = {
+        name: np.asarray(values[0]).tolist() for name, values in static_child._kernels_scalars(traced, [data, None])
+    }
+    assert found == {"a": [4, 6, 10], "b": [1, 2, 3]}
+    assert dumps._operands({"a": 1, "b": 2}, "b.1") == 2 and dumps._operands({"a": 1, "b": 2}, "c.1") is None
+    assert dumps._operands({"": 1}, "custom-call.3") == 1
 
 
 def test_what_ptxas_says_is_read():

@@ -96,3 +96,12 @@ def test_compiles_with_every_option(chip):
     names = [name for n, name in enumerate(CASES) if n == 0 or n % len(CHIPS) == place]
     more = [name for name in CASES if chip == "v5p" and ("latent" in name or "long tables" in name)]
     compiles(chip, list(dict.fromkeys(names + more)))
+
+
+@SLOW
+@pytest.mark.parametrize("chip", CHIPS)
+def test_many_rows_fit_beside_what_the_kernel_may_use(chip):
+    """XLA brings what is small enough into the kernel's memory, and counts what the kernel may use and does use."""
+    given = {"H": 32, "K": 8, "M": 40, "num_pages": 2000}
+    rows = compile_all([Request(chip, f"{__file__}:build", {**given, "chunk": n}) for n in (504, 2040)], profiled=False)
+    assert [found.failed for found in rows] == [None, None]
