@@ -61,6 +61,9 @@ def cases(chip: str) -> Iterator[Case]:
         yield Case("paged_attention", name, Kernel("mixed", given), {"ragged": ragged})
     for H in (128, 16):
         given = {"H": H, "K": 1, "D": 576, "dtype": "bfloat16", "latent": 512}
+        chunk = {**given, "batch": [[1, 512, 2048]]}
+        name = f"latents for {H} heads, prompt of 512 after 2048, pages of bfloat16"
+        yield Case("paged_attention", name, Kernel("mixed", chunk), {})
         name = f"decode, latents for {H} heads, {REQUESTS} x {CONTEXT}, pages of bfloat16"
         yield Case("paged_attention", name, Kernel("decode", given), {}, of_limit=0.86)
         # On v5p each core has one, as it has half of a request that is twice as long; whose parts are then merged.
@@ -197,7 +200,9 @@ def _sizes(K: int, D: int, kept: Any, M: int, cores: int, latent: int | None = N
     )  # fmt: skip
 
 
-def mixed(target: Any, H: int, K: int, D: int, dtype: str, batch: Sequence[Sequence[int]]) -> Program:
+def mixed(
+    target: Any, H: int, K: int, D: int, dtype: str, batch: Sequence[Sequence[int]], latent: int | None = None
+) -> Program:
     """The public function for a batch as in BATCHES; queries, keys, values and results lie head by head."""
     import jax
     import jax.numpy as jnp
@@ -209,12 +214,15 @@ def mixed(target: Any, H: int, K: int, D: int, dtype: str, batch: Sequence[Seque
 
     data = table_RM, lengths_R, new_R = _batch(batch, PAGE)
     decodes = int(np.sum(new_R == 1))
-    made = jax.eval_shape(lambda: init_pages(1, POOL // PAGE, PAGE, K, D, jnp.dtype(dtype), layout="joint"))
+    made = jax.eval_shape(
+        lambda: init_pages(1, POOL // PAGE, PAGE, K, D, jnp.dtype(dtype), latent=latent, layout="joint")
+    )
     pages = jax.tree.map(lambda x: target.array(x.shape, x.dtype), made)
 
     def step(q_HTD: Any, k_KTD: Any, v_KTD: Any, pages: Any, table: Any, lengths: Any, new: Any) -> Any:
+        q_THD, k_TKD, v_TKD = (jnp.swapaxes(x, 0, 1) for x in (q_HTD, k_KTD, v_KTD))
         out_THD, pages = paged_attention(
-            *(jnp.swapaxes(x, 0, 1) for x in (q_HTD, k_KTD, v_KTD)), pages, layer=0, page_table_RM=table,
+            q_THD, k_TKD, None if latent else v_TKD, pages, layer=0, page_table_RM=table,
             lengths_R=lengths, query_start_R=jnp.cumsum(new) - new, query_length_R=new, decode_rows=decodes,
             implementation="tpu",
         )  # fmt: skip
@@ -222,15 +230,16 @@ def mixed(target: Any, H: int, K: int, D: int, dtype: str, batch: Sequence[Seque
 
     T = int(new_R.sum())
     cores = CORES.get(target.chip.name, 1)
-    tile = tile_rows(T - decodes, H // cores, _sizes(K, D, made.dtype, table_RM.shape[1], cores))
+    sizes = _sizes(K, D, made.dtype, table_RM.shape[1], cores, latent)
+    tile = tile_rows(T - decodes, H // cores if K % cores == 0 else H, sizes)
     moved = tokens_read(new_R[:decodes], lengths_R[:decodes], 1, PAGE)
     moved += tokens_read(new_R[decodes:], lengths_R[decodes:], tile, PAGE)
     given = target.array((H, T, D)), target.array((K, T, D)), target.array((K, T, D)), pages
     scalars = [target.array(x.shape, "int32") for x in data]
     donated = jax.jit(step, donate_argnums=3)
     return Program(
-        donated, (*given, *scalars), *_work(H, K, D, new_R, lengths_R), data=(*[None] * 4, *data),
-        moved_bytes=4.0 * K * D * moved,
+        donated, (*given, *scalars), *_work(H, K, D, new_R, lengths_R, latent), data=(*[None] * 4, *data),
+        moved_bytes=2.0 * K * 128 * sizes.N * moved,
     )  # fmt: skip
 
 
@@ -255,10 +264,10 @@ def tokens_read(new_R: Any, lengths_R: Any, tile: int, block: int, causal: bool 
     return read
 
 
-def _work(H: int, K: int, D: int, new_R: Any, lengths_R: Any) -> tuple[float, float]:
+def _work(H: int, K: int, D: int, new_R: Any, lengths_R: Any, latent: int | None = None) -> tuple[float, float]:
     """What cannot be avoided: products of what is seen, and the bytes of bfloat16 pages."""
     seen = sum(new * (length - new) + new * (new + 1) / 2 for new, length in zip(new_R, lengths_R, strict=True))
-    return 4.0 * H * D * float(seen), 4.0 * K * D * float(lengths_R.sum())
+    return 2.0 * H * (D + (latent or D)) * float(seen), (2.0 if latent else 4.0) * K * D * float(lengths_R.sum())
 
 
 def _data(page: int, requests: int = REQUESTS, context: int = CONTEXT) -> tuple[Any, Any]:

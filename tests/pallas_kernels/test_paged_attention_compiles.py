@@ -75,8 +75,8 @@ def compiles(chip, names, **more):
     assert {name: x.failed for name, x in zip(names, found, strict=True)} == dict.fromkeys(names)
     for name, x in zip(names, found, strict=True):
         assert x.spills is not None and x.temp_bytes is not None, name
-        # Pages of float32 are for tests: their products are many, which want more registers than there are.
-        assert "float32" in name or x.spills <= 300, (name, x.spills)
+        # A chunk's scores are more than there are registers, and lie in memory whoever puts them there.
+        assert CASES[name].get("chunk") != 0 or x.spills <= 300, (name, x.spills)
         assert x.temp_bytes < 2**21, (name, x.temp_bytes)
 
 
