@@ -120,7 +120,10 @@ def test_the_engine_generates_its_tokens_and_logprobs(model):
             ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)
         assert one.token_ids == ids[0, len(prompt) :].tolist()
         full = own[len(prompt) - 1 :][np.arange(count), one.token_ids]
-        np.testing.assert_allclose([token.logprob for token in one.logprobs or ()], full, rtol=0, atol=2e-5)
+        # float32 rounds: beside float64, ours and transformers' log-probabilities are off by 5e-6, by 3e-5 and 1.3e-5
+        # where routing makes more of it.
+        atol = 5e-5 if theirs.config.model_type == "deepseek_v3" else 2e-5
+        np.testing.assert_allclose([token.logprob for token in one.logprobs or ()], full, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("model", CASES, indirect=True)

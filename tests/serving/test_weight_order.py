@@ -29,7 +29,8 @@ def test_a_model_with_inputs_first_is_the_same_model():
         return jax.jit(lambda params: functional(config).hidden(params, tokens, context)[0])(params)
 
     hidden = hidden_of(FLOAT8, kept), hidden_of(turned.config, turned.params)
-    np.testing.assert_allclose(hidden[1], hidden[0], rtol=1e-5, atol=1e-6)
+    # Sums in another order: a number near 0 has the rounding of its terms, which are as large as others are.
+    np.testing.assert_allclose(hidden[1], hidden[0], rtol=1e-5, atol=1e-6 * np.abs(hidden[0]).max())
     floats = [dequantized(config, params)[1] for config, params in ((FLOAT8, kept), (turned.config, turned.params))]
     jax.tree.map(np.testing.assert_array_equal, *floats)
 
