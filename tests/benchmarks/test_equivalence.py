@@ -33,45 +33,17 @@ def test_layouts_give_the_numbers_of_one_device(model, plan, variant):
     assert isinstance(found, dict) and max(found.values()) < LIMIT
 
 
-@pytest.mark.parametrize(
-    ("plan", "variant"),
-    thorough(
-        [
-            ("stage=2,sequence=2,tensor=2", VARIANTS[3]),
-            ("stage=2,fsdp=2,sequence=2,attention=all_to_all,schedule=1f1b", VARIANTS[1]),
-        ],
-        quick=0,
-    ),
-)
-def test_every_option_of_a_decoder_gives_the_numbers_of_one_device(plan, variant):
-    found = compare(EVERY_OPTION, Plan.parse(plan), variant)
-    assert isinstance(found, dict) and max(found.values()) < LIMIT
-
-
-@pytest.mark.parametrize(
-    ("plan", "variant"),
-    thorough(
-        [
-            ("sequence=2,tensor=2,expert=2", VARIANTS[3]),
-            ("stage=2,fsdp=2,expert=2,schedule=1f1b", VARIANTS[1]),
-        ],
-        quick=0,
-    ),
-)
-def test_latent_attention_and_layers_that_differ_give_the_numbers_of_one_device(plan, variant):
-    found = compare(LATENT, Plan.parse(plan), variant)
-    assert isinstance(found, dict) and max(found.values()) < LIMIT
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "plan", "variant"),
     [
-        (STATES, "data=2,fsdp=2", VARIANTS[2]),
+        (EVERY_OPTION, "stage=2,sequence=2,tensor=2", VARIANTS[3]),
+        (LATENT, "sequence=2,tensor=2,expert=2", VARIANTS[3]),
         (STATES_ALIKE, "stage=2,fsdp=2,schedule=1f1b", VARIANTS[0]),
     ],
+    ids=["every option of a decoder", "latent attention, layers that differ", "mixers that keep a state"],
 )
-def test_mixers_that_keep_a_state_give_the_numbers_of_one_device(model, plan, variant):
+def test_other_models_give_the_numbers_of_one_device(model, plan, variant):
     found = compare(model, Plan.parse(plan), variant)
     assert isinstance(found, dict) and max(found.values()) < LIMIT
 

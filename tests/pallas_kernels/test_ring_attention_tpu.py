@@ -15,11 +15,9 @@ QUICK = [
     {"n": 4, "mode": "on_wait", "chunk": 128, "H": 1, "window": 100},  # the second round brings nothing to see
 ]
 SLOW = [
-    {"n": 8, "mode": "eager", "chunk": 90, "H": 1, "segments": True, "scale": 0.7},
     {"n": 5, "mode": "eager", "chunk": 90, "window": 200, "segments": True},  # three chunks, no tile is whole
     {"n": 3, "mode": "on_wait", "chunk": 384, "H": 1, "window": 300},  # tiles that are whole, and that are edges
     {"n": 4, "mode": "eager", "chunk": 128, "H": 1, "window": 1},  # nothing travels
-    {"n": 3, "mode": "on_wait", "chunk": 128, "H": 1, "window": 700},  # nearly the whole row
     {"n": 2, "mode": "eager", "chunk": 256, "B": 2, "K": 2, "large": 50.0},
     {"n": 5, "mode": "on_wait", "chunk": 128, "dtype": "bfloat16", "K": 2},
 ]
