@@ -26,6 +26,7 @@ TABLE_BYTES = 512 * 1024  # of page tables that fit beside all else in the memor
 VMEM = {"v4": 16 * MIB, "v5e": 100 * MIB, "v5p": 60 * MIB, "v6e": 100 * MIB, "7x": 50 * MIB}
 # For chunks less: beside that, what a chunk does use, and XLA's own arrays of many rows, have to fit once more.
 CHUNK_VMEM = {**VMEM, "v5e": 64 * MIB, "v5p": 40 * MIB, "v6e": 64 * MIB, "7x": 40 * MIB}
+TILE_VMEM = {"v5e": 40 * MIB, "v6e": 40 * MIB}  # of that, for the rows of a tile; 20 MiB elsewhere
 PART_TOKENS = 2048  # of a part of a request, which only one core takes
 ROWS = 64  # decoding requests of a step of the grid at most
 
@@ -171,7 +172,8 @@ def blocks_of_part(n: int, page_size: int, M: int) -> int | None:
 def tile_rows(T: int, heads: int, sizes: Sizes) -> int:
     """Token rows of a tile of a chunk: as many as fit, so that pages are read for more queries at once."""
     row = heads * (4 * sizes.V + 6 * sizes.C + 4 * sizes.V + 1024) + 12 * sizes.B
-    most = next((t for t in (128, 64, 32) if t * row <= 20 * MIB), 16)
+    room = TILE_VMEM.get(target_chip() or "", 20 * MIB)
+    most = next((t for t in (128, 64, 32) if t * row <= room), 16)
     return min(most, -(-T // 16) * 16)
 
 
