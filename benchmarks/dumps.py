@@ -33,6 +33,7 @@ class Dump:
     warnings: tuple[str, ...] = ()
     counted: dict[str, float] = dataclasses.field(default_factory=dict)
     lost: dict[str, str] = dataclasses.field(default_factory=dict)
+    spilled: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 _ESTIMATE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)')
@@ -74,7 +75,7 @@ def read_tpu(folder: Path, chip: str, data: Mapping[str, Mapping[int, Any]] | No
                 lost[name] = str(error)
     _empty(folder / "static")
     _empty(folder / "llo")
-    return Dump(cycles, bundles, sum(spills.values()) if bundles else None, counted=counted, lost=lost)
+    return Dump(cycles, bundles, sum(spills.values()) if bundles else None, counted=counted, lost=lost, spilled=spills)
 
 
 def _operands(data: Mapping[str, Mapping[int, Any]], operation: str) -> Mapping[int, Any] | None:

@@ -111,7 +111,8 @@ class Static:
         cycles: of the busiest core, `share` counted in. by_op: those of each operation of the program, without it.
         clock: "profile", or "bundles": by the number that run. counted: these of each operation.
             counted_microseconds: by them, also where there is a profile. lost: of each that could not be counted, why.
-        bundles: instructions of a TPU's program. spills: its uses of spilled vector registers; on a GPU, bytes.
+        bundles: instructions of a TPU's program. spills: its uses of spilled vector registers, spilled: of each
+            operation; on a GPU, bytes.
         registers: of a GPU's thread.
         warnings: ptxas's "Potential Performance Loss" (C7510 to C7512: wgmma serialised).
         unprofiled: operations whose cycles are not known, and not counted. If the longest is one, no time is given.
@@ -130,6 +131,7 @@ class Static:
     lost: dict[str, str] = dataclasses.field(default_factory=dict)
     bundles: int | None = None
     spills: int | None = None
+    spilled: dict[str, int] = dataclasses.field(default_factory=dict)
     registers: int | None = None
     warnings: tuple[str, ...] = ()
     unprofiled: tuple[str, ...] = ()

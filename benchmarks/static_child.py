@@ -185,6 +185,7 @@ def summary(chip: Any, program: Program, found: Dump, seconds: float, temp_bytes
         bundles=sum(found.bundles.values()) or None,
         unprofiled=tuple(name for name in found.bundles if name not in by_op) if by_op else (),
         spills=found.spills,
+        spilled=found.spilled,
         registers=found.registers,
         warnings=found.warnings,
         temp_bytes=temp_bytes,

@@ -178,7 +178,7 @@ def decode(
     )
     hbm_bytes = N * L * K * (E * kept.itemsize + (8 if quantised else 0))
     donated = jax.jit(step, donate_argnums=(3, 4) if quantised else (3,))
-    data = None if known else (*[None] * 5, np.int32(0), *_data(PAGE, N, L))
+    data = None if known else (*[None] * 5, np.int32(0), *_batch([[N, 1, L - 1]], PAGE)[:2])
     return Program(donated, given, 2.0 * N * H * L * (D + (latent or D)), hbm_bytes, data=data)
 
 
@@ -229,9 +229,9 @@ def mixed(
         return jnp.swapaxes(out_THD, 0, 1), pages
 
     T = int(new_R.sum())
-    cores = CORES.get(target.chip.name, 1)
-    sizes = _sizes(K, D, made.dtype, table_RM.shape[1], cores, latent)
-    tile = tile_rows(T - decodes, H // cores if K % cores == 0 else H, sizes)
+    sizes = _sizes(K, D, made.dtype, table_RM.shape[1], CORES.get(target.chip.name, 1), latent)
+    with target.context():  # tiles are the chip's
+        tile = tile_rows(T - decodes, H * sizes.K // K, sizes)
     moved = tokens_read(new_R[:decodes], lengths_R[:decodes], 1, PAGE)
     moved += tokens_read(new_R[decodes:], lengths_R[decodes:], tile, PAGE)
     given = target.array((H, T, D)), target.array((K, T, D)), target.array((K, T, D)), pages
@@ -270,14 +270,6 @@ def _work(H: int, K: int, D: int, new_R: Any, lengths_R: Any, latent: int | None
     return 2.0 * H * (D + (latent or D)) * float(seen), (2.0 if latent else 4.0) * K * D * float(lengths_R.sum())
 
 
-def _data(page: int, requests: int = REQUESTS, context: int = CONTEXT) -> tuple[Any, Any]:
-    """The page table and the lengths."""
-    import numpy as np
-
-    M = context // page
-    return np.arange(requests * M, dtype=np.int32).reshape(requests, M), np.full(requests, context, np.int32)
-
-
 def library(target: Any, H: int, K: int, D: int, dtype: str, page: int, block: int) -> Program:
     """jax's paged attention; `block`: pages of a step."""
     from jax.experimental.pallas.ops.tpu import paged_attention as library
@@ -292,7 +284,8 @@ def library(target: Any, H: int, K: int, D: int, dtype: str, page: int, block: i
             q_NHD, k_KPSD, v_KPSD, lengths, table, pages_per_compute_block=block, megacore_mode=mode
         )
 
-    N, (table_NM, lengths_N), token_bytes = REQUESTS, _data(page), 2 * D * 2.0
+    N, token_bytes = REQUESTS, 2 * D * 2.0
+    table_NM, lengths_N, _ = _batch([[N, 1, CONTEXT - 1]], page)
     pages = target.array((K, table_NM.size, page, D), dtype)
     if dtype == "int8":  # of a scale, the kernel reads a whole row of lanes
         pages, token_bytes = QuantizedTensor(pages, target.array((*pages.shape[:-1], 1), "float32")), 2 * D * 5.0

@@ -156,7 +156,7 @@ def _in_hbm(x: jax.Array) -> jax.Array:
     return x if target_chip() is None else pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
-def heads_of_product(G: int, tile: int) -> int:
+def _heads_of_product(G: int, tile: int) -> int:
     """Of the G query heads of a key head, those whose rows are multiplied by keys that the matrix unit loads once."""
     return next(g for g in range(G, 0, -1) if G % g == 0 and (g == 1 or g * tile <= ROWS))
 
@@ -185,7 +185,7 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
 
     K, B, n, S, V = sizes.K, sizes.B, sizes.n, sizes.S, sizes.V
     H, t, _ = q_HtC.shape
-    g = heads_of_product(H // K, t)
+    g = _heads_of_product(H // K, t)
     at_once = 2 if H // g % 2 == 0 else 1  # the products of one while the other's weights are made
     i = pl.program_id(1)
     core = pl.program_id(0) if cores > 1 else None

@@ -75,8 +75,10 @@ def compiles(chip, names, **more):
     assert {name: x.failed for name, x in zip(names, found, strict=True)} == dict.fromkeys(names)
     for name, x in zip(names, found, strict=True):
         assert x.spills is not None and x.temp_bytes is not None, name
-        # A chunk's scores are more than there are registers, and lie in memory whoever puts them there.
-        assert CASES[name].get("chunk") != 0 or x.spills <= 300, (name, x.spills)
+        # A chunk's scores are more than there are registers, and lie in memory whoever puts them there; so do the many
+        # products of float32, whose pages are for tests.
+        rest = sum(n for operation, n in x.spilled.items() if not operation.startswith("paged_chunk"))
+        assert "float32" in name or rest <= 300, (name, x.spilled)
         assert x.temp_bytes < 3 * 2**20, (name, x.temp_bytes)  # the smallest pool has twice as many
 
 

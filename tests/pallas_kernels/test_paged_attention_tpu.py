@@ -28,7 +28,7 @@ from twinax.pallas_kernels.paged_attention.tpu_decode import divided
 
 
 def in_turn(cases):
-    """Each case in one mode of copies, the next in the other: a minute for each on two cores."""
+    """Each case in one mode of copies, the next in the other: interpreted on two cores each takes long."""
     return list(zip(cases, cycle(("on_wait", "eager"))))
 
 
@@ -442,7 +442,6 @@ WAYS = {
     "beside": ((1, 1), {"row": 2, "neighbours": (1,), "seed": 3}),
     "shared": ((1, 1), {"row": 0, "neighbours": (1,), "seed": 1, "shared": True}),
 }
-AFTER_A_LONG_ONE = (1, 1), {"row": 2, "neighbours": (1,), "seed": 4, "before": 94}
 
 
 def check_bits(kept, implementation, tokens=68, ways=WAYS):
@@ -480,8 +479,9 @@ def test_a_request_that_two_cores_cut_gives_the_same_bits_in_any_company(monkeyp
     monkeypatch.setattr(tpu, "target_chip", lambda: "v5p")
     monkeypatch.setattr(tpu, "tile_rows", lambda T, *_: min(64, -(-T // 16) * 16))
     monkeypatch.setattr(tpu_block, "over_lanes", tree_over_lanes)
+    after_a_long_one = (1, 1), {"row": 2, "neighbours": (1,), "seed": 4, "before": 94}
     with interpreted("on_wait", cores=2):
-        check_bits(None, "tpu", 100, {"after a long one": AFTER_A_LONG_ONE})
+        check_bits(None, "tpu", 100, {"after a long one": after_a_long_one})
 
 
 def test_what_the_kernels_refuse():
