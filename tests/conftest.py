@@ -2,6 +2,7 @@
 
 import gc
 import os
+import zlib
 from pathlib import Path
 
 from tests import quick
@@ -30,6 +31,37 @@ hypothesis.settings.register_profile("twinax", derandomize=True, deadline=None, 
 hypothesis.settings.load_profile("twinax")
 
 _CACHED = jax.config.jax_enable_compilation_cache
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--share",
+        metavar="N/OF",
+        help="of the slow tests of kernels run the N-th of OF shares (0/3, 1/3, 2/3), of the other tests all",
+    )
+
+
+def pytest_configure(config):
+    share = config.getoption("--share")
+    if share is not None and not (
+        len(parts := share.split("/")) == 2 and all(map(str.isdecimal, parts)) and int(parts[0]) < int(parts[1])
+    ):
+        raise pytest.UsageError(f"--share is N/OF with N from 0 to OF - 1, as 0/3; it was {share!r}")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what belongs to other shares. A test's share depends on nothing but its name."""
+    share = config.getoption("--share")
+    if share is None:
+        return
+    nth, of = map(int, share.split("/"))
+
+    def is_left_out(item: pytest.Item) -> bool:
+        is_shared = "pallas_kernels" in item.path.parts and item.get_closest_marker("slow") is not None
+        return is_shared and zlib.crc32(item.nodeid.encode()) % of != nth
+
+    config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
+    items[:] = [item for item in items if not is_left_out(item)]
 
 
 def pytest_collection_finish():
