@@ -4,17 +4,15 @@ PagedAttention is Kwon et al. 2023, arXiv:2309.06180; merging parts of a softmax
 arXiv:1805.02867. A page's part is computed by itself and merged into its request's result in the order of the pages,
 from the request's own first: so nothing in a token's result depends on its neighbours.
 
-Decoding takes the pages of all requests as one list, some a turn: what it reads is the real contexts and no more, and
-a turn is long enough to hide what a turn costs. A prompt's chunk is taken by itself, a tile of queries and a page a
-turn.
+Decoding takes one request after the other, and of its pages one a turn: what is read is the real contexts and no more.
+A prompt's chunk is taken by itself, a tile of queries and a page a turn.
 
 Nor may a result depend on the chunk of the prompt that the token came in with, so each step must round a row alike in a
 tile of one token and in one of many. XLA:CPU's products do from some number of rows up, which depends on their columns
 (`_rows_needed`); its sums do not, so the sum over keys is a tree of additions of our own.
 
 Shapes: T token rows, R requests, S slots a page, K key/value heads, G query heads for each, D head size,
-V size of a value; t: the query tokens of one tile, r: their rows, row = t * G + g; W: the pages of one turn, each with
-its own queries.
+V size of a value; t: the query tokens of one tile, r: their rows, row = t * G + g.
 """
 
 from dataclasses import dataclass
@@ -28,7 +26,6 @@ from .batch import SharedPrefixes, token_rows, write
 from .pages import Pages
 
 TILE = 64  # query tokens of a chunk that are taken together
-TURN = 4  # pages that decoding takes together: a turn costs something, and so do the places in it that stay empty
 SHARED_BY = 2  # a prefix is read once where at least one row in so many has it
 MASKED = -1e30  # stands for -inf where a difference of two of them must not be nan
 
@@ -107,18 +104,17 @@ class _Attend:
     def tile(self, q_tKGD: jax.Array, position_t: jax.Array, real_t: jax.Array, table_M: jax.Array) -> jax.Array:
         """Consecutive tokens of one request; anything for those that are not real."""
         t, K, G, D = q_tKGD.shape
-        q_WKrD = self._pad(jnp.swapaxes(q_tKGD, 0, 1).reshape(1, K, t * G, D))
-        extra = q_WKrD.shape[2] - t * G
-        position_Wr = jnp.pad(jnp.repeat(position_t, G), (0, extra))[None]
-        real_Wr = jnp.pad(jnp.repeat(real_t, G), (0, extra))[None]
+        q_KrD = self._pad(jnp.swapaxes(q_tKGD, 0, 1).reshape(K, t * G, D))
+        extra = q_KrD.shape[1] - t * G
+        position_r = jnp.pad(jnp.repeat(position_t, G), (0, extra))
+        real_r = jnp.pad(jnp.repeat(real_t, G), (0, extra))
         last = jnp.where(real_t, position_t, -1).max()
 
         def turn(j: Any, carry: Any) -> Any:
-            part = self._page(q_WKrD, position_Wr, real_Wr, last[None], jnp.asarray(j)[None], table_M[j][None])
-            return _merge(carry, jax.tree.map(lambda x: x[0], part))
+            return _merge(carry, self._page(q_KrD, position_r, real_r, last, j, table_M[j]))
 
         stop = last // self.pages.page_size + 1
-        start = self._nothing(jnp.broadcast_to(jnp.arange(q_WKrD.shape[2]) % G, q_WKrD.shape[1:3]), q_tKGD)
+        start = self._nothing(jnp.broadcast_to(jnp.arange(q_KrD.shape[1]) % G, q_KrD.shape[:2]), q_tKGD)
         out_KrV = _result(jax.lax.fori_loop(self._low(position_t[0]), stop, turn, start))
         return jnp.swapaxes(out_KrV[:, : t * G].reshape(K, t, G, -1), 0, 1).astype(q_tKGD.dtype)
 
@@ -131,7 +127,7 @@ class _Attend:
         prefixes: SharedPrefixes | None,
     ) -> jax.Array:
         """The one token of each request; 0 for those that are not real."""
-        (R, _, G, _), S, W = q_RKGD.shape, self.pages.page_size, min(TURN, 2 * len(q_RKGD))
+        (R, _, G, _), S = q_RKGD.shape, self.pages.page_size
         q_RKrD = self._pad(q_RKGD)
         low_R = self._low(position_R)
         start = self._nothing(jnp.broadcast_to(jnp.arange(q_RKrD.shape[2]) % G, q_RKrD.shape[:3]), q_RKGD)
@@ -143,27 +139,20 @@ class _Attend:
             shares_R &= (SHARED_BY * members_R >= R)[prefixes.leader_R]
             start = self._shared(q_RKrD, position_R, shares_R, low_R, table_RM, prefixes, start)
             low_R = jnp.where(shares_R, prefixes.pages_R, low_R)
-        count_R = jnp.where(real_R, position_R // S + 1 - low_R, 0)
-        end_R = jnp.cumsum(count_R)
-        total = end_R[-1]
+        stop_R = jnp.where(real_R, position_R // S + 1, low_R)
 
-        def turn(i: Any, carry: Any) -> Any:
-            item_W = i * W + jnp.arange(W)
-            r_W = jnp.minimum(_first_above(end_R, item_W), R - 1)
-            # Past the end of the list: any page, without a query.
-            real_W = item_W < total
-            j_W = jnp.where(real_W, item_W - (end_R - count_R)[r_W] + low_R[r_W], 0)
-            last_W = jnp.where(real_W, position_R[r_W], -1)
-            rows_Wr = jnp.broadcast_to(last_W[:, None], (W, q_RKrD.shape[2]))
-            part = self._page(q_RKrD[r_W], rows_Wr, rows_Wr >= 0, last_W, j_W, table_RM[r_W, j_W])
+        def row(r: Any, out_RKrV: jax.Array) -> jax.Array:
+            # All that is not masked lies in the request, up to this position.
+            q_KrD, position, table_M = q_RKrD[r], position_R[r], table_RM[r]
+            position_r = jnp.broadcast_to(position, q_KrD.shape[1:2])
 
-            def merge(w: Any, carry: Any) -> Any:
-                mine, one = (jax.tree.map(lambda x, at=at: x[at], tree) for tree, at in ((carry, r_W[w]), (part, w)))
-                return jax.tree.map(lambda x, new: x.at[r_W[w]].set(new), carry, _merge(mine, one))
+            def turn(j: Any, carry: Any) -> Any:
+                return _merge(carry, self._page(q_KrD, position_r, position_r >= 0, position, j, table_M[j]))
 
-            return jax.lax.fori_loop(0, jnp.minimum(W, total - i * W), merge, carry)
+            first = jax.tree.map(lambda x_R: x_R[r], start)
+            return out_RKrV.at[r].set(_result(jax.lax.fori_loop(low_R[r], stop_R[r], turn, first)))
 
-        out_RKrV = _result(jax.lax.fori_loop(0, -(-total // W), turn, start))
+        out_RKrV = jax.lax.fori_loop(0, R, row, jnp.zeros_like(start[0]))
         return out_RKrV[:, :, :G].astype(q_RKGD.dtype)
 
     def _shared(
@@ -178,8 +167,8 @@ class _Attend:
     ) -> Any:
         """`start` and the pages of shared prefixes, each of them read and multiplied once for all rows that have it."""
         R, K, r, D = q_RKrD.shape
-        q_1KzD = jnp.swapaxes(q_RKrD, 0, 1).reshape(1, K, R * r, D)
-        position_1z = jnp.repeat(position_R, r)[None]
+        q_KzD = jnp.swapaxes(q_RKrD, 0, 1).reshape(K, R * r, D)
+        position_z = jnp.repeat(position_R, r)
         leads_R = shares_R & (prefixes.leader_R == jnp.arange(R))
         end_R = jnp.cumsum(jnp.where(leads_R, prefixes.pages_R, 0))
 
@@ -187,10 +176,7 @@ class _Attend:
             leader = _first_above(end_R, i)
             j = i - end_R[leader] + prefixes.pages_R[leader]
             has_R = shares_R & (prefixes.leader_R == leader) & (low_R <= j)
-            real_1z = jnp.repeat(has_R, r)[None]
-            part = self._page(
-                q_1KzD, position_1z, real_1z, position_R[leader][None], j[None], table_RM[leader, j][None]
-            )
+            part = self._page(q_KzD, position_z, jnp.repeat(has_R, r), position_R[leader], j, table_RM[leader, j])
             rows = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(K, R, r, -1), 0, 1), part)
             merged = _merge(carry, rows)
             return jax.tree.map(lambda old, new: jnp.where(has_R[:, None, None, None], new, old), carry, merged)
@@ -216,44 +202,39 @@ class _Attend:
         zero = jnp.zeros_like(position)
         return zero if self.window is None else jnp.maximum(position - self.window + 1, 0) // self.pages.page_size
 
-    def _pad(self, q_WKrD: jax.Array) -> jax.Array:
-        """More rows, where fewer would be rounded in another way."""
-        needed = max(_rows_needed(self.pages.page_size), _rows_needed(q_WKrD.shape[3]))
-        return jnp.pad(q_WKrD, ((0, 0), (0, 0), (0, max(0, needed - q_WKrD.shape[2])), (0, 0)))
+    def _pad(self, q_KrD: jax.Array) -> jax.Array:
+        """More rows, where fewer would be rounded in another way. [..., K, r, D]."""
+        needed = max(_rows_needed(self.pages.page_size), _rows_needed(q_KrD.shape[-1]))
+        widths = [(0, 0)] * (q_KrD.ndim - 2) + [(0, max(0, needed - q_KrD.shape[-2])), (0, 0)]
+        return jnp.pad(q_KrD, widths)
 
     def _page(
-        self,
-        q_WKrD: jax.Array,
-        position_Wr: jax.Array,
-        real_Wr: jax.Array,
-        last_W: jax.Array,
-        j_W: jax.Array,
-        page_W: jax.Array,
+        self, q_KrD: jax.Array, position_r: jax.Array, real_r: jax.Array, last: jax.Array, j: jax.Array, page: jax.Array
     ) -> Any:
-        """The part of page j of a request, for W of them: values [W, K, r, V], maxima and sums [W, K, r, 1]."""
+        """The part of page j of a request: values [K, r, V], maxima and sums [K, r, 1]."""
         S = self.pages.page_size
-        kT_WKDS, v_WKSV = self.pages.take(self.layer, page_W)
-        s_WS = j_W[:, None] * S + jnp.arange(S)
+        kT_KDS, v_KSV = self.pages.take_one(self.layer, page)
+        s_S = j * S + jnp.arange(S)
         # Slots beyond the request may hold what another one left, even nan, which a weight of 0 would not hide.
-        v_WKSV = jnp.where((s_WS <= last_W[:, None])[:, None, :, None], v_WKSV, 0)
-        distance_WrS = position_Wr[:, :, None] - s_WS[:, None]
-        mask_WrS = (distance_WrS >= 0) & real_Wr[:, :, None]
+        v_KSV = jnp.where((s_S <= last)[:, None], v_KSV, 0)
+        distance_rS = position_r[:, None] - s_S
+        mask_rS = (distance_rS >= 0) & real_r[:, None]
         if self.window is not None:
-            mask_WrS &= distance_WrS < self.window
-        mask_WKrS = mask_WrS[:, None]
-        scores_WKrS = _dot("wkrd,wkds->wkrs", q_WKrD, kT_WKDS.astype(q_WKrD.dtype)) * self.scale
-        v_scale_WK1S = None
+            mask_rS &= distance_rS < self.window
+        scores_KrS = _dot("krd,kds->krs", q_KrD, kT_KDS.astype(q_KrD.dtype)) * self.scale
+        v_scale_K1S = None
         if self.pages.quantised:
-            k_scale_WK1S, v_scale_WK1S = (x[:, :, None] for x in self.pages.take_scales(self.layer, page_W))
-            scores_WKrS = scores_WKrS * k_scale_WK1S
+            k_scale_K1S, v_scale_K1S = (x[:, None] for x in self.pages.take_scales(self.layer, page))
+            scores_KrS = scores_KrS * k_scale_K1S
         if self.softcap is not None:
-            scores_WKrS = self.softcap * jnp.tanh(scores_WKrS / self.softcap)
-        scores_WKrS = jnp.where(mask_WKrS, scores_WKrS, MASKED)
-        max_WKr1 = scores_WKrS.max(-1, keepdims=True)
-        p_WKrS = jnp.where(mask_WKrS, jnp.exp(scores_WKrS - max_WKr1), 0)
-        scaled_WKrS = p_WKrS if v_scale_WK1S is None else jnp.where(mask_WKrS, p_WKrS * v_scale_WK1S, 0)
-        pv_WKrV = _dot("wkrs,wksv->wkrv", scaled_WKrS.astype(q_WKrD.dtype), v_WKSV.astype(q_WKrD.dtype))
-        return pv_WKrV, max_WKr1, _sum(p_WKrS)
+            scores_KrS = self.softcap * jnp.tanh(scores_KrS / self.softcap)
+        scores_KrS = jnp.where(mask_rS, scores_KrS, MASKED)
+        max_Kr1 = scores_KrS.max(-1, keepdims=True)
+        # Not chosen after the exponential: XLA:CPU would branch around each.
+        p_KrS = jnp.exp(jnp.where(mask_rS, scores_KrS - max_Kr1, -jnp.inf))
+        scaled_KrS = p_KrS if v_scale_K1S is None else jnp.where(mask_rS, p_KrS * v_scale_K1S, 0)
+        pv_KrV = _dot("krs,ksv->krv", scaled_KrS.astype(q_KrD.dtype), v_KSV.astype(q_KrD.dtype))
+        return pv_KrV, max_Kr1, _sum(p_KrS)
 
 
 def _first_above(end_R: jax.Array, item: jax.Array) -> jax.Array:
