@@ -109,7 +109,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _integer("top_k", self.top_k, 0, MAX_TOKENS, "use 0 to turn it off")
         _number("top_p", self.top_p, 0, 1, "use 1 to turn it off", low_open=True)
         _number("min_p", self.min_p, 0, 1, "use 0 to turn it off")
-        _number("repetition_penalty", self.repetition_penalty, 0, math.inf, "use 1 to turn it off", low_open=True)
+        _number("repetition_penalty", self.repetition_penalty, 0, 100, "use 1 to turn it off", low_open=True)
         _number("presence_penalty", self.presence_penalty, -2, 2, "use 0 to turn it off")
         _number("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 to turn it off")
         if not isinstance(self.logit_bias, dict):

@@ -26,6 +26,7 @@ MAX_BIAS = 1024  # entries of logit_bias a request may have
 MAX_STOPS = 80  # end-of-sequence and stop tokens that min_tokens can hold back
 GROUP = 128  # tokens
 FEW = 64  # the largest top_k whose last token is found without bisection
+LARGEST = 1e38  # a logit after penalties, so that differences of two are finite
 DRAWS = 64  # noise of so many for each token is not the next token's
 # What a row switches on.
 LOGPROBS, PENALTIES, BIAS, HOLD_STOPS, GRAMMAR = 1, 2, 4, 8, 16
@@ -156,6 +157,8 @@ def _penalised(logits_RV: jax.Array, rows: SamplingRows, state: SlotState) -> ja
     repetition = rows.repetition[:, None]
     out = jnp.where(met, jnp.where(logits_RV > 0, logits_RV / repetition, logits_RV * repetition), logits_RV)
     out = out - rows.frequency[:, None] * counts - rows.presence[:, None] * (counts > 0)
+    # A penalty may be so small that what is divided by it would be infinite, and differences of two such ones nan.
+    out = jnp.clip(out, -LARGEST, LARGEST)
     return jnp.where(rows.has(PENALTIES)[:, None], out, logits_RV)
 
 
@@ -244,8 +247,9 @@ def _draw(x_RV: jax.Array, rows: SamplingRows, wanted_R: jax.Array) -> jax.Array
             lambda: jnp.sum(jnp.where(x_RV > new_x_R1, weight_RV, 0.0), axis=-1),
             lambda: jnp.zeros(count),
         )
-        # Nothing leaves out the likeliest, whatever it is: so this ends.
+        # Nothing leaves out the likeliest, so this ends; where no token has a weight, at once.
         is_out = ((before_R > 0) & (before_R >= before_last)) | (new_x_R1 < least_R1)[:, 0]
+        is_out &= jnp.max(weight_RG, axis=-1) > 0
         out_R1 = jnp.where(is_out[:, None], new_x_R1, out_R1)
         return nth + 1, jnp.where(missing_R, new_R, token_R), missing_R & is_out, out_R1
 

@@ -224,6 +224,44 @@ def test_penalties_bias_and_held_back_stops_are_openais_formulas():
         assert int(token[0]) == int(np.argmax(expected))
 
 
+EXTREMES = {
+    "temperature": (0.0, 1e-45, 1e-38, 1.6, 3e38),
+    "repetition": (1e-45, 1e-38, 1.0, 100.0),
+    "top_p": (1e-45, 0.5, 1.0),
+    "min_p": (0.0, 1e-45, 0.4, 1.0),
+    "top_k": (0, 1, sampling.FEW, sampling.FEW + 1),
+    "flags": (0, sampling.PENALTIES, sampling.PENALTIES | sampling.HOLD_STOPS),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1.0, 3e38])
+def test_whatever_a_request_asks_a_token_is_drawn_from_those_that_are_left(scale):
+    """A penalty of 1e-63, which float32 rounds to 0, once made an infinite logit, and the draw never ended."""
+    rng, vocab_size, count = np.random.default_rng(3), 2 * sampling.GROUP + 10, 400
+    logits = (rng.uniform(-1, 1, (count, vocab_size)) * scale).astype(np.float32)
+    logits[:, 5] = logits.max(1)  # a tie
+    settings = [{name: rng.choice(values).item() for name, values in EXTREMES.items()} for _ in range(count)]
+    settings = [one | {"slot": n, "seed_low": n, "presence": 2.0, "frequency": -2.0} for n, one in enumerate(settings)]
+    held = rng.integers(0, vocab_size, (count, sampling.MAX_STOPS))
+    state = dataclasses.replace(
+        SlotState.empty(count, vocab_size),
+        seen_SV=jnp.asarray(rng.random((count, vocab_size)) < rng.choice([0, 0.5, 1], (count, 1))),
+        counts_SV=jnp.asarray(rng.integers(0, 3, (count, vocab_size)), jnp.int32),
+        stops_SN=jnp.asarray(held, jnp.int32),
+    )
+    tokens = np.asarray(sample(jnp.asarray(logits), rows(*settings), state))
+    assert ((tokens >= 0) & (tokens < vocab_size)).all()
+    for token, one, stops in zip(tokens, settings, held, strict=True):
+        assert not (one["flags"] & sampling.HOLD_STOPS and token in stops), (token, one)
+
+
+def test_where_no_token_is_left_the_draw_still_ends():
+    state = dataclasses.replace(SlotState.empty(2, V), stops_SN=jnp.arange(2 * sampling.MAX_STOPS).reshape(2, -1) % V)
+    settings = [{"flags": sampling.HOLD_STOPS, "min_p": 0.5, "slot": n, "temperature": float(n)} for n in range(2)]
+    tokens = np.asarray(sample(jnp.zeros((2, V)), rows(*settings), state))
+    assert ((tokens >= 0) & (tokens < V)).all()
+
+
 def test_fed_tokens_are_counted_for_those_who_pay_for_them():
     state = SlotState.empty(2, V)
     settings = rows({"slot": 0, "flags": sampling.PENALTIES}, {"slot": 1})
