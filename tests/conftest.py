@@ -37,7 +37,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--share",
         metavar="N/OF",
-        help="of the slow tests of kernels run the N-th of OF shares (0/3, 1/3, 2/3), of the other tests all",
+        help="of the slow tests of kernels run the N-th of OF shares (0/3, 1/3 or 2/3), of the other tests all",
     )
 
 
