@@ -6,7 +6,7 @@ log-probabilities and vectors, the same end. What is cancelled got a beginning o
 
 import dataclasses
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import msgspec
 import pytest
@@ -83,7 +83,7 @@ class Traffic:
         rng = self.rng
         self.count += 1
         pooling = rng.choice(("", "", "", "", "", "", "last", "mean"))
-        more = {"max_tokens": 1, "seed": 0} if pooling else self._params()
+        more = {"max_tokens": 1, "seed": 0} if pooling else self.params()
         turn = {"priority": (0, 0, 1, -1), "deadline_seconds": (None, 0.001, 5.0), "stages_left": (1, 1, 4)}
         return Request(
             f"r{self.count}",
@@ -107,7 +107,7 @@ class Traffic:
         self.known.append(prompt)
         return list(prompt)
 
-    def _params(self) -> dict:
+    def params(self) -> dict:
         rng = self.rng
         most = rng.choice((1, 2, 5, 12, 25, 60, 90))
         more: dict = {"seed": rng.choice((rng.randrange(2**63), -rng.randrange(2**63))), "max_tokens": most}
@@ -162,14 +162,13 @@ class Play:
         to_come, calm = rng.randint(4, 24), rng.choice((0.1, 0.3, 0.5, 0.9))
         while to_come or engine.has_work:
             if to_come and rng.random() > calm:
-                to_come -= self._add()
+                self._add()
+                to_come -= 1
             if rng.random() < 0.02:
                 self._leave()
             self._step()
             steps += 1
             assert steps < MOST_STEPS, "it comes to no end"
-            if not to_come and not engine.scheduler.has_work:
-                self._step()
         stats = engine.stats()
         left = (stats.running, stats.waiting, stats.pages_used, stats.host_pages_used, len(engine._live))
         assert left == (0, 0, 0, 0, 0)
@@ -177,23 +176,20 @@ class Play:
         for name, request in self.asked.items():
             self._check(request, self.answers[name])
 
-    def _add(self) -> int:
-        # Now and then choices of one prompt.
-        request = self.traffic.request()
-        each = [request]
-        if not request.pooling and self.rng.random() < 0.2:
-            for nth in range(self.rng.randint(1, 4)):
-                params = self.traffic._params() if self.rng.random() < 0.3 else request.params
-                own = SamplingParams(**params) if isinstance(params, dict) else params
-                name = f"{request.id}-{nth}"
-                each.append(Request(name, request.prompt_ids, own, cache_salt=request.cache_salt, tenant=request.tenant))
+    def _add(self) -> None:
+        """Sends a request, and now and then others of the same prompt with it: choices, or nearly."""
+        first, rng = self.traffic.request(), self.rng
+        each = [first]
+        if not first.pooling and rng.random() < 0.2:
+            for nth in range(rng.randint(1, 4)):
+                own = SamplingParams(**self.traffic.params()) if rng.random() < 0.3 else first.params
+                each.append(msgspec.structs.replace(first, id=f"{first.id}-{nth}", params=own))
         for one in each:
             try:
                 self.engine.add(one)
             except QueueFull:
                 continue
             self.asked[one.id], self.answers[one.id] = one, Answer()
-        return 1
 
     def _leave(self) -> None:
         here = [name for name, answer in self.answers.items() if answer.end is None and name not in self.gone]
