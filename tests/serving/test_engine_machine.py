@@ -226,7 +226,7 @@ def engines_of(kind: str) -> tuple[Engine, Engine]:
     return engine, twin(engine, prefix_cache=None, swap_pages=0)
 
 
-@pytest.fixture(scope="module", params=thorough(KINDS))
+@pytest.fixture(scope="module", params=thorough(KINDS, 2))
 def engines(request) -> tuple[Engine, Engine]:
     return engines_of(request.param)
 
