@@ -37,7 +37,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--share",
         metavar="N/OF",
-        help="of the slow tests of kernels run the N-th of OF shares (0/3, 1/3 or 2/3), of the other tests all",
+        help="of the slow tests of kernels and layouts run the N-th of OF shares (0/3, 1/3 or 2/3), of others all",
     )
 
 
@@ -57,7 +57,8 @@ def pytest_collection_modifyitems(config, items):
     nth, of = map(int, share.split("/"))
 
     def is_left_out(item: pytest.Item) -> bool:
-        is_shared = "pallas_kernels" in item.path.parts and item.get_closest_marker("slow") is not None
+        is_shared = "pallas_kernels" in item.path.parts or item.path.name == "test_equivalence.py"
+        is_shared &= item.get_closest_marker("slow") is not None
         return is_shared and zlib.crc32(item.nodeid.encode()) % of != nth
 
     config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
