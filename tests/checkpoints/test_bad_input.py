@@ -1,8 +1,9 @@
 """Whatever is wrong with a folder, each way in refuses it: quickly, in little memory, leaving nothing behind.
 
 The cases are made here and tried in one other process, which has loaded and converted a good folder before. For each
-way in the kernel says how much its memory grew at most, and ends the process when a case takes more than a second of
-CPU time (limits are whole seconds: in the worst case two).
+way in the kernel says how much its memory grew at most and what processor time it took, and ends a process that hangs.
+A virtual machine that is stopped counts what it missed as the time of whoever ran: what takes a second is tried again,
+twice at most, and the least counts.
 """
 
 import json
@@ -24,25 +25,28 @@ from twinax.checkpoints.safetensors import INDEX_NAME
 
 CONFIG = small_config()
 GROWTH = 200e6  # bytes
+SECONDS = 1.0
 MIB = 1 << 20
 
-# Tries each folder of argv[1] in each way; says what was raised, and by how many bytes the memory grew.
+# Tries each folder of argv[1] in each way; says what was raised, by how many bytes the memory grew, and the seconds.
 PROGRAM = """
 import gc, json, pathlib, resource, shutil, sys
 from twinax.checkpoints.convert import convert
 from twinax.checkpoints.inspect import inspect, render
 from twinax.checkpoints.load import load_model
 
-root = pathlib.Path(sys.argv[1])
+root, limit = pathlib.Path(sys.argv[1]), float(sys.argv[2])
 
 def status(key):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-def allow_a_second():
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = int(used.ru_utime + used.ru_stime) + 2
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+def used():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+def allow(seconds):
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used() + seconds), resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 def odd(folder):
     found = inspect(folder)
@@ -55,7 +59,7 @@ def out(folder):
     convert(folder, root / "out")
 
 ways = {"load": load_model, "convert": out, "inspect": odd}
-ways = {name: ways[name] for name in sys.argv[2:]}
+ways = {name: ways[name] for name in sys.argv[3:]}
 for way in ways.values():  # what is imported and compiled once
     way(root / "good")
 shutil.rmtree(root / "out", ignore_errors=True)
@@ -65,13 +69,19 @@ for folder in sorted(root.glob("bad-*")):
         open("/proc/self/clear_refs", "w").write("5")
         before = status("VmRSS")
         print("begin", folder.name, name, file=sys.stderr, flush=True)
-        allow_a_second()
-        try:
-            way(folder)
-            said = None
-        except ValueError as error:
-            said = str(error)
-        print(json.dumps([folder.name, name, said, status("VmHWM") - before]))
+        seconds = float("inf")
+        for _ in range(3):
+            allow(30)
+            start = used()
+            try:
+                way(folder)
+                said = None
+            except ValueError as error:
+                said = str(error)
+            seconds = min(seconds, used() - start)
+            if seconds < limit:
+                break
+        print(json.dumps([folder.name, name, said, status("VmHWM") - before, seconds]))
 # What Python does at its end is no case's.
 resource.setrlimit(resource.RLIMIT_CPU, [resource.getrlimit(resource.RLIMIT_CPU)[1]] * 2)
 """
@@ -219,17 +229,18 @@ def try_all(root: Path, titles: Sequence[str], ways: Sequence[str]) -> None:
     for title in titles:
         ALL[title][0](shutil.copytree(good if title in CASES else step, root / f"bad-{title}"))
     before = sorted(os.listdir(root))
-    ended = run_python(PROGRAM, str(root), *ways)
+    ended = run_python(PROGRAM, str(root), str(SECONDS), *ways)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert sorted(os.listdir(root)) == before, "something was left behind"
     seen = set()
     for line in ended.stdout.splitlines():
-        folder, way, said, growth = json.loads(line)
+        folder, way, said, growth, seconds = json.loads(line)
         title = folder.removeprefix("bad-")
         assert said is not None, (title, way)
         assert re.search(rf"(?s){ALL[title][1]}", said), (title, way, said)
         assert len(said) < 5000, (title, way)
         assert growth < GROWTH, (title, way, growth)
+        assert seconds < SECONDS, (title, way, seconds)
         seen.add((title, way))
     assert seen == {(title, way) for title in titles for way in ways}
 

