@@ -153,8 +153,14 @@ def test_more_values_than_can_be_read_beside_others_are_refused(data):
         read(data)
 
 
+def test_more_objects_than_anybody_needs_are_refused():
+    assert len(read(json.dumps({"a": [{"b": 1}] * (body.MAX_OBJECTS - 1)}).encode())["a"]) == body.MAX_OBJECTS - 1
+    with pytest.raises(ApiError, match="more than 100,000 objects"):
+        read(json.dumps({"a": [{"b": '{"'}] * body.MAX_OBJECTS}).encode())
+
+
 def test_what_looks_like_many_values_within_a_text_is_one():
     text = ',:"\\' * body.MAX_VALUES
     assert read(json.dumps({"a": text, "b": 1}).encode()) == {"a": text, "b": 1}
-    many = {"a": [1] * (body.MAX_VALUES - 1), "b": [{"c": 1, "d": 2}] * body.MAX_KEYS}
+    many = {"a": [1] * (body.MAX_VALUES - 1), "b": [{"c": 1, "d": 2}] * (body.MAX_OBJECTS - 1)}
     assert read(json.dumps(many).encode()) == many
