@@ -21,7 +21,7 @@ def init_cache(config: DecoderConfig, *, num_pages: int, page_size: int, slots: 
         assert config.latent is not None
         kept, rank = config.latent.kv_rank + config.latent.rope_dim, config.latent.kv_rank
         pages = init_pages(layers, num_pages, page_size, 1, kept, dtype, latent=rank)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = dtype if jnp.dtype(dtype).itemsize > 4 else jnp.float32
     states = {
         f"{mixer}.{name}": jnp.zeros((len(config.layers_with(mixer)), slots, *shape), wide)
         for mixer in config.mixers

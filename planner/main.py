@@ -30,6 +30,7 @@ class Options:
     model: str
     topology: list[str]
     mode: str = "train"
+    cache_dtype: str | None = None
     plan: list[str] | None = None
     batch_tokens: int | None = None
     seq_len: int | None = None
@@ -78,7 +79,9 @@ def workload_of(source: Source, options: Options, topology: Topology) -> Workloa
     recipe = source.recipe
     seq_len = options.seq_len or (recipe.sequence_length if recipe else DEFAULT_LENGTH)
     if options.mode == "serve":
-        return Workload(source.model, "serve", 1, seq_len)
+        return Workload(source.model, "serve", 1, seq_len, cache_dtype=options.cache_dtype)
+    if options.cache_dtype is not None:
+        raise PlannerError("--cache-dtype is of a server's cache; add --mode serve, or leave it out.")
     if options.batch_tokens is not None:
         if options.batch_tokens < seq_len or options.batch_tokens % seq_len:
             near = max(1, round(options.batch_tokens / seq_len)) * seq_len
@@ -111,6 +114,8 @@ def command_line(verdict: Verdict, source: Source, options: Options) -> str:
     if estimate.workload.mode == "serve":
         words = ["twinax", "serve", "PATH", "--max-running", str(verdict.requests)]
         words += ["--max-model-len", str(estimate.workload.seq_len), "--dtype", estimate.workload.dtype]
+        if estimate.workload.cache_dtype is not None:
+            words += ["--cache-dtype", estimate.workload.cache_dtype]
         if layout.plan.devices > 1:
             words += ["--plan", str(layout.plan)]
         return shlex.join(words)

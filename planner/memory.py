@@ -152,7 +152,7 @@ def serve_memory(workload: Workload, layout: Layout) -> dict[str, float]:
     """Bytes by class for an engine with pages for all of its requests at full length."""
     model, plan, item = workload.model, layout.plan, workload.itemsize
     pages = workload.rows * -(-workload.seq_len // PAGE)
-    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim / plan.tensor * item
+    token = 2 * model.num_layers * model.num_kv_heads * workload.cached_head_bytes / plan.tensor
     logits = workload.rows * model.vocab_size * WIDE
     return dict.fromkeys(CLASSES, 0.0) | {
         "parameters": item * sum(p.elements(plan) for p in parameters(model)),

@@ -21,6 +21,7 @@ def print_workload(console: Console, workload: Workload) -> None:
     rows = f"{workload.rows:,} rows of {workload.seq_len:,} tokens, {workload.tokens:,} a step"
     if workload.mode == "serve":
         rows = f"requests of {workload.seq_len:,} tokens"
+        rows += f", cache in {workload.cache_dtype}" if workload.cache_dtype else ""
     console.print(f"[bold]{summary(workload.model)}[/]: {workload.mode}, {rows}, products in {workload.dtype}")
 
 

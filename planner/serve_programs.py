@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from ..models.config import DecoderConfig
 from ..serving.batch import Bucket
+from ..serving.engine_config import CACHE_DTYPES
 from ..serving.programs import Programs
 from ..sharding.plan import Plan
 from .programs import Program, names_of
@@ -29,6 +30,7 @@ def serve_programs(request: dict[str, Any], config: DecoderConfig, plan: Plan, m
         page_size=PAGE,
         pages_per_request=pages,
         dtype=jnp.dtype(request["dtype"]),
+        cache_dtype=CACHE_DTYPES.get(request["cache_dtype"]),
         mesh=mesh,
     )
     names = names_of(config, mesh, ARGUMENTS)

@@ -11,6 +11,7 @@ Mode = Literal["train", "serve"]
 PAGE = 64  # tokens of a page of the cache, as the engine has by default
 CHUNK = 1024  # prompt tokens of a step when serving
 ITEMSIZES = {"bfloat16": 2, "float32": 4}
+SCALE = 4  # bytes, of a head's key or value in 8 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Workload:
     rows: sequences of a batch, over all devices; when serving, requests that run at once.
     seq_len: tokens of a row; when serving, of a request, prompt and answer together.
     dtype: of the products; when serving also of weights and cache.
+    cache_dtype: of the cache, where it is another, as the engine has it: "int8" or "float8".
     """
 
     model: DecoderConfig
@@ -28,6 +30,7 @@ class Workload:
     rows: int
     seq_len: int
     dtype: str = "bfloat16"
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.seq_len < 2:
@@ -50,6 +53,12 @@ class Workload:
     def itemsize(self) -> int:
         """Bytes of a number in the dtype of the products."""
         return ITEMSIZES[self.dtype]
+
+    @property
+    def cached_head_bytes(self) -> int:
+        """What the cache keeps of one head's key, or its value."""
+        size = self.model.head_dim
+        return size * self.itemsize if self.cache_dtype is None else size + SCALE
 
     @property
     def tokens(self) -> int:

@@ -120,6 +120,7 @@ def model_of(replays: list[Replay]) -> StepModel:
 def main(model: str, settings: dict[str, Any]) -> None:
     from ..models.cache import page_bytes
     from .engine import Engine, EngineConfig
+    from .engine_sizes import cache_dtype_of
     from .fit import keeps_prefixes
 
     config = EngineConfig(**settings)
@@ -130,7 +131,7 @@ def main(model: str, settings: dict[str, Any]) -> None:
     found = {
         "steps": model_of([calibrate(engine)]).to_json(),
         "max_model_len": engine.max_model_len,
-        "token_bytes": page_bytes(engine.loaded.config, config.page_size, engine.runner.dtype) / config.page_size,
+        "token_bytes": page_bytes(engine.loaded.config, config.page_size, cache_dtype_of(config)) / config.page_size,
         "keeps_prefixes": keeps_prefixes(engine.loaded.config),
     }
     print(json.dumps(found), flush=True)

@@ -8,6 +8,8 @@ from .scheduler_config import SchedulerConfig
 from .step_times import StepTimes
 
 DTYPES = ("float32", "bfloat16")
+# What a cache may be kept in beside the engine's own dtype, and the dtype's name.
+CACHE_DTYPES = {"int8": "int8", "float8": "float8_e4m3fn"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,8 @@ class EngineConfig:
         chunk_tokens: prompt tokens a step, at most.
         max_waiting: requests that may wait.
         dtype: "float32" or "bfloat16"; None: float32 on a CPU, bfloat16 elsewhere.
+        cache_dtype: "int8" or "float8" (e4m3fn) keeps keys and values in 8 bits, with a scale for each token and head;
+            None: as `dtype`. Numbers are rounded once, when a token is computed, whoever is beside it.
         prefix_cache: what goes first from the cache of prompts that were computed before (`kv_policies`); "": no such
             cache. Models that keep a state, or whose rope hangs on the prompt's length, have none.
         scheduler: who goes first, who is preempted, and how many prompt tokens a step takes (`schedulers`).
@@ -42,6 +46,7 @@ class EngineConfig:
     chunk_tokens: int = 256
     max_waiting: int = 256
     dtype: str | None = None
+    cache_dtype: str | None = None
     prefix_cache: str = "cost_aware"
     scheduler: str = "first_come"
     max_token_ms: float | None = None
@@ -63,6 +68,9 @@ class EngineConfig:
             raise ValueError(f"swap_bytes must be at least 0, got {self.swap_bytes}; 0 is for none")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {self.dtype!r}")
+        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
+            names = " or ".join(CACHE_DTYPES)
+            raise ValueError(f"cache_dtype must be {names}, got {self.cache_dtype!r}; leave it out for that of dtype")
         schedulers.load(self.scheduler, StepTimes([]))
         if self.prefix_cache:
             kv_policies.load(self.prefix_cache, 1)

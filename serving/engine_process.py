@@ -292,7 +292,8 @@ def build(settings: wire.EngineSettings, pulse: Pulse, begin: float) -> tuple[En
     end = time.perf_counter()
     stats = engine.stats()
     # What decides the numbers, beside the weights themselves.
-    identity = f"{loaded.config} {engine.tokenizer.fingerprint} {settings.dtype} {jax.__version__} "
+    identity = f"{loaded.config} {engine.tokenizer.fingerprint} {settings.dtype} {settings.cache_dtype} "
+    identity += f"{jax.__version__} "
     identity += jax.default_backend() + (f" {settings.plan}" if settings.plan else "")
     ready = wire.Ready(
         model=settings.model,

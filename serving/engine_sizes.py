@@ -8,14 +8,19 @@ import jax.numpy as jnp
 from ..models.cache import page_bytes
 from ..models.config import DecoderConfig
 from .compiles import use_compile_cache
-from .engine_config import EngineConfig
+from .engine_config import CACHE_DTYPES, EngineConfig
 from .fit import keeps_prefixes, mesh_of
 from .runner import Runner
 
 
 def dtype_of(config: EngineConfig) -> jnp.dtype:
-    """Of weights, compute and cache."""
+    """Of weights and compute."""
     return jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
+def cache_dtype_of(config: EngineConfig) -> jnp.dtype:
+    """Of what is kept of each token."""
+    return dtype_of(config) if config.cache_dtype is None else jnp.dtype(CACHE_DTYPES[config.cache_dtype])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,9 @@ class EngineSizes:
             raise ValueError(
                 f"max_model_len is from 2 to the model's context of {model.max_position_embeddings}; got {longest}."
             )
-        one = page_bytes(model, config.page_size, dtype_of(config))
+        one = page_bytes(model, config.page_size, cache_dtype_of(config))
+        if config.cache_dtype is not None and not one:
+            raise ValueError(f"The model keeps no keys and values; leave cache_dtype={config.cache_dtype} out.")
         pages = -(-longest // config.page_size)
         fitting = config.cache_bytes // one if one else config.max_running * pages
         if not config.num_pages and fitting < pages:
@@ -63,6 +70,7 @@ def runner_of(model: DecoderConfig, config: EngineConfig) -> Runner:
         pages_per_request=sizes.pages_per_request,
         chunk_tokens=config.chunk_tokens,
         dtype=dtype_of(config),
+        cache_dtype=cache_dtype_of(config),
         mesh=mesh_of(config.plan, model),
         swaps=sizes.swap_pages > 0,
         kept=use_compile_cache(config.compile_cache),

@@ -59,7 +59,7 @@ class Programs:
 
     Args:
         slots, num_pages, page_size, pages_per_request: sizes of the state and of the cache.
-        dtype: of weights, compute and cache.
+        dtype: of weights and compute. cache_dtype: of what is kept of each token; None: the same.
         mesh: with an axis "tensor"; None is one device.
     """
 
@@ -72,11 +72,13 @@ class Programs:
         page_size: int,
         pages_per_request: int,
         dtype: Any,
+        cache_dtype: Any = None,
         mesh: Mesh | None = None,
     ):
         self.config, self.slots, self.pages_per_request, self.mesh = config, slots, pages_per_request, mesh
         self._pool = {"num_pages": num_pages, "page_size": page_size, "slots": slots}
         self.dtype = jnp.dtype(dtype)
+        self.cache_dtype = self.dtype if cache_dtype is None else jnp.dtype(cache_dtype)
         self.weights_first = False  # how products are computed, in what is lowered from now on
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         # Layers of one call of the blocks; 0: all, stacked.
@@ -155,14 +157,14 @@ class Programs:
     def compiler_options(self, name: str) -> dict[str, int | bool]:
         """What the compiler is told of the program `name`.
 
-        XLA leaves out a rounding to bfloat16 where the next operation that it fuses widens it again. What it fuses is
-        another matter in each program, and a request's numbers would depend on the size of its step.
+        XLA leaves out a rounding to a narrow float where the next operation that it fuses widens it again. What it
+        fuses is another matter in each program, and a request's numbers would depend on the size of its step.
 
         All but the layers are as quick by LLVM's first level, and compiled in two thirds of the time. The layers' sums
         came out less exact by it (mxfp4: log-probabilities off by 4e-5).
         """
         options: dict[str, int | bool] = {}
-        if self.dtype.itemsize < 4:
+        if min(self.dtype.itemsize, self.cache_dtype.itemsize) < 4:
             options["xla_allow_excess_precision"] = False
         if self.is_on_cpu and name != "blocks":
             options["xla_backend_optimization_level"] = 1
@@ -172,7 +174,7 @@ class Programs:
 
     def _empty(self) -> tuple[Cache, sampling.SlotState]:
         """What there is before the first step."""
-        cache = init_cache(self.config, dtype=self.dtype, **self._pool)
+        cache = init_cache(self.config, dtype=self.cache_dtype, **self._pool)
         return cache, sampling.SlotState.empty(self.slots, self.config.vocab_size)
 
     def _unpack(self, bucket: Bucket, array: jax.Array) -> DeviceBatch:

@@ -71,7 +71,7 @@ class Runner:
 
     Args:
         slots: requests that may run at once. pages_per_request: M. chunk_tokens: prompt tokens a step, at most.
-        dtype: of weights, compute and cache.
+        dtype: of weights and compute. cache_dtype: of what is kept of each token; None: the same.
         mesh: with an axis "tensor", over which heads, feed-forward, vocabulary and cache are cut; None: one device.
         swaps: whether pages are ever copied to the host's memory and back.
         kept: folder in which compiled programs are looked for and kept; None: nowhere.
@@ -87,6 +87,7 @@ class Runner:
         pages_per_request: int,
         chunk_tokens: int,
         dtype: Any,
+        cache_dtype: Any = None,
         mesh: Mesh | None = None,
         swaps: bool = False,
         kept: Path | None = None,
@@ -95,7 +96,7 @@ class Runner:
         self._num_pages, self._swaps = num_pages, swaps
         self.dtype = jnp.dtype(dtype)
         sizes = {"slots": slots, "num_pages": num_pages, "page_size": page_size, "pages_per_request": pages_per_request}
-        self._made = Programs(config, dtype=dtype, mesh=mesh, **sizes)
+        self._made = made = Programs(config, dtype=dtype, cache_dtype=cache_dtype, mesh=mesh, **sizes)
         self._cache: Any = None
         self._state: Any = None
         self._programs: dict[tuple[str, Any], Any] = {}
@@ -109,7 +110,8 @@ class Runner:
         # JAX's own cache is off where machine code that was kept may compute something else (`sharding/platform.py`).
         if kept is not None and jax.config.values["jax_enable_compilation_cache"]:
             devices = self._nothing[self.buckets[0].rows].sharding.device_set if mesh is None else mesh.devices.flat
-            self._store = ProgramStore(kept, devices, (config, self.dtype, mesh, *sizes.items(), self._wanted()))
+            identity = (config, self.dtype, made.cache_dtype, mesh, *sizes.items(), self._wanted())
+            self._store = ProgramStore(kept, devices, identity)
 
     def use_params(self, params: dict[str, Any]) -> None:
         """Serves these from the next step on, by name, stacked [L, ...], as checkpoints hold them.

@@ -27,6 +27,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     dtype: str | None = None
+    cache_dtype: str | None = None
     max_running: int | None = None
     max_waiting: int | None = None
     max_model_len: int | None = None

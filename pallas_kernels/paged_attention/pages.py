@@ -18,7 +18,7 @@ from ..chips import known_platform
 
 LANES = 128
 LAYOUTS = ("split", "bits", "joint")
-BITS = jnp.dtype(jnp.uint16)
+BITS = {jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.uint16), float8.FLOAT8: jnp.dtype(jnp.uint8)}
 QUANTISED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number of each
 
 
@@ -36,7 +36,7 @@ class Pages:
     - "split": keys transposed and values, so that both products of attention contract the last axis on the left with
       the last but one on the right. Of XLA:CPU's products that kind is quick for few rows and rounds a row the same
       whatever rows stand beside it. Values of a latent are kept a second time.
-    - "bits": as "split", of bfloat16, kept as integers: XLA:CPU makes a pool of bfloat16 float32 to write to it.
+    - "bits": as "split", of bfloat16 or float8, kept as integers: XLA:CPU makes a pool of these wider to write to it.
     - "joint": each token's key and then its value, in lanes, one tile of lanes after the other, so that a page of all
       heads is one plain copy to a TPU's memory, and as the matrix unit wants it. A latent is kept once.
 
@@ -57,7 +57,7 @@ class Pages:
     def layout(self) -> str:
         if self.kv_LPKNSX is not None:
             return "joint"
-        return "bits" if self._tokens.dtype == BITS else "split"
+        return "bits" if self._tokens.dtype in BITS.values() else "split"
 
     @property
     def _tokens(self) -> jax.Array:
@@ -84,7 +84,8 @@ class Pages:
     @property
     def dtype(self) -> jnp.dtype:
         """Of the numbers."""
-        return jnp.dtype(jnp.bfloat16) if self.layout == "bits" else self._tokens.dtype
+        kept = self._tokens.dtype
+        return next((dtype for dtype, bits in BITS.items() if kept == bits), kept)
 
     @property
     def quantised(self) -> bool:
@@ -101,7 +102,7 @@ class Pages:
         return 0 if self.latent else value_lane(self.head_dim)
 
     def take(self, layer: int | jax.Array, page_W: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys [..., K, D, S] and values [..., K, S, V] of pages, in the pages' dtype."""
+        """Keys [..., K, D, S] and values [..., K, S, V] of pages, in the pages' dtype; of float8's bits float32."""
         if self.kv_LPKNSX is None:
             assert self.k_LPKDS is not None and self.v_LPKSD is not None
             k, v = self.k_LPKDS[layer, page_W], self.v_LPKSD[layer, page_W]
@@ -160,20 +161,21 @@ def init_pages(
         raise ValueError(f"latent is how many of a key's {head_dim} numbers are its value, got {latent}")
     if layout is None:
         platform = known_platform() or jax.default_backend()
-        narrow = "bits" if platform == "cpu" and dtype == jnp.bfloat16 else "split"
+        narrow = "bits" if platform == "cpu" and jnp.dtype(dtype) in BITS else "split"
         layout = "joint" if platform == "tpu" else narrow
     if layout not in LAYOUTS:
         raise ValueError(f"layout is one of {', '.join(LAYOUTS)}, got {layout!r}")
     dtype = jnp.dtype(dtype)
-    if layout == "bits" and dtype != jnp.bfloat16:
-        raise ValueError(f"pages of the layout 'bits' are bfloat16, got {dtype.name}; use 'split'")
+    if layout == "bits" and dtype not in BITS:
+        names = " or ".join(kept.name for kept in BITS)
+        raise ValueError(f"pages of the layout 'bits' are {names}, got {dtype.name}; use 'split'")
     # Other floats of 8 bits would have no scales, and numbers beyond their reach be lost.
     if dtype.name not in QUANTISED and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1):
         raise ValueError(f"pages are floats of 16 bits or more, or one of {', '.join(QUANTISED)}; got {dtype.name}")
     V, rows = latent or head_dim, sizes[:4]
     k = v = kv = scale = None
     if layout != "joint":
-        kept = BITS if layout == "bits" else dtype
+        kept = BITS[dtype] if layout == "bits" else dtype
         k = jnp.zeros((*rows[:3], head_dim, page_size), kept)
         v = jnp.zeros((*rows, V), kept)
     else:
@@ -192,11 +194,16 @@ def _piece(x_LP: jax.Array, place: int | jax.Array) -> jax.Array:
 
 
 def to_bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, BITS)
+    return jax.lax.bitcast_convert_type(x, BITS[x.dtype])
 
 
 def from_bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+    """bfloat16; of float8, whose numbers are normal or 0, float32, as XLA:CPU's own conversion is slow."""
+    if x.dtype == BITS[jnp.dtype(jnp.bfloat16)]:
+        return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+    bits = x.astype(jnp.uint32)
+    moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+    return jax.lax.bitcast_convert_type(moved, jnp.float32) * 2.0**float8.BIAS
 
 
 def value_lane(head_dim: int) -> int:

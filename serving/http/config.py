@@ -25,6 +25,8 @@ class ServeConfig:
       max_waiting: requests that may queue; more are answered 429.
       max_model_len: tokens of prompt and completion together; at most, and by default, the model's own context.
       dtype: of weights and compute, "float32" (the default on a CPU) or "bfloat16" (elsewhere; half of the memory).
+      cache_dtype: "int8" or "float8" keeps keys and values in 8 bits, a quarter or half of the memory, with a scale for
+        each token and head; by default in the dtype of the weights.
       page_size, num_pages, cache_bytes: the paged cache; `num_pages` pages of `page_size` tokens, or a size in bytes.
       chunk_tokens: prompt tokens computed per step.
       prefix_cache: what goes first from the cache of prompts that were computed before, when room is needed:
@@ -61,6 +63,7 @@ class ServeConfig:
     max_waiting: int | None = None
     max_model_len: int | None = None
     dtype: str | None = None
+    cache_dtype: str | None = None
     page_size: int | None = None
     num_pages: int | None = None
     cache_bytes: int | None = None

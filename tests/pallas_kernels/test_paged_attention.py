@@ -330,7 +330,8 @@ def test_pages_tell_their_shape():
     assert (pages.num_layers, pages.num_pages, pages.page_size, pages.num_kv_heads, pages.head_dim) == (2, 3, 4, 5, 6)
     assert pages.dtype == jnp.bfloat16 and {x.dtype.itemsize for x in jax.tree.leaves(pages)} == {2}
     assert {x.dtype for x in jax.tree.leaves(init_pages(2, 3, 4, 5, 6))} == {jnp.dtype(jnp.float32)}
-    with pytest.raises(ValueError, match="'bits' are bfloat16, got float32"):
+    assert init_pages(2, 3, 4, 5, 6, jnp.float8_e4m3fn, layout="bits").dtype == jnp.float8_e4m3fn
+    with pytest.raises(ValueError, match="'bits' are bfloat16 or float8_e4m3fn, got float32"):
         init_pages(2, 3, 4, 5, 6, layout="bits")
     with pytest.raises(ValueError, match="must be positive"):
         init_pages(2, 0, 4, 5, 6)

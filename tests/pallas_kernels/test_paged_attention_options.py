@@ -79,13 +79,14 @@ def test_layouts_mean_the_same(kinds):
     np.testing.assert_allclose(outs[1], outs[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_bits_are_bfloat16(implementation):
-    """Of a bfloat16 pool and of one that keeps its bits: the same results, and the same pool."""
+def test_bits_are_the_numbers(implementation, dtype):
+    """Of a pool of narrow numbers and of one that keeps their bits: the same results, and the same pool."""
     q, k, v = (x.astype(jnp.bfloat16) for x in inputs())
     found = []
     for layout in ("split", "bits"):
-        pages = init_pages(2, R * 3, S, 2, 8, jnp.bfloat16, layout=layout)
+        pages = init_pages(2, R * 3, S, 2, 8, dtype, layout=layout)
         _, pages = step(q, k, v, pages, {}, implementation)
         out, pages = step(q, k, v, pages, {}, implementation)
         found.append((np.asarray(out, np.float32), *(np.asarray(x, np.float32) for x in pages.take(1, jnp.arange(R)))))
@@ -94,7 +95,11 @@ def test_bits_are_bfloat16(implementation):
         np.testing.assert_array_equal(bits, split)
 
 
-@pytest.mark.parametrize(("dtype", "layout"), [(jnp.int8, "joint"), (jnp.float8_e4m3fn, "split")], ids=["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(jnp.int8, "joint"), (jnp.float8_e4m3fn, "split"), (jnp.float8_e4m3fn, "bits")],
+    ids=["int8", "fp8", "fp8 bits"],
+)
 def test_quantised_pages(dtype, layout):
     """As if the pages held, unquantised, what quantised numbers stand for; and each token's error is its own."""
     with jax.enable_x64(True):

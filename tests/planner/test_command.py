@@ -93,6 +93,16 @@ def test_json_alone(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert f"--max-running {verdict['requests']}" in verdict["command"]
 
 
+def test_a_cache_of_8_bits_holds_more_requests(folder: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["config.json", "--topology", "v6e:2x4", "--mode", "serve", "--seq-len", "4096", "--compile", "0"]
+    plain, narrow = (
+        json.loads(run(capsys, *words, *more, "--json", "-"))["verdicts"][0] for more in ([], ["--cache-dtype", "int8"])
+    )
+    # 128 numbers of two bytes, and of one beside a scale of four.
+    assert narrow["requests"] == pytest.approx(plain["requests"] * 256 / 132, rel=0.02)
+    assert "--cache-dtype int8" in narrow["command"] and "cache" not in plain["command"]
+
+
 def test_what_does_not_fit_says_by_how_much(folder: Path, capsys: pytest.CaptureFixture[str]):
     words = ["config.json", "--topology", "v5e:2x2", "--plan", "fsdp=4", "--batch-tokens", "16384", "--remat", "full"]
     text = run(capsys, *words, "--seq-len", "4096", status=1)
@@ -124,6 +134,7 @@ def test_our_own_config_and_a_folder(folder: Path, capsys: pytest.CaptureFixture
         (["config.json", "--topology", "v5p:2x2x2", "--seq-len", "8192"], "takes 4096 tokens of context"),
         (["nowhere.json", "--topology", "v5p:2x2x2"], "There is no file nowhere.json"),
         (["config.json", "--topology", "v5e:2x2", "--mode", "serve", "--plan", "fsdp=4"], "cut by tensor alone"),
+        (["config.json", "--topology", "v5e:2x2", "--cache-dtype", "int8"], "add --mode serve, or leave it out"),
     ],
 )
 def test_errors_say_what_to_do(words: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -37,10 +37,10 @@ FLOAT8 = dataclasses.replace(DENSE, quantization=Quantization("fp8_e4m3", (128, 
 DECODES = ["paged_decode", "paged_prefix"]
 
 
-def kernels(model: DecoderConfig, mode: str, plan: str) -> dict[str, list[str]]:
+def kernels(model: DecoderConfig, mode: str, plan: str, cache_dtype: str | None) -> dict[str, list[str]]:
     topology = "v6e:2x2" if plan == "sequence=4" else "v6e:1x1"
     request = {"model": model.to_dict(), "mode": mode, "plan": plan, "topology": topology, "rows": 4, "seq_len": 1024}
-    request |= {"dtype": "bfloat16", "accumulation": 1, "remat": "none"}
+    request |= {"dtype": "bfloat16", "cache_dtype": cache_dtype, "accumulation": 1, "remat": "none"}
     done = subprocess.run(
         [sys.executable, "-c", LOWER, json.dumps(request)],
         env={**os.environ, **settings(Topology.parse(topology))},
@@ -55,22 +55,22 @@ def kernels(model: DecoderConfig, mode: str, plan: str) -> dict[str, list[str]]:
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize(
-    ("model", "mode", "plan", "wanted"),
+    ("model", "mode", "plan", "cache_dtype", "wanted"),
     [
-        (SPARSE, "train", "data=1", {"step": [*FLASH, *EXPERTS]}),
-        (DENSE, "train", "sequence=4", {"step": RING}),
-        (SPARSE, "serve", "data=1", {
+        (SPARSE, "train", "data=1", None, {"step": [*FLASH, *EXPERTS]}),
+        (DENSE, "train", "sequence=4", None, {"step": RING}),
+        (SPARSE, "serve", "data=1", None, {
             "decode": ["grouped_matmul", *DECODES],
             "chunk": ["grouped_matmul", "paged_chunk", *DECODES],
             "finish": [],
         }),
-        (FLOAT8, "serve", "data=1", {
+        (FLOAT8, "serve", "data=1", "int8", {
             "decode": [*DECODES, "quantized_matmul_fp8_e4m3"],
             "chunk": ["paged_chunk", *DECODES, "quantized_matmul_fp8_e4m3"],
             "finish": [],
         }),
     ],
-    ids=["training", "training on a ring", "serving", "serving float8"],
+    ids=["training", "training on a ring", "serving", "serving float8 with a cache of int8"],
 )  # fmt: skip
-def test_what_is_lowered_for_a_tpu_has_our_kernels(model, mode, plan, wanted):
-    assert kernels(dataclasses.replace(model, head_dim=64), mode, plan) == wanted
+def test_what_is_lowered_for_a_tpu_has_our_kernels(model, mode, plan, cache_dtype, wanted):
+    assert kernels(dataclasses.replace(model, head_dim=64), mode, plan, cache_dtype) == wanted

@@ -25,12 +25,14 @@ COMMON = {
     "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "max_position_embeddings": 128,
 }  # fmt: skip
 WINDOWS = DecoderConfig(**COMMON, pattern=(LayerKind(), LayerKind(window=24)))
-# Models, and the dtype that they are served in.
+# Models, and how they are served.
 KINDS = {
-    "windows": (WINDOWS, "float32"),
-    "bfloat16": (WINDOWS, "bfloat16"),
-    "latent": (LATENT, "float32"),
-    "states": (HYBRID, "float32"),
+    "windows": (WINDOWS, {"dtype": "float32"}),
+    "bfloat16": (WINDOWS, {"dtype": "bfloat16"}),
+    "latent": (LATENT, {"dtype": "float32"}),
+    "states": (HYBRID, {"dtype": "float32"}),
+    "int8 cache": (WINDOWS, {"dtype": "float32", "cache_dtype": "int8"}),
+    "bfloat16, latent of float8": (LATENT, {"dtype": "bfloat16", "cache_dtype": "float8"}),
 }
 GRAMMARS = (
     Grammar("regex", "[a-f]{2,30}x?"),
@@ -221,8 +223,8 @@ class Play:
 
 def engines_of(kind: str) -> tuple[Engine, Engine]:
     """What scenarios share their programs with, and what answers a request alone."""
-    config, dtype = KINDS[kind]
-    engine = engine_of(config, swap_bytes=1 << 20, dtype=dtype)
+    config, settings = KINDS[kind]
+    engine = engine_of(config, swap_bytes=1 << 20, **settings)
     return engine, twin(engine, prefix_cache=None, swap_pages=0)
 
 

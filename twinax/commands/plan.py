@@ -33,6 +33,9 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--mode", choices=["train", "serve"], default="train", help="what runs there")
     parser.add_argument(
+        "--cache-dtype", choices=["int8", "float8"], default=None, help="of a server's cache; by default bfloat16"
+    )
+    parser.add_argument(
         "--plan", metavar="PLAN", action="append", default=None, help="layout such as fsdp=4,tensor=2; may be repeated"
     )
     batch_help = "tokens of a step, over all chips; by default the recipe's, or what is best"
