@@ -1,4 +1,4 @@
-"""A server's cache in 8 bits (`--cache-dtype`) beside one in float32: how quick, how exact, how many tokens a GiB holds.
+"""A server's cache in 8 bits (`--cache-dtype`) beside one in float32: how quick, how exact, how roomy.
 
 Speed is of random weights of 110M: requests that generate together, each after so many tokens, whose prompts are in the
 cache already. In each round the kinds take turns; the median round counts. Exactness is of a model that has learned

@@ -59,6 +59,8 @@ def cases(chip: str) -> Iterator[Case]:
         ragged = tuple(Kernel("ragged", {**given, "page": x, "block": n, "queries": m}) for x, n, m in blocks)
         name = f"Llama-3 8B, {words}, pages of bfloat16"
         yield Case("paged_attention", name, Kernel("mixed", given), {"ragged": ragged})
+        name = f"Llama-3 8B, {words}, pages of int8"
+        yield Case("paged_attention", name, Kernel("mixed", {**given, "dtype": "int8"}), {})
     for H in (128, 16):
         given = {"H": H, "K": 1, "D": 576, "dtype": "bfloat16", "latent": 512}
         chunk = {**given, "batch": [[1, 512, 2048]]}
@@ -238,8 +240,8 @@ def mixed(
     scalars = [target.array(x.shape, "int32") for x in data]
     donated = jax.jit(step, donate_argnums=3)
     return Program(
-        donated, (*given, *scalars), *_work(H, K, D, new_R, lengths_R, latent), data=(*[None] * 4, *data),
-        moved_bytes=2.0 * K * 128 * sizes.N * moved,
+        donated, (*given, *scalars), *_work(H, K, D, new_R, lengths_R, latent, made.dtype), data=(*[None] * 4, *data),
+        moved_bytes=float(K * (128 * sizes.N * made.dtype.itemsize + _scale_bytes(made.dtype)) * moved),
     )  # fmt: skip
 
 
@@ -264,10 +266,21 @@ def tokens_read(new_R: Any, lengths_R: Any, tile: int, block: int, causal: bool 
     return read
 
 
-def _work(H: int, K: int, D: int, new_R: Any, lengths_R: Any, latent: int | None = None) -> tuple[float, float]:
-    """What cannot be avoided: products of what is seen, and the bytes of bfloat16 pages."""
+def _work(
+    H: int, K: int, D: int, new_R: Any, lengths_R: Any, latent: int | None = None, dtype: Any = "bfloat16"
+) -> tuple[float, float]:
+    """What cannot be avoided: products of what is seen, and the bytes of pages."""
+    import jax.numpy as jnp
+
     seen = sum(new * (length - new) + new * (new + 1) / 2 for new, length in zip(new_R, lengths_R, strict=True))
-    return 2.0 * H * (D + (latent or D)) * float(seen), (2.0 if latent else 4.0) * K * D * float(lengths_R.sum())
+    kept = jnp.dtype(dtype)
+    token_bytes = (1 if latent else 2) * D * kept.itemsize + _scale_bytes(kept)
+    return 2.0 * H * (D + (latent or D)) * float(seen), float(K * token_bytes * lengths_R.sum())
+
+
+def _scale_bytes(dtype: Any) -> int:
+    """Of a head's token: a float32 of its key and one of its value, where pages are of 8 bits."""
+    return 8 if dtype.itemsize == 1 else 0
 
 
 def library(target: Any, H: int, K: int, D: int, dtype: str, page: int, block: int) -> Program:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ..chips import CORES, target_chip
-from .batch import NewTokens, SharedPrefixes, as_kept, token_rows
+from .batch import SharedPrefixes, as_kept, token_rows
 from .pages import LANES, Pages
 from .tpu_block import Sizes
 from .tpu_chunk import Rows, chunk
@@ -127,12 +127,11 @@ def paged_attention(
             query_start_R - decode_rows, count_R, lengths_R,
             pad(jnp.where(owned.owned_T, owned.request_T, -1), -1), pad(owned.position_T),
         )  # fmt: skip
+        new = pad(kept_TKE.astype(jnp.float32)), None
         if scales is not None:
-            at = rows._replace(start_R=query_start_R)
-            scales = _write_scales(scales, layer, kept, at, common["table"])
-        new_TKE = pad(kept_TKE.astype(jnp.float32))
+            new = new[0], pad(jnp.stack([kept.k_scale_TK, kept.v_scale_TK], -1))
         common["vmem_bytes"] = CHUNK_VMEM.get(chip or "", 64 * MIB)
-        out, kv = chunk(sizes, pad(q_THC), new_TKE, sinks_H, kv, scales, rows, tile=tile, cores=shares, **common)
+        out, kv, scales = chunk(sizes, pad(q_THC), new, sinks_H, kv, scales, rows, tile=tile, cores=shares, **common)
         outs.append(out[: T - decode_rows])
 
     first = pages.value_lane - v_lane
@@ -193,31 +192,6 @@ def _by_key_head(x_NHC: jax.Array, K: int) -> jax.Array:
     return jnp.pad(x_NHC.reshape(N, K, G, C), ((0, 0), (0, 0), (0, -G % 8), (0, 0))).reshape(N, -1, C)
 
 
-def _write_scales(scale_LPKZ: jax.Array, layer: Any, kept: NewTokens, rows: Rows, table_RM: jax.Array) -> jax.Array:
-    """Page by page, as they lie across the lanes: a scatter of single slots has XLA turn over the whole pool.
-
-    W pages are as many as the new tokens may lie in; rows are token rows of `kept`.
-    """
-    assert kept.k_scale_TK is not None and kept.v_scale_TK is not None
-    _, P, _, Z = scale_LPKZ.shape
-    T, (R, M), S = len(kept.k_scale_TK), table_RM.shape, Z // 2
-    begin_R = rows.length_R - rows.count_R
-    pages_R = jnp.where(rows.count_R > 0, (rows.length_R - 1) // S - begin_R // S + 1, 0)
-    ends_R = jnp.cumsum(pages_R)
-    nth_W = jnp.arange(T // S + 2 * min(R, T))
-    r_W = jnp.minimum(jnp.searchsorted(ends_R, nth_W, side="right"), R - 1)
-    entry_W = begin_R[r_W] // S + nth_W - (ends_R - pages_R)[r_W]
-    there_W = (nth_W < ends_R[-1]) & (entry_W >= 0) & (entry_W < M)
-    page_W = jnp.where(there_W, table_RM[r_W, jnp.clip(entry_W, 0, M - 1)], P)
-    nth_WS = entry_W[:, None] * S + jnp.arange(S) - begin_R[r_W][:, None]
-    is_new_WS = (nth_WS >= 0) & (nth_WS < rows.count_R[r_W][:, None])
-    row_WS = jnp.clip(rows.start_R[r_W][:, None] + nth_WS, 0, T - 1)
-    new_WKZ = jnp.concatenate([jnp.swapaxes(x[row_WS], 1, 2) for x in (kept.k_scale_TK, kept.v_scale_TK)], 2)
-    is_new_WZ = jnp.concatenate([is_new_WS, is_new_WS], 1)
-    new_WKZ = jnp.where(is_new_WZ[:, None], new_WKZ, scale_LPKZ[layer, jnp.minimum(page_W, P - 1)])
-    return scale_LPKZ.at[layer, page_W].set(new_WKZ, mode="drop")
-
-
 def _read_prefixes(
     sizes: Sizes,
     q_NHC: jax.Array,
@@ -245,6 +219,6 @@ def _read_prefixes(
         start_R, count_R, prefixes.pages_R // sizes.n * sizes.B,
         pad(jnp.where(owner_N < R, owner_N, -1), -1), pad(lengths_N[order_N] - 1),
     )  # fmt: skip
-    state, _ = chunk(sizes, pad(q_NHC[order_N]), None, sinks_H, kv, scales, rows, tile=tile, cores=shares, **common)
+    state, *_ = chunk(sizes, pad(q_NHC[order_N]), None, sinks_H, kv, scales, rows, tile=tile, cores=shares, **common)
     back_N = jnp.argsort(order_N)
     return tuple(_by_key_head(x[:N][back_N], sizes.K * shares) for x in state), blocks_N

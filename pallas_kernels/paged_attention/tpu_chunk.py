@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 def chunk(
     sizes: Sizes,
     q_THC: jax.Array,
-    new_TKE: jax.Array | None,
+    new: tuple[jax.Array, jax.Array | None] | None,
     sinks_H: jax.Array | None,
     kv_LPKNSX: jax.Array,
     scale_LPKZ: jax.Array | None,
@@ -54,12 +54,13 @@ def chunk(
     cores: int,
     vmem_bytes: int,
     static: bool = False,
-) -> tuple[Any, jax.Array]:
-    """[T, H, V] and the updated cache; without `new_TKE` the state [T, H, 128 | 128 | V] and the cache as it is.
+) -> tuple[Any, jax.Array, jax.Array | None]:
+    """[T, H, V] and the updated cache; without `new` the state [T, H, 128 | 128 | V] and the cache as it is.
 
     Where requests may be cut, that is two states: of the parts before the last one, and of the last one.
 
     Args:
+        new: the tokens as the cache keeps them [T, K, E], and the scales of their keys and values [T, K, 2].
         tile: token rows of a tile; T is a multiple.
         static: one request owns all rows, from its first token on, in pages in order of layer 0; scalar arguments are
             not read (for the static profiler, which cannot follow data).
@@ -92,12 +93,17 @@ def chunk(
         specs.append(pl.BlockSpec((None, per_core, LANES), lambda c, i, *_: (c, 0, 0)))
     window = -(-(S + ALIGN) // ALIGN) * ALIGN
     most = (tile + S - 2) // S + 1  # pages that the rows of a tile may lie in
-    writes = new_TKE is not None
-    if writes:
+    across_window = -(-max(S + LANES - 1, 2 * S) // LANES) * LANES  # of scales, which lie across the lanes
+    writes = new is not None
+    if new is not None:
         # A page's rows begin anywhere: before the first row, and as far as a window after the last.
-        padded = jnp.pad(new_TKE.astype(jnp.float32), ((S, window), (0, 0), (0, 0)))
+        padded = jnp.pad(new[0].astype(jnp.float32), ((S, window), (0, 0), (0, 0)))
         inputs.append(_in_hbm(jnp.swapaxes(padded, 0, 1)))
         specs.append(hbm)
+        if new[1] is not None:
+            padded = jnp.pad(new[1], ((S, across_window + -(S + T) % LANES), (0, 0), (0, 0)))
+            inputs.append(_in_hbm(jnp.moveaxis(padded, 0, 2).reshape(cores, K, 2, -1).swapaxes(1, 2)))
+            specs.append(hbm)
     kv = kv_LPKNSX.reshape(*kv_LPKNSX.shape[:2], -1, LANES)
     inputs.append(kv)
     specs.append(hbm)
@@ -111,6 +117,9 @@ def chunk(
             jax.ShapeDtypeStruct(kv.shape, kv.dtype),
         ]
         out_specs = [across(V), hbm]
+        if scale_LPKZ is not None:
+            out_shape.append(jax.ShapeDtypeStruct(scale_LPKZ.shape, scale_LPKZ.dtype))
+            out_specs.append(hbm)
     else:
         states = (LANES, LANES, V) * (1 if sizes.part is None else 2)
         out_shape = [jax.ShapeDtypeStruct((H, T, lanes), jnp.float32) for lanes in states]
@@ -127,6 +136,8 @@ def chunk(
             pltpu.VMEM((most, K, window, E), jnp.float32),
             pltpu.SemaphoreType.DMA((most,)),
         ]
+    if writes and sizes.quantised:
+        scratch += [pltpu.VMEM((most, K, 2 * S), jnp.float32), pltpu.VMEM((most, 2, K, across_window), jnp.float32)]
     out = pl.pallas_call(
         functools.partial(_kernel, sizes, cores, sinks_H is not None, writes, static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -137,7 +148,7 @@ def chunk(
             scratch_shapes=scratch,
         ),
         out_shape=out_shape,
-        input_output_aliases={cache_at: 1} if writes else {},
+        input_output_aliases={cache_at + n: 1 + n for n in range(1 + sizes.quantised)} if writes else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel" if cores > 1 else "arbitrary", "arbitrary"),
             vmem_limit_bytes=vmem_bytes,
@@ -146,8 +157,8 @@ def chunk(
         name="paged_chunk" if writes else "paged_prefix",
     )(*scalars, *inputs)
     if writes:
-        return jnp.swapaxes(out[0], 0, 1), out[1].reshape(kv_LPKNSX.shape)
-    return tuple(jnp.swapaxes(x, 0, 1) for x in out), kv_LPKNSX
+        return jnp.swapaxes(out[0], 0, 1), out[1].reshape(kv_LPKNSX.shape), out[2] if sizes.quantised else None
+    return tuple(jnp.swapaxes(x, 0, 1) for x in out), kv_LPKNSX, scale_LPKZ
 
 
 def _in_hbm(x: jax.Array) -> jax.Array:
@@ -168,20 +179,21 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
     q_HtC, owner_ref, position_ref = next(given), next(given), next(given)
     sinks_ref = next(given) if has_sinks else None
     new_hbm = next(given) if writes else None
+    new_scale_hbm = next(given) if writes and sizes.quantised else None
     kv_hbm = next(given)
     scale_hbm = next(given) if sizes.quantised else None
     states = 1 if sizes.part is None else 2
     out_refs = [next(given) for _ in range(1 if writes else 3 * states)]
     if writes:
         kv_hbm = next(given)
+        scale_hbm = next(given) if sizes.quantised else None
     kv_buf = next(given)
     scale_buf = next(given) if sizes.quantised else None
     sems, top_Ht, sum_Ht, acc_HtV = (next(given) for _ in range(4))
     part_refs = top_Ht, sum_Ht, acc_HtV
     # Of the parts before the one that is being summed.
     whole_refs = part_refs if sizes.part is None else tuple(next(given) for _ in range(3))
-    of_writes: tuple[Any, ...] = tuple(given) if writes else (None, None, None)
-    page_buf, new_buf, write_sems = of_writes
+    of_writes = tuple(given)
 
     K, B, n, S, V = sizes.K, sizes.B, sizes.n, sizes.S, sizes.V
     H, t, _ = q_HtC.shape
@@ -254,7 +266,7 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
                 begin = end - count_ref[r] + row - start_ref[r]
                 end = begin + stop_row - row
         if writes:
-            _write(cache, r, row, begin, end, new_hbm, page_buf, new_buf, write_sems)
+            _write(cache, r, row, begin, end, new_hbm, new_scale_hbm, *of_writes)
         # Rows of a prefix have positions of their own, so with a window all of its pages are read.
         low_page = sizes.first_page(begin) if writes else 0
         stop_page = (end + S - 1) // S
@@ -305,11 +317,22 @@ def _kernel(sizes: Sizes, cores: int, has_sinks: bool, writes: bool, static: boo
 
 
 def _write(
-    cache: Cache, r: Any, row: Any, begin: Any, end: Any, new_hbm: Any, page_buf: Any, new_buf: Any, sems: Any
+    cache: Cache,
+    r: Any,
+    row: Any,
+    begin: Any,
+    end: Any,
+    new_hbm: Any,
+    new_scale_hbm: Any,
+    page_buf: Any,
+    new_buf: Any,
+    sems: Any,
+    scale_buf: Any = None,
+    new_scale_buf: Any = None,
 ) -> None:
     """The tokens at token rows from `row` on, into the slots of positions from `begin` up to `end` of request r.
 
-    A page is read, changed and written whole: its tiles hold several tokens.
+    A page is read, changed and written whole: its tiles hold several tokens. So are its scales.
     """
     S = cache.sizes.S
     most, K, window, E = new_buf.shape
@@ -322,19 +345,38 @@ def _write(
         row_of_page = row + entry * S - begin + S
         return entry, row_of_page, there
 
-    def old_page(nth: int, entry: Any) -> tuple[Any, Any]:
-        return cache.page_in_memory(cache.page(r, entry)), page_buf.at[nth]
+    def old_page(nth: int, entry: Any) -> list[tuple[Any, Any]]:
+        page = cache.page(r, entry)
+        found = [(cache.page_in_memory(page), page_buf.at[nth])]
+        return found if scale_buf is None else [*found, (cache.scales_in_memory(page), scale_buf.at[nth])]
 
-    def read(nth: int, entry: Any, row_of_page: Any) -> tuple[Any, Any]:
-        aligned = pl.ds(pl.multiple_of(row_of_page // ALIGN * ALIGN, ALIGN), window)
-        return (
-            pltpu.make_async_copy(*old_page(nth, entry), sems.at[nth]),
-            pltpu.make_async_copy(new_hbm.at[cache.mine(1), aligned], new_buf.at[nth], sems.at[nth]),
+    def read(nth: int, entry: Any, row_of_page: Any) -> list[Any]:
+        def window_of(align: int, size: int) -> Any:
+            return pl.ds(pl.multiple_of(row_of_page // align * align, align), size)
+
+        pairs = [*old_page(nth, entry), (new_hbm.at[cache.mine(1), window_of(ALIGN, window)], new_buf.at[nth])]
+        if scale_buf is not None:
+            core = 0 if cache.core is None else cache.core
+            new_scales = new_scale_hbm.at[core, :, :, window_of(LANES, new_scale_buf.shape[3])]
+            pairs.append((new_scales, new_scale_buf.at[nth]))
+        return [pltpu.make_async_copy(source, buffer, sems.at[nth]) for source, buffer in pairs]
+
+    def back(nth: int, entry: Any) -> list[Any]:
+        return [pltpu.make_async_copy(buffer, page, sems.at[nth]) for page, buffer in old_page(nth, entry)]
+
+    def change_scales(nth: int, entry: Any, row_of_page: Any) -> None:
+        size, (K, Z) = new_scale_buf.shape[3], scale_buf.shape[1:]
+        # To the lanes of the page: keys' from the first on, values' after them.
+        to_first = size - jax.lax.rem(row_of_page, LANES)
+        keys, values = (
+            pltpu.roll(new_scale_buf[nth, which], jax.lax.rem(to_first + which * S, size), 1)[:, :Z]
+            for which in range(2)
         )
-
-    def back(nth: int, entry: Any) -> Any:
-        page, buffer = old_page(nth, entry)
-        return pltpu.make_async_copy(buffer, page, sems.at[nth])
+        lane = jax.lax.broadcasted_iota(jnp.int32, (K, Z), 1)
+        of_keys = lane < S
+        position = entry * S + jnp.where(of_keys, lane, lane - S)
+        is_new = (position >= begin) & (position < end)
+        scale_buf[nth] = jnp.where(is_new, jnp.where(of_keys, keys, values), scale_buf[nth])
 
     for nth in range(most):
         entry, row_of_page, there = page_at(nth)
@@ -363,11 +405,15 @@ def _write(
                     page_buf[nth, cache.rows(k, i)] = new.astype(page_buf.dtype)
 
             jax.lax.fori_loop(0, K, head, None)
-            back(nth, entry).start()
+            if scale_buf is not None:
+                change_scales(nth, entry, row_of_page)
+            for copy in back(nth, entry):
+                copy.start()
 
     for nth in range(most):
         entry, _, there = page_at(nth)
 
         @when(there)
         def _(nth: int = nth, entry: Any = entry) -> None:
-            back(nth, entry).wait()
+            for copy in back(nth, entry):
+                copy.wait()

@@ -155,6 +155,7 @@ SLOW = {
     "a mix, on_wait": (Case(A_MIX, 5, K=2, H=6, D=64, spare=4, sinks=True), "on_wait"),
     "heads of 80": (Case(((33, 1), (8, 20)), 2, D=80, dtype=jnp.bfloat16), "on_wait"),
     "fp8": (Case(((33, 1), (40, 9)), 2, S=32, K=2, kept=jnp.float8_e4m3fn), "eager"),
+    "int8, pages of 128": (Case(((33, 1), (100, 60)), 1, S=128, K=2, kept=jnp.int8, dtype=jnp.bfloat16), "on_wait"),
     "float32 over bfloat16": (Case(((33, 1), (40, 9)), 2, kept=jnp.bfloat16), "on_wait"),
     "prefixes": (
         Case(((70, 1), (66, 1), (40, 1), (81, 1)), 4, K=1, H=2, sinks=True, prefixes=((0, 0, 2, 0), (4, 4, 0, 4))),
