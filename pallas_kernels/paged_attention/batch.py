@@ -39,6 +39,13 @@ class NewTokens(NamedTuple):
     k_scale_TK: jax.Array | None
     v_scale_TK: jax.Array | None
 
+    @property
+    def scales_TK2(self) -> jax.Array | None:
+        """Of the key and of the value."""
+        if self.k_scale_TK is None or self.v_scale_TK is None:
+            return None
+        return jnp.stack([self.k_scale_TK, self.v_scale_TK], -1)
+
 
 def token_rows(T: int, lengths_R: jax.Array, query_start_R: jax.Array, query_length_R: jax.Array) -> TokenRows:
     nth_TR = jnp.arange(T)[:, None] - query_start_R

@@ -82,7 +82,7 @@ def paged_attention(
         "vmem_bytes": vmem,
     }
     kept = as_kept(pages, k_TKD, v_TKV)
-    kept_TKE = pages.join(kept.k_TKD, kept.v_TKV)
+    kept_TKE, new_scales = pages.join(kept.k_TKD, kept.v_TKV), kept.scales_TK2
     q_THC = jnp.pad(q_THD, ((0, 0), (0, 0), (0, sizes.C - D)))
     is_decode_R = (query_length_R == 1) & (query_start_R == jnp.arange(R)) & (query_start_R < decode_rows)
     kv, scales = pages.kv_LPKNSX, pages.scale_LPKZ
@@ -102,11 +102,7 @@ def paged_attention(
                 sizes, q_THC[:N], lengths_N[:N], sinks_H, kv, scales, prefixes, shares, common
             )
             state, begin_N = tuple(pad(x) for x in state), pad(begin_N)
-        new_scale_NKZ = None
-        if scales is not None:
-            assert kept.k_scale_TK is not None and kept.v_scale_TK is not None
-            new_scale_NKZ = jnp.repeat(jnp.stack([kept.k_scale_TK, kept.v_scale_TK], -1)[:N], sizes.S, -1)
-            new_scale_NKZ = pad(new_scale_NKZ)
+        new_scale_NKZ = None if new_scales is None else pad(jnp.repeat(new_scales[:N], sizes.S, -1))
         q_NrC = pad(_by_key_head(q_THC[:N], K))
         sinks_r = None if sinks_H is None else _by_key_head(sinks_H[None, :, None], K)[0, :, 0]
         out, kv, scales = decode(
@@ -127,9 +123,7 @@ def paged_attention(
             query_start_R - decode_rows, count_R, lengths_R,
             pad(jnp.where(owned.owned_T, owned.request_T, -1), -1), pad(owned.position_T),
         )  # fmt: skip
-        new = pad(kept_TKE.astype(jnp.float32)), None
-        if scales is not None:
-            new = new[0], pad(jnp.stack([kept.k_scale_TK, kept.v_scale_TK], -1))
+        new = pad(kept_TKE.astype(jnp.float32)), None if new_scales is None else pad(new_scales)
         common["vmem_bytes"] = CHUNK_VMEM.get(chip or "", 64 * MIB)
         out, kv, scales = chunk(sizes, pad(q_THC), new, sinks_H, kv, scales, rows, tile=tile, cores=shares, **common)
         outs.append(out[: T - decode_rows])
