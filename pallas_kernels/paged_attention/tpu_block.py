@@ -309,8 +309,8 @@ class Cache:
     def scales(self, slot: Any, head: Any, which: int) -> jax.Array:
         """[1, B]: of the keys (0) or the values (1)."""
         S = self.sizes.S
-        pages = [self.scale_buf[slot, nth, pl.ds(head, 1), pl.ds(which * S, S)] for nth in range(self.sizes.n)]
-        return jnp.concatenate(pages, 1)
+        pages = [self.scale_buf[slot, nth, pl.ds(head, 1)] for nth in range(self.sizes.n)]
+        return jnp.concatenate([x[:, which * S : (which + 1) * S] for x in pages], 1)
 
     def scales_of_all(self, slot: Any, which: int) -> jax.Array:
         """[K, B]"""

@@ -31,6 +31,7 @@ CASES = {
     },
     "float32": {"q": "float32", "dtype": "float32"},
     "float32 over fp8": {"q": "float32", "dtype": "float8_e4m3fn"},
+    "int8, pages of 128": {"dtype": "int8", "S": 128, "K": 4},
 }  # fmt: skip
 
 
