@@ -22,7 +22,7 @@ ARGUMENTS = {"layers": "parameters", "outside": "parameters", "cache": "cache"}
 
 def serve_programs(request: dict[str, Any], config: DecoderConfig, plan: Plan, mesh: Mesh) -> Iterator[Program]:
     """`decode`: every request gets a token. `chunk`: and one gets 1,024 tokens of its prompt. `finish`: sampling."""
-    pages = -(-request["seq_len"] // PAGE)
+    pages, kept = -(-request["seq_len"] // PAGE), request["cache_dtype"]
     made = Programs(
         config,
         slots=request["rows"],
@@ -30,7 +30,7 @@ def serve_programs(request: dict[str, Any], config: DecoderConfig, plan: Plan, m
         page_size=PAGE,
         pages_per_request=pages,
         dtype=jnp.dtype(request["dtype"]),
-        cache_dtype=CACHE_DTYPES.get(request["cache_dtype"]),
+        cache_dtype=None if kept is None else CACHE_DTYPES[kept],
         mesh=mesh,
     )
     names = names_of(config, mesh, ARGUMENTS)

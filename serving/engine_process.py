@@ -293,8 +293,7 @@ def build(settings: wire.EngineSettings, pulse: Pulse, begin: float) -> tuple[En
     stats = engine.stats()
     # What decides the numbers, beside the weights themselves.
     identity = f"{loaded.config} {engine.tokenizer.fingerprint} {settings.dtype} {settings.cache_dtype} "
-    identity += f"{jax.__version__} "
-    identity += jax.default_backend() + (f" {settings.plan}" if settings.plan else "")
+    identity += f"{jax.__version__} {jax.default_backend()}" + (f" {settings.plan}" if settings.plan else "")
     ready = wire.Ready(
         model=settings.model,
         family=loaded.family,

@@ -18,6 +18,7 @@ from twinax.layers.contexts import PackedContext
 from twinax.serving.engine import Engine, EngineConfig
 from twinax.serving.engine_sizes import EngineSizes
 from twinax.serving.http.config import ServeConfig
+from twinax.serving.http.running import engine_settings
 
 CASES = {
     "int8": (WINDOWS, "int8", ""),
@@ -100,4 +101,7 @@ def test_what_cannot_be_is_refused():
         EngineConfig(cache_dtype="fp4")
     with pytest.raises(ValueError, match="The model keeps no keys and values; leave cache_dtype=int8 out"):
         Engine(loaded(MAMBA), EngineConfig(cache_dtype="int8", compile_cache=""))
-    assert ServeConfig(model="m", cache_dtype="int8").cache_dtype == "int8"
+
+
+def test_the_server_hands_it_to_the_engine():
+    assert engine_settings(ServeConfig(model="m", cache_dtype="int8")).cache_dtype == "int8"

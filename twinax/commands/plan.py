@@ -25,6 +25,7 @@ USAGE = "twinax plan MODEL --topology CHIP:SHAPE [--plan PLAN] [--batch-tokens N
 
 
 def add_arguments(parser: Parser) -> None:
+    from ..serving.engine_config import CACHE_DTYPES
     from ..train.recipe import REMAT
 
     parser.add_argument("model", metavar="MODEL", help="recipe, config.json, or a folder with one")
@@ -33,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--mode", choices=["train", "serve"], default="train", help="what runs there")
     parser.add_argument(
-        "--cache-dtype", choices=["int8", "float8"], default=None, help="of a server's cache; by default bfloat16"
+        "--cache-dtype", choices=list(CACHE_DTYPES), default=None, help="of a server's cache; by default bfloat16"
     )
     parser.add_argument(
         "--plan", metavar="PLAN", action="append", default=None, help="layout such as fsdp=4,tensor=2; may be repeated"
