@@ -17,9 +17,9 @@ from .sampling import SamplingRows
 if TYPE_CHECKING:
     from ..layers.contexts import PagedContext
 
-# token: -1 takes the slot's last sampled token. slot: S for rows that are padding. next: the prompt token whose
-# log-probability is wanted, or -1. generated: 1 for tokens that the model produced.
-TOKEN_FIELDS: tuple[str, ...] = ("token", "position", "slot", "next", "generated")
+# token: -1 takes the slot's last sampled token. slot: S for rows that are padding. generated: 1 for tokens that the
+# model produced.
+TOKEN_FIELDS: tuple[str, ...] = ("token", "position", "slot", "generated")
 INT_FIELDS = (
     "slot", "flags", "position", "seed_high", "seed_low", "top_k",
     "length", "query_start", "query_length", "prompt_length", "sample_row", "leader", "shared_pages",
@@ -58,7 +58,6 @@ class HostBatch:
         self.floats = self.rows.view(np.float32)
         self.page_table = self.array[table:].reshape(bucket.rows, pages)
         self.tokens[TOKEN["slot"]] = slots
-        self.tokens[TOKEN["next"]] = -1
         self.rows[ROW["slot"]] = slots
         self.floats[ROW["top_p"]] = 1.0
         self.floats[ROW["repetition"]] = 1.0

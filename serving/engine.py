@@ -14,13 +14,13 @@ from collections.abc import Sequence as Collection
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from ..checkpoints.load import LoadedModel, load_model
 from ..models.config import DecoderConfig
 from ..models.parameters import weight_dtype
 from . import sampling, shared_prefixes
+from .asked import Asked, token_logprob
 from .batch import ROW, TOKEN, HostBatch
 from .compiles import CompileCounter, use_compile_cache
 from .detokenizer import Detokenizer
@@ -30,7 +30,7 @@ from .fit import keeps_prefixes, mesh_of
 from .grammar import GrammarError, Grammars, fill_masks, leave_out
 from .live import Live
 from .program_store import know_kept_shapes
-from .request import InvalidRequest, Output, Request, SamplingParams, TokenLogprob
+from .request import InvalidRequest, Output, Request, SamplingParams
 from .runner import Runner, SentStep, StepResult
 from .scheduler import Entry, Scheduler, SchedulerConfig, Sequence, StepPlan
 from .weight_order import config_in_order, in_order
@@ -40,14 +40,14 @@ from .weight_order import config_in_order, in_order
 class _Flight:
     """A step on its way: request rows and token rows of the plan's entries, in the plan's order.
 
-    `hidden`: final hidden states of all token rows, where some request pools them. `sent_at`: time.perf_counter().
-    `result`: None until its sampling is sent too.
+    `asked`: what is computed beside the sampled tokens. `sent_at`: time.perf_counter(). `result`: None until its
+    sampling is sent too.
     """
 
     plan: StepPlan
     sent: SentStep
     rows: list[tuple[Entry, int, int]]
-    hidden: jax.Array | None
+    asked: Asked
     sent_at: float
     result: StepResult | None
 
@@ -264,10 +264,9 @@ class Engine:
         batch.rows[ROW["leader"] : ROW["shared_pages"] + 1, : len(shared)] = np.reshape(shared, (-1, 2)).T
         self._steps += 1
         sent = self.runner.send(bucket, batch)
-        pools = any(self._live[entry.sequence.id].pooled for entry, _, _ in rows)
         masked = any(entry.is_last_chunk and self._live[entry.sequence.id].matcher for entry, _, _ in rows)
-        hidden, sent_at = sent.hidden() if pools else None, time.perf_counter()
-        return _Flight(plan, sent, rows, hidden, sent_at, None if masked else self.runner.finish(sent))
+        asked, sent_at = Asked.of(sent, rows, self._live, self.runner), time.perf_counter()
+        return _Flight(plan, sent, rows, asked, sent_at, None if masked else self.runner.finish(sent))
 
     def _finish(self, flight: _Flight) -> list[Output]:
         """Sends the sampling of a step, now that the tokens before it are known; ends what its grammar ends."""
@@ -310,9 +309,6 @@ class Engine:
         tokens[TOKEN["slot"], span] = entry.slot
         if end > len(prompt):
             tokens[TOKEN["generated"], token_row + max(len(prompt) - start, 0) : token_row + length] = 1
-        if live.prompt_logprobs is not None:
-            targets = prompt[start + 1 : end + 1]
-            tokens[TOKEN["next"], token_row : token_row + len(targets)] = targets
         if start == sequence.num_cached:
             live.let_in = len(prompt) + len(output)
             live.cached = live.cached if sequence.preemptions else sequence.num_cached
@@ -346,8 +342,7 @@ class Engine:
             if sequence.host is not None:
                 sequence.host = self.runner.to_host(sequence.host)
         outputs: list[Output] = []
-        self._collect_prompt_logprobs(flight)
-        self._collect_hidden(flight)
+        flight.asked.collect(self._live, self.runner)
         sampled = {entry.sequence.id: tokens[row] for entry, row, _ in flight.rows if entry.is_last_chunk}
         row_of = {entry.sequence.id: row for entry, row, _ in flight.rows}
         wanted = any(entry.is_last_chunk and self._flag(entry, sampling.LOGPROBS) for entry, _, _ in flight.rows)
@@ -377,7 +372,7 @@ class Engine:
             self._generated_tokens += 1
             output.token_ids = [token]
             if logprobs is not None and params.logprobs is not None:
-                output.logprobs = [_token_logprob(token, logprobs, row, params.logprobs)]
+                output.logprobs = [token_logprob(token, logprobs, row, params.logprobs)]
             live.advance(output, token, sequence.length_reached)
         if live.prompt_logprobs is not None and not live.prompt_sent:
             output.prompt_logprobs, live.prompt_sent = live.prompt_logprobs, True
@@ -396,35 +391,6 @@ class Engine:
     def _end(self, output: Output) -> None:
         self.scheduler.finish(output.request_id)
         del self._live[output.request_id]
-
-    def _collect_prompt_logprobs(self, flight: _Flight) -> None:
-        wanting = [
-            (entry, token_row, live.prompt_logprobs)
-            for entry, _, token_row in flight.rows
-            if not entry.sequence.finished  # its id may belong to another request by now
-            and (live := self._live.get(entry.sequence.id))
-            and live.prompt_logprobs is not None
-            and not live.prompt_sent
-        ]
-        if not wanting:
-            return
-        arrays = [np.asarray(part) for part in flight.sent.prompt_logprobs()]
-        for entry, token_row, collected in wanting:
-            prompt, count = entry.sequence.prompt_ids, entry.sequence.request.params.prompt_logprobs or 0
-            for offset in range(entry.length):
-                position = entry.start + offset + 1
-                # A preempted request computes its prompt again; what it has is not collected twice.
-                if position == len(collected) and position < len(prompt):
-                    collected.append(_token_logprob(prompt[position], arrays, token_row + offset, count))
-
-    def _collect_hidden(self, flight: _Flight) -> None:
-        if flight.hidden is None:
-            return
-        hidden_TD = np.asarray(flight.hidden)
-        for entry, _, row in flight.rows:
-            live = None if entry.sequence.finished else self._live.get(entry.sequence.id)
-            if live is not None and live.pooled is not None:
-                live.pooled.add(entry.start, hidden_TD[row : row + entry.length])
 
     def _prepare_slot(self, sequence: Sequence) -> None:
         params, live = sequence.request.params, self._live[sequence.id]
@@ -446,13 +412,6 @@ class Engine:
         ids = self.loaded.generation.get("eos_token_id")
         own = {ids} if isinstance(ids, int) else set(ids or ())
         return frozenset(own | set(self.tokenizer.eos_ids))
-
-
-def _token_logprob(token: int, arrays: list[np.ndarray], row: int, count: int) -> TokenLogprob:
-    own, ids, top = arrays
-    return TokenLogprob(
-        token, float(own[row]), list(zip(ids[row, :count].tolist(), top[row, :count].tolist(), strict=True))
-    )
 
 
 def failure(output: Output) -> Exception:

@@ -17,6 +17,12 @@ class Pooled:
         self._end = 0
         self._total_D = np.zeros(0)
 
+    def first_of(self, start: int, end: int, is_last: bool) -> int:
+        """The first position before `end` that is needed of a chunk that begins at `start`; `end` if none is."""
+        if self._kind == "mean":
+            return start
+        return end - 1 if is_last else end
+
     def add(self, start: int, hidden_ND: np.ndarray) -> None:
         """The final hidden states of positions `start ..`, after what came before (or was in the prefix cache)."""
         new_ND = hidden_ND[max(self._end - start, 0) :]

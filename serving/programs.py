@@ -2,8 +2,10 @@
 
 Shapes: T token rows, R request rows, S slots, V vocabulary, W words of its bits, M pages a request, D width, L layers.
 
-A step is a few programs: `begin` (unpack, embed), the blocks, `select` (the rows that sample) and `finish` (unembed,
-sample), the last one for each number of request rows and not of tokens. On accelerators the blocks are one program, a
+A step is a few programs: `begin` (unpack, embed), the blocks, `select` (the rows that sample, where there are others)
+and `finish` (unembed, sample), the last one for each number of request rows and not of tokens. Who asks for more than
+the sampled tokens has token rows taken in pieces, for `hidden` (final states) or `prompt` (log-probabilities of the
+tokens that followed). On accelerators the blocks are one program, a
 scan over stacked weights. On a CPU they are one program of a few layers, called for each group of them: XLA:CPU copies
 each weight that a scan slices from a stack, which doubles the time of a decode step; all unrolled into one program they
 run as fast, but compile L times as long.
@@ -30,6 +32,7 @@ from ..models.parameters import BLOCKS, module_of, param_shapes, weight_dtype
 from ..sharding.rules import PARAMETER_RULES, mesh_axes, parameter_sharding, use
 from . import sampling
 from .batch import Bucket, DeviceBatch, sampling_rows, unpack
+from .step_sizes import PIECE
 
 if TYPE_CHECKING:
     from ..models.decoder import FunctionalDecoder
@@ -146,8 +149,8 @@ class Programs:
     def lower(self, name: str, key: Any) -> Any:
         """The program `name`, ready to be compiled.
 
-        Its key is a bucket; for "blocks" a bucket and the kinds of the layers, for "finish" a number of rows, for
-        "copy", "read" and "write" a number of pages, for "empty" and "setup" None.
+        Its key is a bucket; for "blocks" a bucket and the kinds of the layers, for "finish", "prompt" and "hidden" a
+        number of rows, for "copy", "read" and "write" a number of pages, for "empty" and "setup" None.
         """
         from ..layers.linear import weights_first
 
@@ -230,13 +233,17 @@ class Programs:
         )
         return dataclasses.replace(state, last_token_S=last), token_R, logprobs
 
-    def _prompt(self, bucket: Bucket, outside: Any, array: jax.Array, x_TD: jax.Array) -> Any:
-        model = self._model.bind(outside)
-        logits_TV = self._whole(model.unembed(model.final_norm(x_TD)))
-        return sampling.top_logprobs(logits_TV, self._unpack(bucket, array).tokens["next"])
+    @staticmethod
+    def _take(x_TD: jax.Array, row_N: jax.Array) -> jax.Array:
+        return x_TD[row_N]
 
-    def _hidden(self, outside: Any, x_TD: jax.Array) -> jax.Array:
-        return self._whole(self._model.bind(outside).final_norm(x_TD).astype(jnp.float32))
+    def _prompt(self, outside: Any, x_ND: jax.Array, next_N: jax.Array) -> Any:
+        model = self._model.bind(outside)
+        logits_NV = self._whole(model.unembed(model.final_norm(x_ND)))
+        return sampling.top_logprobs(logits_NV, next_N)
+
+    def _hidden(self, outside: Any, x_ND: jax.Array) -> jax.Array:
+        return self._whole(self._model.bind(outside).final_norm(x_ND).astype(jnp.float32))
 
     @staticmethod
     def _copy(cache: Cache, from_N: jax.Array, to_N: jax.Array) -> Cache:
@@ -295,6 +302,9 @@ class Programs:
     def _scalars(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.everywhere())
 
+    def _states(self, count: int) -> jax.ShapeDtypeStruct:
+        return self._scalars((count, self.config.hidden_size), self.dtype)
+
     def _lower_empty(self, _: None) -> Any:
         places = jax.tree.map(lambda x: x.sharding, (self.like.cache, self.like.state))
         return self._jit(self._empty, (), places).lower()
@@ -327,16 +337,19 @@ class Programs:
 
     def _lower_finish(self, count: int) -> Any:
         rows_FR = self._begun(Bucket(count, 0))[0]
-        x_RD = self._scalars((count, self.config.hidden_size), self.dtype)
+        x_RD = self._states(count)
         allowed_RW = self._scalars((count, sampling.mask_words(self.config.vocab_size)), jnp.int32)
         return self._jit(self._finish, (1,)).lower(self.like.outside, self.like.state, rows_FR, x_RD, allowed_RW)
 
-    def _lower_prompt(self, bucket: Bucket) -> Any:
-        program = self._jit(partial(self._prompt, bucket))
-        return program.lower(self.like.outside, self._array(bucket), self._begun(bucket)[1])
+    def _lower_take(self, bucket: Bucket) -> Any:
+        return self._jit(self._take).lower(self._begun(bucket)[1], self._scalars((PIECE,), jnp.int32))
 
-    def _lower_hidden(self, bucket: Bucket) -> Any:
-        return self._jit(self._hidden).lower(self.like.outside, self._begun(bucket)[1])
+    def _lower_prompt(self, count: int) -> Any:
+        next_N = self._scalars((count,), jnp.int32)
+        return self._jit(self._prompt).lower(self.like.outside, self._states(count), next_N)
+
+    def _lower_hidden(self, count: int) -> Any:
+        return self._jit(self._hidden).lower(self.like.outside, self._states(count))
 
     def _lower_copy(self, count: int) -> Any:
         pages_N = self._scalars((count,), jnp.int32)

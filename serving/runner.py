@@ -8,9 +8,8 @@ the device until someone asks, so that the next step can be sent while this one 
 """
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from .batch import Bucket, HostBatch
 from .compiles import fresh_compiles
 from .program_store import ProgramStore
 from .programs import Programs
-from .step_sizes import step_sizes
+from .step_sizes import PIECE, step_sizes
 
 COPIES = 8  # pages of one call of a program that copies them
 PRODUCTS = ("blocks", "finish", "prompt")  # programs with products of weights
@@ -40,14 +39,10 @@ class StepResult:
     Attributes:
         token_R: int32, the sampled tokens.
         logprobs: of the rows that ask for them, as `sampling.top_logprobs` returns them.
-        prompt_logprobs: computes those of the prompt's next tokens, for all T rows.
-        hidden: computes the final hidden states of all T rows, [T, D] in float32.
     """
 
     token_R: jax.Array
     logprobs: tuple[jax.Array, jax.Array, jax.Array]
-    prompt_logprobs: Callable[[], tuple[jax.Array, jax.Array, jax.Array]]
-    hidden: Callable[[], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +51,13 @@ class SentStep:
 
     Attributes:
         rows_FR, x_RD: the fields and the hidden states of the rows that sample.
-        prompt_logprobs, hidden: as StepResult has them.
+        x_TD: the hidden states of all token rows, before the final norm.
     """
 
     bucket: Bucket
     rows_FR: jax.Array
     x_RD: jax.Array
-    prompt_logprobs: Callable[[], tuple[jax.Array, jax.Array, jax.Array]]
-    hidden: Callable[[], jax.Array]
+    x_TD: jax.Array
 
 
 class Runner:
@@ -160,8 +154,9 @@ class Runner:
         assert self._making is not None
         self._programs, self._making = self._making.result(), None
         for bucket in self.buckets[:1] if self._made.group else self.buckets:
-            result = self.dispatch(bucket, self.batch(bucket))
-            jax.block_until_ready((result.token_R, result.prompt_logprobs(), result.hidden()))
+            sent = self.send(bucket, self.batch(bucket))
+            more = self.logprobs_of(sent, [0], [0]), self.hidden_of(sent, [0])
+            jax.block_until_ready((self.finish(sent).token_R, more))
 
     def batch(self, bucket: Bucket) -> HostBatch:
         """A fresh batch to fill. Never reused: the device may still be reading the last one."""
@@ -179,14 +174,37 @@ class Runner:
         for blocks, layers, places in self._calls[bucket]:
             x, cache = program[blocks](layers, places, x, cache, ropes, array)
         self._cache = cache
-        x_RD = program["select", bucket](array, x)
-        return SentStep(
-            bucket,
-            rows_FR,
-            x_RD,
-            prompt_logprobs=lambda: program["prompt", bucket](self._outside, array, x),
-            hidden=lambda: program["hidden", bucket](self._outside, x),
-        )
+        # Where all rows are of requests, each samples.
+        x_RD = program["select", bucket](array, x) if bucket.chunk else x
+        return SentStep(bucket, rows_FR, x_RD, x)
+
+    def logprobs_of(self, sent: SentStep, rows: Sequence[int], next_ids: Sequence[int]) -> list[Any]:
+        """Begins to compute how likely the tokens `next_ids` are after these token rows of a step.
+
+        As `sampling.top_logprobs` has them, in pieces: `joined` waits for them.
+        """
+        next_N = np.zeros(-(-len(rows) // PIECE) * PIECE, np.int32)
+        next_N[: len(rows)] = next_ids
+        pieces = self._taken(sent, rows)
+        prompt = self._programs["prompt", PIECE]
+        return [prompt(self._outside, x_ND, own) for x_ND, own in zip(pieces, next_N.reshape(-1, PIECE), strict=True)]
+
+    def hidden_of(self, sent: SentStep, rows: Sequence[int]) -> list[Any]:
+        """Begins to compute the final hidden states of these token rows of a step, [N, D] in float32, in pieces."""
+        return [self._programs["hidden", PIECE](self._outside, x_ND) for x_ND in self._taken(sent, rows)]
+
+    def _taken(self, sent: SentStep, rows: Sequence[int]) -> Iterator[jax.Array]:
+        take = self._programs["take", sent.bucket]
+        for start in range(0, len(rows), PIECE):
+            row_N = np.zeros(PIECE, np.int32)
+            part = rows[start : start + PIECE]
+            row_N[: len(part)] = part
+            yield take(sent.x_TD, row_N)
+
+    @staticmethod
+    def joined(pieces: list[Any]) -> Any:
+        """Waits for pieces, and joins them. What is past the rows that were asked for means nothing."""
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(pieces))
 
     def finish(self, sent: SentStep, allowed_RW: np.ndarray | None = None) -> StepResult:
         """Sends the sampling of the step that was sent last. `allowed_RW`: for its rows with GRAMMAR."""
@@ -194,7 +212,7 @@ class Runner:
         allowed = self._nothing[rows] if allowed_RW is None else self._put(allowed_RW)
         finish = self._programs["finish", rows]
         self._state, token_R, logprobs = finish(self._outside, self._state, sent.rows_FR, sent.x_RD, allowed)
-        return StepResult(token_R, logprobs, sent.prompt_logprobs, sent.hidden)
+        return StepResult(token_R, logprobs)
 
     def setup_slot(self, slot: int, bias: dict[int, float], stops: list[int], seen: list[int]) -> None:
         """Prepares what is kept for a slot, ahead of the step that admits its request."""
@@ -257,7 +275,7 @@ class Runner:
             return
         from .rounding import products_of, rounds_alike
 
-        counts = {count for bucket in self.buckets for count in (bucket.rows, bucket.tokens)}
+        counts = {count for bucket in self.buckets for count in (bucket.rows, bucket.tokens)} | {PIECE}
         self._made.weights_first = rounds_alike(counts, products_of(self.config))
 
     def _start_empty(self, program: Any) -> None:
@@ -276,8 +294,9 @@ class Runner:
         wanted += dict.fromkeys(
             self._blocks(bucket, layers) for bucket in reversed(self.buckets) for layers in self._made.calls_of(bucket)
         )
-        wanted += itertools.product(("prompt", "select", "hidden"), reversed(self.buckets))
-        wanted.append(("setup", None))
+        wanted += [("prompt", PIECE), ("hidden", PIECE), ("setup", None)]
+        wanted += [("select", bucket) for bucket in self.buckets if bucket.chunk]
+        wanted += [("take", bucket) for bucket in self.buckets]
         if not all(mixer in RECURRENT for mixer in self.config.mixers):
             wanted.append(("copy", COPIES))
         if self._swaps:

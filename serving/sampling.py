@@ -278,26 +278,25 @@ def sample(logits_RV: jax.Array, rows: SamplingRows, state: SlotState, allowed_R
     finite = jnp.all(jnp.isfinite(logits_RV), axis=-1)
     random = rows.temperature > 0
 
-    def changed() -> jax.Array:
-        logits = logits_RV.astype(jnp.float32)
+    def changed(logits: jax.Array) -> jax.Array:
         logits = lax.cond(jnp.any(rows.has(PENALTIES)), lambda x: _penalised(x, rows, state), lambda x: x, logits)
         logits = lax.cond(jnp.any(rows.has(BIAS | HOLD_STOPS)), lambda x: _biased(x, rows, state), lambda x: x, logits)
         # Last, so that no bias brings back what a grammar leaves out.
-        logits = lax.cond(jnp.any(rows.has(GRAMMAR)), lambda x: _allowed(x, rows, allowed_RW), lambda x: x, logits)
+        return lax.cond(jnp.any(rows.has(GRAMMAR)), lambda x: _allowed(x, rows, allowed_RW), lambda x: x, logits)
 
-        best_R = likeliest(logits)
+    logits = logits_RV.astype(jnp.float32)
+    is_changed = jnp.any(rows.has(PENALTIES | BIAS | HOLD_STOPS | GRAMMAR))
+    logits = lax.cond(is_changed, changed, lambda x: x, logits)
+    best_R = likeliest(logits)
 
-        def draw() -> jax.Array:
-            # The likeliest token sits at 0 before the division, so that a tiny temperature pushes the others to -inf
-            # and not it to infinity.
-            top = jnp.take_along_axis(logits, best_R[:, None], axis=-1)
-            scaled = (logits - top) / jnp.where(random, rows.temperature, 1.0)[:, None]
-            return jnp.where(random, _draw(scaled, rows, random & finite), best_R)
+    def draw() -> jax.Array:
+        # The likeliest token sits at 0 before the division, so that a tiny temperature pushes the others to -inf and
+        # not it to infinity.
+        top = jnp.take_along_axis(logits, best_R[:, None], axis=-1)
+        scaled = (logits - top) / jnp.where(random, rows.temperature, 1.0)[:, None]
+        return jnp.where(random, _draw(scaled, rows, random & finite), best_R)
 
-        return lax.cond(jnp.any(random), draw, lambda: best_R)
-
-    is_changed = jnp.any(random | rows.has(PENALTIES | BIAS | HOLD_STOPS | GRAMMAR))
-    return jnp.where(finite, lax.cond(is_changed, changed, lambda: likeliest(logits_RV)), -1)
+    return jnp.where(finite, lax.cond(jnp.any(random), draw, lambda: best_R), -1)
 
 
 def top_logprobs(logits_RV: jax.Array, token_R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -9,6 +9,9 @@ FEWEST_ROWS = 8
 # Nor does it round alike a number of rows that is a multiple of 32, or just below one, and any other (measured on
 # AVX-512, of products with the weights first). So rows are 8 or 16 more than such a multiple, and chunks are multiples.
 ROUND = 32
+# Token rows whose final states, or the log-probabilities of what came next, are computed at a time. With all rows of a
+# long chunk the logits would take more than the rest of the step (1,024 rows of 128,256 tokens: 0.5 GB).
+PIECE = 2 * ROUND + 8
 
 
 def ladder(smallest: int, largest: int, factor: int) -> list[int]:
