@@ -14,6 +14,7 @@ class LatentAttentionConfig:
             key.
         value_dim: size of a head's value.
         interleaved: the turned pairs are (x[2i], x[2i + 1]), and not (x[i], x[i + rope_dim / 2]).
+        norm_eps: of the latents' norms, which DeepSeek's code gives this one, whatever the others have.
     """
 
     query_rank: int | None
@@ -22,8 +23,11 @@ class LatentAttentionConfig:
     rope_dim: int
     value_dim: int
     interleaved: bool = True
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps of latent attention is more than 0, got {self.norm_eps}.")
         sizes = (self.query_rank or 1, self.kv_rank, self.nope_dim, self.rope_dim, self.value_dim)
         if any(not isinstance(size, int) or size < 1 for size in sizes) or self.rope_dim % 2:
             raise ValueError(f"Latent attention has positive sizes, and an even rope_dim; got {self}.")

@@ -100,7 +100,7 @@ def _mixer(config: DecoderConfig, name: str, common: dict[str, Any]) -> nnx.Modu
             config.latent,
             num_heads=config.num_heads,
             bias=config.attention_bias,
-            norm_options=norm_options,
+            norm_options={**norm_options, "epsilon": config.latent.norm_eps},
             scale=config.latent_scale,
             **common,
         )

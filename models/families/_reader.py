@@ -54,7 +54,48 @@ SIZES = {
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
+# What keys hold whose default does not tell.
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), str),
+    **dict.fromkeys(("layer_types", "no_rope_layers"), list),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), dict),
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor", "query_pre_attn_scalar"), float),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), float),
+    **dict.fromkeys(("head_dim", "num_key_value_heads", "n_inner", "sliding_window", "q_lora_rank"), int),
+    **dict.fromkeys(("n_group", "topk_group", "num_experts", "original_max_position_embeddings"), int),
+    **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern", "num_local_experts"), int),
+}
+ROPE_KINDS: dict[str, type] = {
+    **dict.fromkeys(("rope_type", "type"), str),
+    **dict.fromkeys(("short_factor", "long_factor"), list),
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), float),
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim", "rope_theta", "partial_rotary_factor"), float),
+    "original_max_position_embeddings": int,
+    "truncate": bool,
+}
+# Where null means something, whatever the default is: that there is none of it, or that another key decides.
+NULLABLE = {
+    "sliding_window", "q_lora_rank", "attn_logit_softcapping", "final_logit_softcapping", "rope_theta",
+    "partial_rotary_factor", "num_key_value_heads",
+}  # fmt: skip
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    list: "a list",
+    dict: "an object of keys and values",
+}
 _REQUIRED = object()
+
+
+def check_kind(key: str, value: Any, kind: type | None) -> None:
+    """ValueError where `value` is no `kind`; a whole number will do for a number, which is finite."""
+    if kind is None:
+        return
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool) or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{key} is {WORDS[kind]}; config.json has {value!r}.")
 
 
 class Reader:
@@ -74,12 +115,27 @@ class Reader:
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
         """The value of `key`, or its default; ValueError where there is neither."""
         self._left.pop(key, None)
-        if key in self._config:
-            return self._config[key]
-        found = self._defaults.get(key, default)
-        if found is _REQUIRED:
-            raise ValueError(f"config.json has no {key}, which the family {self.family!r} needs.")
-        return found
+        usual = self._defaults.get(key, default)
+        if key not in self._config:
+            if usual is _REQUIRED:
+                raise ValueError(f"config.json has no {key}, which the family {self.family!r} needs.")
+            return usual
+        value, known = self._config[key], usual is not None and usual is not _REQUIRED
+        kind = KINDS.get(key, type(usual) if known else None)
+        if value is None:
+            if usual is not None and key not in NULLABLE:
+                says = f"; leave it out for {usual!r}" if known else ""
+                raise ValueError(f"{key} is {WORDS[kind] if kind else 'a value'}; config.json has null{says}.")
+        else:
+            check_kind(key, value, kind)
+        return value
+
+    def positive(self, key: str, default: Any = _REQUIRED) -> Any:
+        """`take` of what is divided by, or whose root is."""
+        value = self.take(key, default)
+        if not value > 0:
+            raise ValueError(f"{key} is more than 0; config.json has {value!r}.")
+        return value
 
     def sizes(self, **names: str) -> dict[str, Any]:
         """What `SIZES` lists, by our names; `names` are other spellings."""
@@ -88,7 +144,7 @@ class Reader:
     def heads(self, hidden_size: int, heads: int) -> dict[str, int]:
         """num_kv_heads and head_dim, which have defaults of their own."""
         kv_heads, head_dim = self.take("num_key_value_heads", None), self.take("head_dim", None)
-        if head_dim is None and hidden_size % heads:
+        if head_dim is None and (heads < 1 or hidden_size % heads):
             raise ValueError(f"hidden_size={hidden_size} does not divide by num_attention_heads={heads}.")
         return {
             "num_kv_heads": heads if kv_heads is None else kv_heads,
@@ -126,22 +182,24 @@ class Reader:
 
     # -- layers ---------------------------------------------------------------------------------------------------
 
-    def layer_types(self, count: int, default: Iterable[str]) -> list[str]:
-        """"full_attention" or "sliding_attention" for each layer."""
+    def layer_types(
+        self, count: int, default: Iterable[str], known: tuple[str, ...] = ("full_attention", "sliding_attention")
+    ) -> list[str]:
+        """One of `known` for each layer."""
         types = self.take("layer_types", None)
         types = list(default) if types is None else types
-        known = ("full_attention", "sliding_attention")
         if len(types) != count or any(one not in known for one in types):
             raise ValueError(f"layer_types has one of {' and '.join(known)} for each of {count} layers; got {types}.")
         return types
 
     # -- rope -----------------------------------------------------------------------------------------------------
 
-    def rope(self, head_dim: int, context: int, theta: float = 10000.0) -> RopeConfig:
+    def rope(self, head_dim: int, context: int, theta: float = 10000.0, parts: bool = False) -> RopeConfig:
         """Reads transformers 4's `rope_theta` and `rope_scaling`, and 5's `rope_parameters`.
 
         Args:
             context: max_position_embeddings. theta: the default base.
+            parts: whether the family turns a part of each head where `partial_rotary_factor` says so.
         """
         scaling, parameters = self.take("rope_scaling", None) or {}, self.take("rope_parameters", None) or {}
         outer = {key: self.take(key) for key in ("rope_theta", "partial_rotary_factor") if key in self._config}
@@ -150,26 +208,44 @@ class Reader:
         for key, value in outer.items():
             if value is not None and given.setdefault(key, value) != value:
                 raise ValueError(f"config.json gives two values of {key}: {value} and {given[key]}. Keep one.")
-        return self._rope(given, head_dim, context, theta, outer_context)
+        return self._rope(given, head_dim, context, theta, outer_context, parts)
 
     def ropes(self, head_dim: int, context: int, theta: float, local: float) -> tuple[RopeConfig, RopeConfig]:
         """Of full and of sliding attention, which have their own: 4's `rope_local_base_freq`, 5's nested parameters."""
-        parameters = self._config.get("rope_parameters") or {}
+        parameters = self.take("rope_parameters", None) or {}
         if set(parameters) & {"full_attention", "sliding_attention"}:
-            self.ignore("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq")
-            full, sliding = (dict(parameters.get(kind) or {}) for kind in ("full_attention", "sliding_attention"))
+            self.ignore("rope_theta", "rope_scaling", "rope_local_base_freq")
+            full, sliding = (parameters.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
             return self._rope(full, head_dim, context, theta), self._rope(sliding, head_dim, context, local)
         sliding = self._rope({"rope_theta": self.take("rope_local_base_freq", local)}, head_dim, context, local)
         return self.rope(head_dim, context, theta), sliding
 
     def _rope(
-        self, given: dict[str, Any], head_dim: int, context: int, theta: float, outer_context: int | None = None
+        self,
+        given: dict[str, Any],
+        head_dim: int,
+        context: int,
+        theta: float,
+        outer_context: int | None = None,
+        parts: bool = False,
     ) -> RopeConfig:
+        check_kind("rope_parameters", given, dict)
         given = dict(given)
+        for key, value in given.items():
+            if value is not None:
+                check_kind(key, value, ROPE_KINDS.get(key))
+            if ROPE_KINDS.get(key) is list:
+                for one in value or ():
+                    check_kind(f"each of {key}", one, float)
         kinds = {given.pop(key) for key in ("rope_type", "type") if key in given}
         theta = float(given.pop("rope_theta", None) or theta)
         partial = given.pop("partial_rotary_factor", None)
         size = None if partial in (None, 1.0) else int(head_dim * partial)
+        if size is not None and not parts:
+            raise ValueError(
+                f"config.json has partial_rotary_factor={partial}, and transformers' {self.family} turns whole heads "
+                "whatever that key says: what is meant is not known. Remove the key if whole heads are turned."
+            )
         if len(kinds) > 1:
             raise ValueError(f"config.json gives two types of rope: {' and '.join(sorted(map(str, kinds)))}. Keep one.")
         kind = kinds.pop() if kinds else "default"
@@ -183,7 +259,8 @@ class Reader:
 
 def _scaling(kind: str, given: dict[str, Any], context: int, outer_context: int | None) -> Scaling:
     def need(required: set[str], optional: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
-        unknown, missing = sorted(set(given) - required - optional), sorted(required - set(given))
+        there = {key for key, value in given.items() if value is not None}
+        unknown, missing = sorted(set(given) - required - optional), sorted(required - there)
         if unknown or missing:
             raise ValueError(
                 f"Rope scaling of type {kind!r} has the keys {sorted(required | optional)}; unknown in config.json: "
@@ -222,6 +299,8 @@ def _scaling(kind: str, given: dict[str, Any], context: int, outer_context: int 
         case "longrope":
             found = need({"short_factor", "long_factor"}, {"factor", "attention_factor", original})
             trained = int(outer_context or found.get(original) or context)
+            if trained < 2:
+                raise ValueError(f"{original} is at least 2; config.json has {trained}.")
             factor = found.get("factor") or context / trained
             attention = found.get("attention_factor")
             if attention is None:
@@ -247,8 +326,16 @@ def _yarn_attention(factor: float, given: dict[str, Any]) -> float:
     return scale(1.0)
 
 
-def write_rope(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
-    """`rope_theta`, `rope_scaling` and `partial_rotary_factor`: transformers 4's spelling, which 5 reads too."""
+def write_rope(rope: RopeConfig, head_dim: int, parts: bool = False) -> dict[str, Any]:
+    """`rope_theta`, `rope_scaling` and, with `parts`, `partial_rotary_factor`: as transformers 4 spells them.
+
+    Raises ValueError where a part of each head is turned, and the family of transformers turns whole heads.
+    """
+    if rope.size is not None and not parts:
+        raise ValueError(
+            f"The model turns {rope.size} of a head's {head_dim} numbers, and transformers turns whole heads of its "
+            "family. It stays a Twinax checkpoint; family=phi3 can be exported."
+        )
     found: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": _write_scaling(rope.scaling)}
     return found if rope.size is None else {**found, "partial_rotary_factor": rope.size / head_dim}
 
@@ -300,5 +387,7 @@ def write_sizes(config: Any, **names: str) -> dict[str, Any]:
 def pattern_of(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
     """The shortest pattern that repeated gives the kinds of all layers."""
     count = len(kinds)
+    if not count:
+        raise ValueError("num_hidden_layers is at least 1; config.json has none.")
     period = next(p for p in range(1, count + 1) if all(kinds[i] == kinds[i % p] for i in range(count)))
     return tuple(kinds[:period])

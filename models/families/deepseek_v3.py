@@ -38,6 +38,7 @@ DEFAULTS = {
     "first_k_dense_replace": 3,
     "rope_interleave": True,
 }
+NORM_EPS = 1e-6  # of latents: rms_norm_eps is not theirs
 LATENT = {
     "latent_attention.query_down": "self_attn.q_a_proj",
     "latent_attention.query_norm": "self_attn.q_a_layernorm",
@@ -68,6 +69,7 @@ def latents(read: Reader, sizes: dict[str, Any]) -> dict[str, Any]:
         rope_dim=read.take("qk_rope_head_dim"),
         value_dim=read.take("v_head_dim"),
         interleaved=bool(read.take("rope_interleave")),
+        norm_eps=NORM_EPS,
     )
     head_dim = latent.nope_dim + latent.rope_dim
     read.only("head_dim", latent.rope_dim, None)
@@ -75,15 +77,19 @@ def latents(read: Reader, sizes: dict[str, Any]) -> dict[str, Any]:
     read.only("num_key_value_heads", sizes["num_heads"], None)
     rope = read.rope(latent.rope_dim, sizes["max_position_embeddings"])
     dense = min(read.take("first_k_dense_replace"), sizes["num_layers"])
-    kinds = [LayerKind(mixer="latent_attention", feed_forward="mlp")] * dense
-    kinds += [LayerKind(mixer="latent_attention")] * (sizes["num_layers"] - dense)
     return {
         "latent": latent,
         "num_kv_heads": sizes["num_heads"],
         "head_dim": head_dim,
         "rope": dataclasses.replace(rope, size=latent.rope_dim),
-        "pattern": pattern_of(kinds),
+        "pattern": pattern_of(_kinds(dense, sizes["num_layers"])),
     }
+
+
+def _kinds(dense: int, layers: int) -> list[LayerKind]:
+    """The first layers are dense, the others mixtures."""
+    mixtures = [LayerKind(mixer="latent_attention")] * (layers - dense)
+    return [LayerKind(mixer="latent_attention", feed_forward="mlp")] * dense + mixtures
 
 
 def from_hf(config: dict[str, Any]) -> DecoderConfig:
@@ -146,6 +152,12 @@ def check_latent(config: DecoderConfig, router: str) -> tuple[LatentAttentionCon
         raise ValueError(
             f"The Hugging Face family {config.family!r} has latent attention and a mixture with shared experts and a "
             f"{router} router; this model has {latent} and {moe}. It stays a Twinax checkpoint."
+        )
+    if latent.norm_eps != NORM_EPS or [*config.kinds] != _kinds(len(config.layers_with("mlp")), config.num_layers):
+        raise ValueError(
+            f"The Hugging Face family {config.family!r} has dense layers before mixtures, and norms of latents with "
+            f"an epsilon of {NORM_EPS}; this model has {config.pattern} and norm_eps={latent.norm_eps}. It stays a "
+            "Twinax checkpoint."
         )
     return latent, moe
 

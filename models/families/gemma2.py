@@ -48,7 +48,7 @@ def common(read: Reader) -> dict[str, Any]:
         "norm": "rms_offset",
         "norm_placement": "both",
         "activation": read.activation("hidden_activation"),
-        "attention_scale": read.take("query_pre_attn_scalar") ** -0.5,
+        "attention_scale": read.positive("query_pre_attn_scalar") ** -0.5,
         "attention_softcap": read.take("attn_logit_softcapping"),
         "logit_softcap": read.take("final_logit_softcapping"),
         "embedding_scale": sizes["hidden_size"] ** 0.5,

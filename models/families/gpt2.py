@@ -39,7 +39,7 @@ TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 def from_hf(config: dict[str, Any]) -> DecoderConfig:
     read = Reader("gpt2", config, DEFAULTS)
     width, heads = read.take("n_embd"), read.take("n_head")
-    if width % heads:
+    if heads < 1 or width % heads:
         raise ValueError(f"n_embd={width} does not divide by n_head={heads}.")
     context = read.take("n_positions")
     read.only("n_ctx", context)

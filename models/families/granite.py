@@ -24,7 +24,7 @@ def from_hf(config: dict[str, Any]) -> DecoderConfig:
     sizes = read.sizes(**SIZES)
     heads = read.heads(sizes["hidden_size"], sizes["num_heads"])
     rope = read.rope(heads["head_dim"], sizes["max_position_embeddings"])
-    divisor = read.take("logits_scaling", 1.0)
+    divisor = read.positive("logits_scaling", 1.0)
     read.only("hidden_act", "silu")
     read.finish()
     return DecoderConfig(family="granite", rope=rope, logit_scale=1 / divisor, **heads, **sizes)

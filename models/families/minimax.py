@@ -43,9 +43,7 @@ def from_hf(config: dict[str, Any]) -> DecoderConfig:
             "mixer_scales": factors["linear_attn"],
         },
     }
-    types = read.take("layer_types", None) or [list(TYPES)[layer % 2] for layer in range(layers)]
-    if len(types) != layers or any(one not in TYPES for one in types):
-        raise ValueError(f"layer_types has one of {' and '.join(TYPES)} for each of {layers} layers; got {types}.")
+    types = read.layer_types(layers, (list(TYPES)[layer % 2] for layer in range(layers)), tuple(TYPES))
     moe = MoEConfig(
         num_experts=read.take("num_local_experts"),
         experts_per_token=read.take("num_experts_per_tok"),
@@ -72,7 +70,7 @@ def from_hf(config: dict[str, Any]) -> DecoderConfig:
 
 
 def _factors(read: Reader, name: str) -> tuple[float, float]:
-    return float(read.take(f"{name}_alpha_factor", 1)), float(read.take(f"{name}_beta_factor", 1))
+    return float(read.take(f"{name}_alpha_factor", 1.0)), float(read.take(f"{name}_beta_factor", 1.0))
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:

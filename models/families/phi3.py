@@ -31,7 +31,7 @@ def from_hf(config: dict[str, Any]) -> DecoderConfig:
     read = Reader("phi3", config, DEFAULTS)
     sizes = read.sizes()
     heads = read.heads(sizes["hidden_size"], sizes["num_heads"])
-    rope = read.rope(heads["head_dim"], sizes["max_position_embeddings"])
+    rope = read.rope(heads["head_dim"], sizes["max_position_embeddings"], parts=True)
     window = read.take("sliding_window")
     read.only("hidden_act", "silu")
     read.only("attention_bias", False)
@@ -48,7 +48,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "model_type": "phi3",
         "hidden_act": "silu",
         **write_sizes(config),
-        **write_rope(config.rope, config.head_dim),
+        **write_rope(config.rope, config.head_dim, parts=True),
         "sliding_window": config.pattern[0].window,
         "original_max_position_embeddings": original,
     }

@@ -34,11 +34,12 @@ def from_hf(config: dict[str, Any]) -> DecoderConfig:
     layers = sizes["num_layers"]
     heads = read.heads(sizes["hidden_size"], sizes["num_heads"])
     rope = read.rope(heads["head_dim"], sizes["max_position_embeddings"], theta=2e6)
-    every, turned = read.take("no_rope_layer_interval", 4), read.take("no_rope_layers", None)
+    every, turned = read.positive("no_rope_layer_interval", 4), read.take("no_rope_layers", None)
     # Whatever its name says, a 1 is a layer with rope.
-    turned = [int((layer + 1) % every != 0) for layer in range(layers)] if turned is None else turned
-    if len(turned) != layers:
-        raise ValueError(f"no_rope_layers has one number for each of {layers} layers; config.json has {len(turned)}.")
+    if turned is None:
+        turned = [int((layer + 1) % every != 0) for layer in range(layers)]
+    if len(turned) != layers or any(one not in (0, 1) for one in turned):
+        raise ValueError(f"no_rope_layers has one number for each of {layers} layers, 0 or 1; config.json: {turned}.")
     base = DecoderConfig(family="smollm3", rope=rope, pattern=windows(read, layers), **heads, **sizes)
     read.only("hidden_act", "silu")
     read.finish()

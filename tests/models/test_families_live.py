@@ -97,6 +97,19 @@ def test_gradients_of_the_loss(model):
         assert float(jnp.max(jnp.abs(grads[name] - grad))) < bound, name
 
 
+@pytest.mark.parametrize("name", thorough(["deepseek_v2", "deepseek_v3", "minimax", "mamba2"], quick=[0]))
+def test_an_epsilon_is_that_of_the_norms_that_transformers_gives_it(name, tmp_path):
+    """Not those of latents, nor of lightning attention, which have their own."""
+    key = "layer_norm_epsilon" if name == "mamba2" else "rms_norm_eps"
+    theirs = MAKER.exact(MAKER.random_model(name, seed=5, vocab_size=VOCABULARY, **{key: 0.03}))
+    theirs.save_pretrained(tmp_path)
+    Tokenizer.bytes().save(tmp_path)
+    tokens, lengths = MAKER.batch(1, VOCABULARY)
+    ours = load_model(tmp_path)
+    expected = MAKER.logits_of(theirs, tokens, lengths)
+    np.testing.assert_allclose(logits_of(ours, tokens, lengths), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("model", [*CASES, *thorough(list(MAKER.QUANTIZED), quick=[])], indirect=True)
 def test_the_engine_generates_its_tokens_and_logprobs(model):
     theirs, folder = model

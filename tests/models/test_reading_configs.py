@@ -1,5 +1,6 @@
 """config.json of the families: both spellings, defaults of old files, and refusals by name."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -38,6 +39,55 @@ def test_what_is_written_is_read_as_the_same_model(case):
 def test_an_unknown_key_is_refused_by_name(case):
     with pytest.raises(ValueError, match=r"frobnicate=3 \(unknown key\)"):
         read(case, frobnicate=3)
+
+
+JUNK = (
+    None, "x", "1", -1, 0, 1, 1.5, True, [], [1], [[]], ["full_attention"], {}, {"a": 1}, float("nan"), float("inf"),
+)  # fmt: skip
+BESIDE = ("head_dim", "num_key_value_heads", "layer_types", "rope_scaling", "rope_theta", "sliding_window")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_value_of_any_kind_is_read_or_refused(case):
+    """Whatever a key holds: a model of positive sizes, or the family's ValueError."""
+    found = config_json(case)
+    ropes = {"rope_parameters": found["rope_parameters"]} if "rope_parameters" in found else {}
+    changes = [{key: value} for key in {*found, *BESIDE} - {"model_type"} for value in JUNK]
+    for name, rope in ropes.items():
+        keys = (*rope, "factor", "partial_rotary_factor")
+        changes += [{name: {**rope, key: value}} for key in keys for value in JUNK]
+    refused = 0
+    for change in changes:
+        try:
+            config = read(case, **change)
+        except ValueError:
+            refused += 1
+        else:
+            assert min(config.num_layers, config.hidden_size, config.vocab_size) > 0, change
+    assert refused > len(changes) / 4
+
+
+@pytest.mark.parametrize("spelling", ["inside", "beside"])
+@pytest.mark.parametrize("case", [case for case in CASES if "rope_parameters" in config_json(case)])
+def test_a_rope_of_a_part_of_each_head_is_read_where_transformers_reads_it(case, spelling):
+    """Of our families Phi 3 alone: the others of transformers turn whole heads, whatever the key says."""
+    part, rope = {"partial_rotary_factor": 0.5}, {"rope_type": "default", "rope_theta": 1000.0}
+    change = {"rope_parameters": {**rope, **part}} if spelling == "inside" else {"rope_parameters": rope, **part}
+    if case.startswith("phi3"):
+        config = read(case, **change)
+        assert config.rope.size == config.head_dim // 2
+        assert families.load("phi3").from_hf(families.load("phi3").to_hf(config)) == config
+    else:
+        with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.5|takes no further keys"):
+            read(case, **change)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+def test_a_rope_of_a_part_of_each_head_is_not_exported_where_it_would_be_passed_over(name):
+    config = read("llama_linear")
+    config = dataclasses.replace(config, family=name, rope=RopeConfig(1e4, None, config.head_dim // 2))
+    with pytest.raises(ValueError, match="transformers turns whole heads"):
+        families.load(name).to_hf(config)
 
 
 def test_gemma_3_as_transformers_4_wrote_it():
@@ -97,6 +147,7 @@ def test_yarn_as_qwen_writes_it():
         ("mistral", {"hidden_act": "gelu"}, r"hidden_act='gelu' \(only 'silu'\)"),
         ("gemma2", {"hidden_activation": "mish"}, "hidden_activation is one of"),
         ("gemma2", {"layer_types": ["full_attention"]}, "for each of 3 layers"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0, and transformers"),
         ("gemma2", {"layer_types": ["full_attention", "chunked", "full_attention"]}, "chunked"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window is false"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),

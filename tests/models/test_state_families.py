@@ -80,7 +80,7 @@ def test_minimax_01_as_it_was_released():
         (MINIMAX, {"layer_types": ["sliding_attention"] * 80}, "sliding_attention"),
         (MINIMAX, {"postnorm": False}, "postnorm=False"),
         (MINIMAX, {"shared_intermediate_size": 9216}, "shared_intermediate_size=9216"),
-        (MINIMAX, {"mlp_alpha_factor": float("nan")}, "feed_forward_scales are two numbers"),
+        (MINIMAX, {"mlp_alpha_factor": float("nan")}, "mlp_alpha_factor is a finite number"),
         (MINIMAX, {"layernorm_mlp_alpha": 2.0}, "layernorm_mlp_alpha=2.0"),
     ],
 )

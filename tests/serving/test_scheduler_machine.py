@@ -83,8 +83,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         chunk_tokens=st.integers(2, 9),
         max_waiting=st.sampled_from([4, 5, 6, 1]),
         depth=st.sampled_from([1, 1, 2, 3]),
+        crowd=st.lists(st.integers(2, 9), max_size=5),
     )
-    def start(self, depth, **config):
+    def start(self, depth, crowd, **config):
         more = {"prefix_cache": self.prefix_cache, "policy": self.policy, "swap_pages": self.swap_pages}
         self.config = SchedulerConfig(**config, **more)
         self.scheduler = self.scheduler_class(self.config)
@@ -93,6 +94,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.cache = {}
         self.live = {}  # id -> Live, oldest first
         self.added = 0
+        # How often later rules make a crowd by themselves hangs on which modules hypothesis finds loaded.
+        self.add([3, 3, *crowd], 16, 16, alike=False)
 
     # Operations
 
