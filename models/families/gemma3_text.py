@@ -25,8 +25,8 @@ def from_hf(config: dict[str, Any]) -> DecoderConfig:
     fields = common(read)
     if fields["attention_softcap"] is not None:
         raise ValueError(
-            f"config.json has attn_logit_softcapping={fields['attention_softcap']}, and transformers' gemma3_text caps no "
-            "scores whatever that key says: what is meant is not known. Make it null if scores are not capped."
+            f"config.json has attn_logit_softcapping={fields['attention_softcap']}, and transformers' gemma3_text caps "
+            "no scores whatever that key says: what is meant is not known. Make it null if scores are not capped."
         )
     layers, window = fields["num_layers"], read.take("sliding_window")
     own, private = (read.take(key, None) for key in ("sliding_window_pattern", "_sliding_window_pattern"))
