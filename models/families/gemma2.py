@@ -62,7 +62,7 @@ def write_common(config: DecoderConfig) -> dict[str, Any]:
     types = ["full_attention" if kind.window is None else "sliding_attention" for kind in config.kinds]
     return {
         **write_sizes(config, attention_bias="attention_bias"),
-        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_activation": {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
         "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
