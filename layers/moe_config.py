@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
+from . import plain
+
 ROUTERS = ("softmax", "sigmoid")
 
 
@@ -92,10 +94,5 @@ class MoEConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MoEConfig":
-        """Reads back `dataclasses.asdict`; raises ValueError on unknown or missing keys."""
-        fields = dataclasses.fields(cls)
-        unknown = sorted(set(values) - {field.name for field in fields})
-        missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in values]
-        if unknown or missing:
-            raise ValueError(f"A mixture of experts has no keys {unknown} and needs {missing}; got {sorted(values)}.")
-        return cls(**values)
+        """Reads back `dataclasses.asdict`; ValueError on unknown or missing keys, and on values of another type."""
+        return plain.read(cls, values, "moe")

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from . import plain
+
 FORMATS = ("mxfp4", "fp8_e4m3")
 PARTS = ("experts", "linear")
 
@@ -47,5 +49,4 @@ class Quantization:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Quantization":
         """Reads back `dataclasses.asdict`, whose tuples JSON makes lists."""
-        first = values.get("inputs_first", False)
-        return cls(values["format"], tuple(values["block"]), tuple(values["parts"]), first)
+        return plain.read(cls, values, "quantization")

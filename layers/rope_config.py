@@ -7,6 +7,8 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
+from . import plain
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
@@ -158,13 +160,13 @@ class RopeConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RopeConfig":
-        """Raises ValueError on an unknown kind of scaling, TypeError on keys that it does not have."""
-        values = dict(values)
-        given = dict(values.pop("scaling", None) or {})
-        if not given:
-            return cls(**values)
+        """Raises ValueError on an unknown kind of scaling, unknown or missing keys, and values of another type."""
+        values = plain.keys(values, "rope")
+        if values.get("scaling") is None:
+            return plain.read(cls, values, "rope")
+        given = plain.keys(values["scaling"], "scaling of rope")
         kind = given.pop("kind", "llama3")  # the only one that there was before kinds were written
-        if kind not in SCALINGS:
+        if not isinstance(kind, str) or kind not in SCALINGS:
             raise ValueError(f"Rope scaling is one of {', '.join(SCALINGS)}; got {kind!r}.")
-        lists = {key: tuple(x) for key, x in given.items() if isinstance(x, list)}
-        return cls(**values, scaling=SCALINGS[kind](**{**given, **lists}))
+        values["scaling"] = plain.read(SCALINGS[kind], given, f"scaling of rope ({kind})")
+        return plain.read(cls, values, "rope")

@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+from ..layers import plain
 from ..layers.mixer_config import LatentAttentionConfig, LightningConfig, Mamba2Config
 from ..layers.moe_config import MoEConfig
 from ..layers.quantization_config import Quantization, keeps_dtype
@@ -249,34 +250,20 @@ class DecoderConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DecoderConfig":
-        """Raises ValueError on unknown or missing keys."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        required = {
-            field.name
-            for field in dataclasses.fields(cls)
-            if field.default is dataclasses.MISSING is field.default_factory
+        """Raises ValueError on unknown or missing keys, and on values of another type."""
+        given = plain.keys(values, "A decoder config")
+        nested = {
+            **dict.fromkeys(ROPES, RopeConfig.from_dict),
+            "moe": MoEConfig.from_dict,
+            "quantization": Quantization.from_dict,
+            "latent": lambda one: plain.read(LatentAttentionConfig, one, "latent"),
+            "mamba2": lambda one: plain.read(Mamba2Config, one, "mamba2"),
+            "lightning": lambda one: plain.read(LightningConfig, one, "lightning"),
         }
-        missing = sorted(required - set(values))
-        if unknown or missing:
-            raise ValueError(
-                f"A decoder config has the keys {sorted(known)}; unknown here: {unknown}, missing: {missing}. "
-                "It may come from another version of Twinax."
-            )
-        nested: dict[str, Any] = {name: RopeConfig.from_dict(given) for name in ROPES if (given := values.get(name))}
-        if values.get("moe") is not None:
-            nested["moe"] = MoEConfig.from_dict(values["moe"])
-        if values.get("latent") is not None:
-            nested["latent"] = LatentAttentionConfig(**values["latent"])
-        if values.get("mamba2") is not None:
-            nested["mamba2"] = Mamba2Config(**values["mamba2"])
-        if values.get("lightning") is not None:
-            nested["lightning"] = LightningConfig(**values["lightning"])
-        if values.get("quantization") is not None:
-            nested["quantization"] = Quantization.from_dict(values["quantization"])
-        if "pattern" in values:
-            nested["pattern"] = tuple(LayerKind(**kind) for kind in values["pattern"])
-        return cls(**{**values, **nested})
+        given |= {name: read(given[name]) for name, read in nested.items() if given.get(name) is not None}
+        if isinstance(kinds := given.get("pattern"), list):
+            given["pattern"] = tuple(plain.read(LayerKind, kind, "a kind of layers") for kind in kinds)
+        return plain.read(cls, given, "A decoder config")
 
 
 __all__ = ["DecoderConfig", "LayerKind", "keeps_dtype"]

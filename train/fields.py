@@ -3,10 +3,11 @@
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
+
+from ..layers.plain import fits, name_of
 
 Config = TypeVar("Config")
 
@@ -19,8 +20,9 @@ def check_types(config: Any, prefix: str = "") -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
-        if not _is(value, hint):
-            raise ValueError(f"{prefix}{field.name} is of type {_name(hint)}; got {value!r} ({type(value).__name__}).")
+        if not fits(value, hint):
+            given = f"{value!r} ({type(value).__name__})"
+            raise ValueError(f"{prefix}{field.name} is of type {name_of(hint)}; got {given}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{prefix}{field.name} is a finite number; got {value!r}.")
 
@@ -77,17 +79,3 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def _is(value: Any, hint: Any) -> bool:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return any(_is(value, part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is(item, typing.get_args(hint)[0]) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _name(hint: Any) -> str:
-    return str(hint) if typing.get_args(hint) else hint.__name__

@@ -269,5 +269,5 @@ def test_settings_that_make_no_mixture_are_refused(change, message):
 
 def test_settings_survive_a_dict():
     assert MoEConfig.from_dict(dataclasses.asdict(SIGMOID)) == SIGMOID
-    with pytest.raises(ValueError, match=r"no keys \['colour'\] and needs \['expert_size'\]"):
+    with pytest.raises(ValueError, match=r"unknown here: \['colour'\], missing: \['expert_size'\]"):
         MoEConfig.from_dict({"num_experts": 4, "experts_per_token": 1, "colour": 1})

@@ -1,5 +1,6 @@
 """config.json of the families: both spellings, defaults of old files, and refusals by name."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -65,6 +66,33 @@ def test_a_value_of_any_kind_is_read_or_refused(case):
         else:
             assert min(config.num_layers, config.hidden_size, config.vocab_size) > 0, change
     assert refused > len(changes) / 4
+
+
+def places(values):
+    """(container, key) of all that there is in plain values, at any depth."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield values, key
+        if isinstance(value, dict | list):
+            yield from places(value)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_our_own_config_is_read_or_refused(case):
+    """As a step keeps it: another version's, or one that a person changed."""
+    plain = json.loads(json.dumps(read(case).to_dict()))
+    for inside, key in list(places(plain)):
+        kept = inside[key]
+        for value in (None, "x", -1, 1.5, [[]], {"a": 1}, float("inf")):
+            inside[key] = value
+            with contextlib.suppress(ValueError):
+                assert DecoderConfig.from_dict(plain).num_layers > 0
+        inside[key] = kept
+        if isinstance(kept, dict):
+            kept["frobnicate"] = 3
+            with pytest.raises(ValueError, match="frobnicate"):
+                DecoderConfig.from_dict(plain)
+            del kept["frobnicate"]
+    assert DecoderConfig.from_dict(plain) == read(case)
 
 
 @pytest.mark.parametrize("spelling", ["inside", "beside"])
