@@ -209,6 +209,7 @@ def _load_step(
             f"the parameters in {found.folder} do not fit its config; it may come from another version of Twinax:\n"
             f"{first_few(problems)}"
         )
+    _check_token_ids(description.generation, config.vocab_size, f"{found.folder}: its {hf.GENERATION}")
     tokenizer = None
     if description.tokenizer_files:
         tokenizer = Tokenizer.from_files(description.tokenizer_files, str(found.folder / manifest.TOKENIZER))
@@ -237,6 +238,7 @@ def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | MeshOf | None, beg
     config = opened.config
     if begin:
         begin(config)
+    _check_token_ids(opened.generation, config.vocab_size, f"{folder / hf.GENERATION} (or config.json)")
     tokenizer = opened.tokenizer()
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
@@ -258,3 +260,14 @@ def _load_hugging_face(folder: Path, dtype: Any, mesh: Mesh | MeshOf | None, beg
         source=folder,
         kind="hugging_face",
     )
+
+
+def _check_token_ids(generation: dict[str, Any], vocab_size: int, where: str) -> None:
+    """Raises MismatchedCheckpoint unless the tokens that end a text are some of the model's."""
+    given = generation.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if any(isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < vocab_size for one in ids):
+        raise MismatchedCheckpoint(
+            f"{where}: eos_token_id is a token of the model, from 0 to {vocab_size - 1}, or a list of such; it has "
+            f"{repr(given)[:100]}. Put it right there, or leave the key out: the tokenizer's own ends a text anyway"
+        )

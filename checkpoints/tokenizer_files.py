@@ -74,11 +74,16 @@ def default_config(spec: dict[str, Any]) -> bytes:
 
 
 def read_templates(files: Mapping[str, bytes], config: dict[str, Any], where: str) -> dict[str, str]:
-    found = config.get("chat_template") or {}
+    found = given = config.get("chat_template") or {}
     if isinstance(found, str):
         found = {"default": found}
-    elif isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}
+    elif isinstance(found, list) and all(isinstance(one, dict) and {"name", "template"} <= one.keys() for one in found):
+        found = {str(one["name"]): one["template"] for one in found}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise TokenizerError(
+            f"{where}/{CONFIG}: chat_template is a text, or a list of objects with a name and a template, both texts; "
+            f"it has {repr(given)[:100]}"
+        )
     templates = dict(found)
     for name, data in files.items():
         key = "default" if name == TEMPLATE else Path(name).stem if name.startswith(_MORE_TEMPLATES + "/") else None

@@ -235,6 +235,19 @@ def test_config_of_another_version(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "given", ["x", -1, 1.5, True, [[]], {}, [1, None], [True], CONFIG.vocab_size, 10**12], ids=repr
+)
+def test_a_text_ends_with_tokens_of_the_model(tmp_path, given):
+    """Whatever else stands there would reach the sampler."""
+    folder = write_hugging_face(tmp_path / "hf", CONFIG, random_params(CONFIG, seed=5))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    run = make_run(tmp_path / "run", 1, config=CONFIG, generation={"eos_token_id": given})
+    for path in (folder, run):
+        with pytest.raises(MismatchedCheckpoint, match=r"eos_token_id is a token of the model, from 0 to"):
+            load_model(path)
+
+
 def test_generation_comes_from_config_json_where_it_has_no_file_of_its_own(tmp_path):
     folder = write_hugging_face(tmp_path / "hf", CONFIG, random_params(CONFIG), eos_token_id=[1, 2], pad_token_id=None)
     assert load_model(folder).generation == {"eos_token_id": [1, 2]}

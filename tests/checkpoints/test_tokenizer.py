@@ -283,6 +283,14 @@ def test_bad_folders_are_refused(tmp_path: Path, files: dict[str, str], message:
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "given", [-1, True, [1], [[]], [{"name": "default"}], {"default": 3}, [{"name": "a", "template": 1}]]
+)
+def test_a_chat_template_is_a_text_or_several_with_names(given):
+    with pytest.raises(TokenizerError, match="chat_template is a text, or a list of objects"):
+        make(library(BYTES), chat_template=given)
+
+
 def test_a_missing_tokenizer_is_named(tmp_path: Path):
     with pytest.raises(TokenizerError, match=r"no tokenizer at .*nowhere.*'bytes'"):
         Tokenizer.load(tmp_path / "nowhere")
