@@ -12,6 +12,7 @@ from ..models.config import DecoderConfig
 from ..serving.batch import Bucket
 from ..serving.engine_config import CACHE_DTYPES
 from ..serving.programs import Programs
+from ..serving.step_sizes import PIECE
 from ..sharding.plan import Plan
 from .programs import Program, names_of
 from .workload import CHUNK, PAGE
@@ -21,7 +22,8 @@ ARGUMENTS = {"layers": "parameters", "outside": "parameters", "cache": "cache"}
 
 
 def serve_programs(request: dict[str, Any], config: DecoderConfig, plan: Plan, mesh: Mesh) -> Iterator[Program]:
-    """`decode`: every request gets a token. `chunk`: and one gets 1,024 tokens of its prompt. `finish`: sampling."""
+    """`decode`: every request gets a token. `chunk`: and one gets 1,024 tokens of its prompt. `finish`: sampling.
+    `prompt`: how likely tokens of a prompt are, which requests may ask for."""
     pages, kept = -(-request["seq_len"] // PAGE), request["cache_dtype"]
     made = Programs(
         config,
@@ -40,6 +42,7 @@ def serve_programs(request: dict[str, Any], config: DecoderConfig, plan: Plan, m
         "decode": ("blocks", (Bucket(rows, 0), kinds)),
         "chunk": ("blocks", (Bucket(rows, CHUNK), kinds)),
         "finish": ("finish", rows),
+        "prompt": ("prompt", PIECE),
     }
     for name, (program, key) in wanted.items():
         yield name, functools.partial(made.lower, program, key), names

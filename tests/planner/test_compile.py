@@ -77,7 +77,7 @@ def test_the_engine_s_programs():
     thought = most_requests(workload, TOPOLOGY, layout)
     (verdict,), _ = plan_on(workload, TOPOLOGY, Wishes(plans=(layout.plan,), display=False))
     assert verdict.compilation is not None, verdict.reason
-    assert [program.name for program in verdict.compilation.programs] == ["decode", "chunk", "finish"]
+    assert [program.name for program in verdict.compilation.programs] == ["decode", "chunk", "finish", "prompt"]
     assert verdict.fits
     assert verdict.requests is not None
     assert 1 < verdict.requests < thought < MOST_REQUESTS

@@ -63,11 +63,13 @@ def kernels(model: DecoderConfig, mode: str, plan: str, cache_dtype: str | None)
             "decode": ["grouped_matmul", *DECODES],
             "chunk": ["grouped_matmul", "paged_chunk", *DECODES],
             "finish": [],
+            "prompt": [],
         }),
         (FLOAT8, "serve", "data=1", "int8", {
             "decode": [*DECODES, "quantized_matmul_fp8_e4m3"],
             "chunk": ["paged_chunk", *DECODES, "quantized_matmul_fp8_e4m3"],
             "finish": [],
+            "prompt": [],
         }),
     ],
     ids=["training", "training on a ring", "serving", "serving float8 with a cache of int8"],
