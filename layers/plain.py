@@ -10,14 +10,19 @@ Config = TypeVar("Config")
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type. A whole number is also a float, but True is no number."""
+    """Whether a value is of an annotated type. A whole number is also a float, but True is no number.
+
+    Whole numbers have 64 bits at most: no size needs more, and larger ones overflow wherever they are used.
+    """
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return any(fits(value, part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(fits(item, typing.get_args(hint)[0]) for item in value)
     if isinstance(value, bool):
         return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+    if isinstance(value, int):
+        return hint in (int, float) and -(2**63) <= value < 2**63
+    return isinstance(value, hint)
 
 
 def name_of(hint: Any) -> str:

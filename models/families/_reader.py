@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from ...layers.plain import fits
 from ...layers.rope_config import (
     DynamicScaling,
     LinearScaling,
@@ -91,10 +92,7 @@ _REQUIRED = object()
 
 def check_kind(key: str, value: Any, kind: type | None) -> None:
     """ValueError where `value` is no `kind`; a whole number will do for a number, which is finite."""
-    if kind is None:
-        return
-    fits = isinstance(value, (int, float) if kind is float else kind)
-    if not fits or (isinstance(value, bool) and kind is not bool) or (kind is float and not math.isfinite(value)):
+    if kind is not None and not (fits(value, kind) and (kind is not float or math.isfinite(value))):
         raise ValueError(f"{key} is {WORDS[kind]}; config.json has {value!r}.")
 
 

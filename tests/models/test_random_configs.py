@@ -4,7 +4,6 @@ A config that a person wrote may hold anything. Each key that transformers' clas
 then spelled as transformers 4 did, left out or made null; what transformers reads from that file is the model.
 """
 
-import itertools
 import json
 import random
 from pathlib import Path
@@ -91,7 +90,7 @@ def respell(rng: random.Random, path: Path) -> None:
 @pytest.mark.parametrize("seed", thorough(list(range(9)), quick=[0]))
 def test_a_random_model_is_read_as_it_is_or_refused(seed, tmp_path):
     rng, same = random.Random(seed), 0
-    for name in itertools.cycle(rng.sample(list(MAKER.CASES), len(MAKER.CASES))):
+    for name in rng.sample(list(MAKER.CASES), len(MAKER.CASES)) * 2:
         if same == EACH:
             break
         number = rng.randrange(1 << 30)
@@ -105,8 +104,9 @@ def test_a_random_model_is_read_as_it_is_or_refused(seed, tmp_path):
             expected = MAKER.logits_of(theirs, tokens, lengths)
             # Some models make much of a rounding; so much may ours.
             rounding = np.abs(MAKER.logits_of(theirs.double(), tokens, lengths) - expected).max()
-            assert np.isfinite(rounding)
         except Exception:  # of any kind: their code is not what is tested
+            continue
+        if not np.isfinite(rounding):
             continue
         Tokenizer.bytes().save(folder)
         try:
@@ -125,3 +125,4 @@ def test_a_random_model_is_read_as_it_is_or_refused(seed, tmp_path):
             again = transformers.AutoModelForCausalLM.from_pretrained(folder / "out", **EXACT).eval()
             exported = MAKER.logits_of(again, tokens, lengths)
             np.testing.assert_allclose(exported, expected, rtol=0, atol=atol / 10, err_msg=what)
+    assert same == EACH, "most models that transformers makes are read"
