@@ -21,13 +21,19 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     if isinstance(value, int):
-        return hint in (int, float) and -(2**63) <= value < 2**63
+        return hint in (int, float) and not is_wide(value)
     return isinstance(value, hint)
 
 
-def name_of(hint: Any) -> str:
-    """An annotated type, in words."""
-    return str(hint) if typing.get_args(hint) else hint.__name__
+def is_wide(value: Any) -> bool:
+    """Whether a value is a whole number of more than 64 bits."""
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
+
+
+def rule_of(hint: Any, value: Any) -> str:
+    """What a value that does not fit an annotated type should have been, in words."""
+    name = str(hint) if typing.get_args(hint) else hint.__name__
+    return f"of type {name}{', of 64 bits at most' if is_wide(value) else ''}"
 
 
 def keys(values: Any, what: str) -> dict[str, Any]:
@@ -60,7 +66,7 @@ def read(kind: type[Config], values: Any, what: str) -> Config:
     hints = typing.get_type_hints(kind)
     for key, value in values.items():
         if not fits(value, hints[key]):
-            raise ValueError(f"{what}: {key} is of type {name_of(hints[key])}; got {value!r}.")
+            raise ValueError(f"{what}: {key} is {rule_of(hints[key], value)}; got {value!r}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{what}: {key} is a finite number; got {value!r}.")
     return kind(**values)

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from ..layers.plain import fits, name_of
+from ..layers.plain import fits, rule_of
 
 Config = TypeVar("Config")
 
@@ -22,7 +22,7 @@ def check_types(config: Any, prefix: str = "") -> None:
         value, hint = getattr(config, field.name), hints[field.name]
         if not fits(value, hint):
             given = f"{value!r} ({type(value).__name__})"
-            raise ValueError(f"{prefix}{field.name} is of type {name_of(hint)}; got {given}.")
+            raise ValueError(f"{prefix}{field.name} is {rule_of(hint, value)}; got {given}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{prefix}{field.name} is a finite number; got {value!r}.")
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from ...layers.plain import fits
+from ...layers.plain import fits, is_wide
 from ...layers.rope_config import (
     DynamicScaling,
     LinearScaling,
@@ -93,7 +93,8 @@ _REQUIRED = object()
 def check_kind(key: str, value: Any, kind: type | None) -> None:
     """ValueError where `value` is no `kind`; a whole number will do for a number, which is finite."""
     if kind is not None and not (fits(value, kind) and (kind is not float or math.isfinite(value))):
-        raise ValueError(f"{key} is {WORDS[kind]}; config.json has {value!r}.")
+        at_most = ", of 64 bits at most" if is_wide(value) else ""
+        raise ValueError(f"{key} is {WORDS[kind]}{at_most}; config.json has {value!r}.")
 
 
 class Reader:

@@ -127,6 +127,7 @@ def test_a_file_without_a_good_recipe_says_what_is_wrong(text, message, tmp_path
     [
         (lambda: Recipe(steps="3"), r"steps is of type int; got '3' \(str\)"),
         (lambda: Recipe(steps=True), r"steps is of type int; got True"),
+        (lambda: Recipe(steps=10**400), r"steps is of type int, of 64 bits at most; got 1000"),
         (lambda: Recipe(steps=2.0), r"steps is of type int; got 2.0 \(float\)"),
         (lambda: Recipe(batch_size=0), r"batch_size is a whole number from 1 up; got 0"),
         (lambda: Recipe(dtype="float16"), r"dtype is one of auto, float32, bfloat16; got 'float16'"),
