@@ -11,6 +11,8 @@ from ..layers.moe_config import MoEConfig
 from ..layers.quantization_config import Quantization, keeps_dtype
 from ..layers.rope_config import RopeConfig, YarnScaling
 
+# Far above any model's, and below what a list of them would cost.
+MAX_LAYERS = 10_000
 ROPES = ("rope", "local_rope")
 # Mixers that keep a state for each request, and the field of the config with their sizes.
 RECURRENT = {"mamba2": "mamba2", "lightning_attention": "lightning"}
@@ -157,6 +159,8 @@ class DecoderConfig:
         self._check_positive("logit_softcap")
         if self.qk_norm is not None and self.norm == "layer":
             raise ValueError("qk_norm is an RMSNorm of the model's own kind, and this model's norms are 'layer'.")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers is at most {MAX_LAYERS:,}; got {self.num_layers}.")
         if not 1 <= len(self.pattern) <= self.num_layers:
             raise ValueError(f"pattern has from 1 to num_layers={self.num_layers} kinds; got {len(self.pattern)}.")
         if self.latent is None and any(kind.mixer == "latent_attention" for kind in self.pattern):

@@ -14,7 +14,7 @@ from ...layers.rope_config import (
     Scaling,
     YarnScaling,
 )
-from ..config import LayerKind
+from ..config import MAX_LAYERS, LayerKind
 
 # Keys that describe, or act only outside of the forward pass: they cannot change a logit. The token ids are kept in
 # generation_config.json and the tokenizer's files.
@@ -138,7 +138,14 @@ class Reader:
 
     def sizes(self, **names: str) -> dict[str, Any]:
         """What `SIZES` lists, by our names; `names` are other spellings."""
-        return {ours: self.take(theirs) for ours, theirs in {**SIZES, **names}.items()}
+        names = {**SIZES, **names}
+        sizes = {ours: self.take(theirs) for ours, theirs in names.items()}
+        # Before families list their layers' kinds.
+        if sizes["num_layers"] > MAX_LAYERS:
+            raise ValueError(
+                f"{names['num_layers']} is at most {MAX_LAYERS:,}; config.json has {sizes['num_layers']}."
+            )
+        return sizes
 
     def heads(self, hidden_size: int, heads: int) -> dict[str, int]:
         """num_kv_heads and head_dim, which have defaults of their own."""
