@@ -4,6 +4,7 @@ those that the best possible one of its size would, which knows what comes.
 The server's own scheduler runs, without a model: its decisions hang on no number that one would compute. The trace
 gives for each request the blocks of 512 tokens that its prompt is made of (Mooncake: Qin et al. 2024,
 arXiv:2407.00079); lengths are divided by `--scale`, and a block is a page. Requests come as quickly as they are taken.
+With room in the host's memory (`--host-cache-bytes`), what comes back from there is saved as well.
 """
 
 import heapq
@@ -18,6 +19,8 @@ from . import report
 
 BLOCK = 512
 SIZES = (0.05, 0.125, 0.25, 0.5)
+# Of the device, and beside it of the host, whose memory is the larger one where it is not the same.
+HOSTS = ((0.05, 0.5), (0.125, 0.375), (0.25, 0.25), (0.25, 0.5))
 
 
 def requests_of(trace: Path, scale: int, most: int | None) -> list[Any]:
@@ -34,7 +37,7 @@ def requests_of(trace: Path, scale: int, most: int | None) -> list[Any]:
     return found
 
 
-def saved(requests: list[Any], page_size: int, num_pages: int, policy: str) -> int:
+def saved(requests: list[Any], page_size: int, num_pages: int, policy: str, host_pages: int = 0) -> int:
     """Prompt tokens that requests found, all requests served in turn."""
     from twinax.serving.scheduler import Scheduler, SchedulerConfig
 
@@ -48,6 +51,7 @@ def saved(requests: list[Any], page_size: int, num_pages: int, policy: str) -> i
             chunk_tokens=512,
             max_waiting=16,
             prefix_cache=policy,
+            host_pages=host_pages,
         )
     )
     first = {one.id: len(one.prompt_ids) for one in requests}
@@ -119,10 +123,16 @@ def main() -> None:
     most = saved(requests, page, endless, "lru")
     rows = [report.Row("prefix_cache", "endless, of all prompt tokens", 100 * most / asked, None, "", "%", None)]
     largest = max(len(one.prompt_ids) + one.params.max_tokens for one in requests) // page + 2
-    cases = [(size, policy) for size in SIZES for policy in ("", *kv_policies.names())]
+    cases = [(size, 0.0, policy) for size in SIZES for policy in ("", *kv_policies.names())]
+    cases += [(size, host, policy) for size, host in HOSTS for policy in kv_policies.names()]
     best = 0
-    for size, policy in track(cases, "replaying the trace", transient=True):
+    for size, host, policy in track(cases, "replaying the trace", transient=True):
         room, case = max(int(size * blocks), largest), f"room for {size:.1%} of {blocks:,} blocks, "
+        if host:
+            found = saved(requests, page, room, policy, int(host * blocks))
+            case += f"in the host's memory for {host:.1%}, {policy}"
+            rows.append(report.Row("prefix_cache", case, found, most, "an endless cache", "tokens", 0.9))
+            continue
         if not policy:
             best = min(optimum(requests, page, room), most)
             rows.append(report.Row("prefix_cache", f"{case}optimum", best, most, "an endless cache", "tokens", None))

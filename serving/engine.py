@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Collection
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from .engine_config import Completion, EngineConfig, EngineStats
 from .engine_sizes import EngineSizes, dtype_of, runner_of
 from .fit import keeps_prefixes, mesh_of
 from .grammar import GrammarError, Grammars, fill_masks, leave_out
+from .host_pages import Moves
 from .live import Live
 from .program_store import know_kept_shapes
 from .request import InvalidRequest, Output, Request, SamplingParams
@@ -80,7 +82,7 @@ class Engine:
                 prefix_cache=config.prefix_cache if config.prefix_cache and keeps_prefixes(model) else None,
                 policy=config.scheduler,
                 max_token_ms=config.max_token_ms,
-                swap_pages=sizes.swap_pages,
+                host_pages=sizes.host_pages,
             )
         )
         self.runner = runner or runner_of(model, config)
@@ -88,6 +90,7 @@ class Engine:
         self.grammars = Grammars(self.tokenizer, model.vocab_size, self._eos_ids())
         self._live: dict[str, Live] = {}
         self._readers: dict[str, deque[Output]] = {}  # outputs for `stream` that are not read yet, by request
+        self._host_copies: dict[int, Any] = {}  # pages in the host's memory, or on their way there
         self._flight: _Flight | None = None
         self._compiles = CompileCounter()
         self._steps = self._prompt_tokens = self._generated_tokens = 0
@@ -140,7 +143,6 @@ class Engine:
             queried_tokens=now.queried_tokens,
             cached_tokens=now.cached_tokens,
             preemptions=now.preemptions,
-            swaps=now.swaps,
             host_pages_used=host.used,
             host_pages_total=host.most,
             pages_copied_out=host.copied_out,
@@ -242,12 +244,9 @@ class Engine:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _launch(self, plan: StepPlan) -> _Flight:
-        for sequence, pages in plan.swapped_out:
-            sequence.host = self.runner.read_pages(pages)
-        for sequence, first, count in plan.swapped_in:
-            self.runner.write_pages(sequence.host, sequence.pages, first, count)
+        if plan.moves:
+            self._move(plan.moves)
         for sequence in plan.admitted:
-            sequence.host = None
             self._prepare_slot(sequence)
         if plan.copies:
             self.runner.copy_pages(plan.copies)
@@ -267,6 +266,14 @@ class Engine:
         masked = any(entry.is_last_chunk and self._live[entry.sequence.id].matcher for entry, _, _ in rows)
         asked, sent_at = Asked.of(sent, rows, self._live, self.runner), time.perf_counter()
         return _Flight(plan, sent, rows, asked, sent_at, None if masked else self.runner.finish(sent))
+
+    def _move(self, moves: Moves) -> None:
+        """To the host's memory and back, by copies' numbers."""
+        copies = self._host_copies
+        copies.update(zip(moves.out, self.runner.read_pages(list(moves.out.values())), strict=True))
+        self.runner.write_pages([copies.pop(copy) for copy in moves.back], list(moves.back.values()))
+        for copy in moves.gone:
+            del copies[copy]
 
     def _finish(self, flight: _Flight) -> list[Output]:
         """Sends the sampling of a step, now that the tokens before it are known; ends what its grammar ends."""
@@ -338,9 +345,9 @@ class Engine:
         start = time.perf_counter()
         self.scheduler.observe(flight.plan, start - max(self._ended_at, flight.sent_at))
         self._ended_at = start
-        for sequence, _ in flight.plan.swapped_out:
-            if sequence.host is not None:
-                sequence.host = self.runner.to_host(sequence.host)
+        on_way = [copy for copy in flight.plan.moves.out if copy in self._host_copies]
+        copies = self.runner.to_host([self._host_copies[copy] for copy in on_way])
+        self._host_copies.update(zip(on_way, copies, strict=True))
         outputs: list[Output] = []
         flight.asked.collect(self._live, self.runner)
         sampled = {entry.sequence.id: tokens[row] for entry, row, _ in flight.rows if entry.is_last_chunk}

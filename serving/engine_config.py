@@ -32,8 +32,8 @@ class EngineConfig:
         scheduler: who goes first, who is preempted, and how many prompt tokens a step takes (`schedulers`).
         max_token_ms: while requests generate, prompts are cut so that a step stays within so many milliseconds, as far
             as can be told from the steps before; None: no bound but the scheduler's own.
-        swap_bytes: of the host's memory, at most, for the pages of preempted requests, where copying them is quicker
-            than computing them again. Models that keep a state, or whose rope hangs on the prompt's length, compute.
+        host_cache_bytes: of the host's memory, at most, for pages of the prefix cache that have to go from the device,
+            those of preempted requests among them, where copying them is quicker than computing them again.
         plan: "tensor=4" cuts the model and its cache over four devices; empty: one device.
         compile_cache: folder for compiled programs; None: the user's cache folder; "": none.
     """
@@ -50,7 +50,7 @@ class EngineConfig:
     prefix_cache: str = "cost_aware"
     scheduler: str = "first_come"
     max_token_ms: float | None = None
-    swap_bytes: int = 0
+    host_cache_bytes: int = 0
     plan: str = ""
     compile_cache: str | None = None
 
@@ -64,8 +64,13 @@ class EngineConfig:
             max_waiting=self.max_waiting,
             max_token_ms=self.max_token_ms,
         )
-        if self.swap_bytes < 0:
-            raise ValueError(f"swap_bytes must be at least 0, got {self.swap_bytes}; 0 is for none")
+        if self.host_cache_bytes < 0:
+            raise ValueError(f"host_cache_bytes must be at least 0, got {self.host_cache_bytes}; 0 is for none")
+        if self.host_cache_bytes and not self.prefix_cache:
+            raise ValueError(
+                f"host_cache_bytes is for pages of the prefix cache, got {self.host_cache_bytes:,} without one; leave "
+                "it out, or name a prefix_cache"
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {self.dtype!r}")
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
@@ -81,8 +86,7 @@ class EngineStats:
     """Counts since the start, and what is there now.
 
     Attributes:
-        swaps: preempted requests whose pages went to the host's memory (`host_pages`).
-        pages_copied_out, pages_copied_back: there and back.
+        host_pages_used, pages_copied_out, pages_copied_back: of the host's memory, there and back (`host_pages`).
         host_seconds: Python's share of the steps, without waiting.
     """
 
@@ -93,7 +97,6 @@ class EngineStats:
     queried_tokens: int
     cached_tokens: int
     preemptions: int
-    swaps: int
     host_pages_used: int
     host_pages_total: int
     pages_copied_out: int

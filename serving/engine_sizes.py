@@ -29,13 +29,13 @@ class EngineSizes:
 
     Attributes:
         max_model_len: tokens of prompt and output together, at most.
-        pages_per_request, num_pages: of the cache. swap_pages: of the host's memory.
+        pages_per_request, num_pages: of the cache. host_pages: of the host's memory.
     """
 
     max_model_len: int
     pages_per_request: int
     num_pages: int
-    swap_pages: int
+    host_pages: int
 
     @classmethod
     def of(cls, model: DecoderConfig, config: EngineConfig) -> "EngineSizes":
@@ -56,7 +56,7 @@ class EngineSizes:
                 f"bytes; cache_bytes is {config.cache_bytes:,}. Raise it or shorten max_model_len."
             )
         num_pages = config.num_pages or min(config.max_running * pages, fitting)
-        return cls(longest, pages, num_pages, config.swap_bytes // one if one and keeps_prefixes(model) else 0)
+        return cls(longest, pages, num_pages, config.host_cache_bytes // one if one and keeps_prefixes(model) else 0)
 
 
 def runner_of(model: DecoderConfig, config: EngineConfig) -> Runner:
@@ -72,6 +72,6 @@ def runner_of(model: DecoderConfig, config: EngineConfig) -> Runner:
         dtype=dtype_of(config),
         cache_dtype=cache_dtype_of(config),
         mesh=mesh_of(config.plan, model),
-        swaps=sizes.swap_pages > 0,
+        host_cache=sizes.host_pages > 0,
         kept=use_compile_cache(config.compile_cache),
     )

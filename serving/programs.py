@@ -254,17 +254,22 @@ class Programs:
         )
 
     @staticmethod
-    def _read(cache: Cache, from_N: jax.Array) -> Any:
-        """Pages of all layers, as a pool of N pages."""
-        return jax.tree.map(lambda x_LP: x_LP[:, from_N], cache.pages)
+    def _read(cache: Cache, from_N: jax.Array) -> list[Any]:
+        """Pages of all layers, each as a pool of one page."""
+        return [
+            jax.tree.map(lambda x_LP, at=page: jax.lax.dynamic_slice_in_dim(x_LP, at, 1, 1), cache.pages)
+            for page in from_N
+        ]
 
     @staticmethod
-    def _write(cache: Cache, pages: Any, to_N: jax.Array) -> Cache:
+    def _write(cache: Cache, pages: list[Any], to_N: jax.Array) -> Cache:
         """Puts back what `_read` gave; where `to_N` is the number of pages nothing is written."""
         assert cache.pages is not None
-        return cache.with_pages(
-            jax.tree.map(lambda x_LP, y_LN: x_LP.at[:, to_N].set(y_LN, mode="drop"), cache.pages, pages)
-        )
+
+        def put(x_LP: jax.Array, *one_N: jax.Array) -> jax.Array:
+            return x_LP.at[:, to_N].set(jnp.concatenate(one_N, 1), mode="drop")
+
+        return cache.with_pages(jax.tree.map(put, cache.pages, *pages))
 
     def _whole(self, x: jax.Array) -> jax.Array:
         place = self.everywhere()

@@ -47,4 +47,4 @@ def exchange(engine: Engine, loaded: LoadedModel) -> None:
     engine.loaded = loaded
     cache = engine.scheduler.cache
     if cache is not None:
-        cache.evict(cache.idle)
+        cache.clear()

@@ -29,6 +29,7 @@ from .programs import Programs
 from .step_sizes import PIECE, step_sizes
 
 COPIES = 8  # pages of one call of a program that copies them
+MOST_COPIED = 4 * COPIES  # pages on their way between device and host
 PRODUCTS = ("blocks", "finish", "prompt")  # programs with products of weights
 
 
@@ -67,7 +68,7 @@ class Runner:
         slots: requests that may run at once. pages_per_request: M. chunk_tokens: prompt tokens a step, at most.
         dtype: of weights and compute. cache_dtype: of what is kept of each token; None: the same.
         mesh: with an axis "tensor", over which heads, feed-forward, vocabulary and cache are cut; None: one device.
-        swaps: whether pages are ever copied to the host's memory and back.
+        host_cache: whether pages are ever copied to the host's memory and back.
         kept: folder in which compiled programs are looked for and kept; None: nowhere.
     """
 
@@ -83,11 +84,11 @@ class Runner:
         dtype: Any,
         cache_dtype: Any = None,
         mesh: Mesh | None = None,
-        swaps: bool = False,
+        host_cache: bool = False,
         kept: Path | None = None,
     ):
         self.config, self.slots, self.pages_per_request = config, slots, pages_per_request
-        self._num_pages, self._swaps = num_pages, swaps
+        self._num_pages, self._host_cache = num_pages, host_cache
         self.dtype = jnp.dtype(dtype)
         sizes = {"slots": slots, "num_pages": num_pages, "page_size": page_size, "pages_per_request": pages_per_request}
         self._made = made = Programs(config, dtype=dtype, cache_dtype=cache_dtype, mesh=mesh, **sizes)
@@ -236,35 +237,43 @@ class Runner:
             pages[:, : len(part)] = np.transpose(part)
             self._cache = self._programs["copy", COPIES](self._cache, *map(self._put, pages))
 
-    def read_pages(self, pages: list[int]) -> list[Any]:
-        """Copies of pages as they are after all steps that were sent, still on the device: `to_host` has them."""
-        found = []
+    def read_pages(self, pages: Sequence[int]) -> list[Any]:
+        """Copies of pages as they are after all steps that were sent, one each. The last few may still be on the
+        device: `to_host` has them."""
+        found: list[Any] = []
         for start in range(0, len(pages), COPIES):
+            if start >= MOST_COPIED:  # what waits on the device takes room there
+                done = slice(start - MOST_COPIED, start - MOST_COPIED + COPIES)
+                found[done] = self.to_host(found[done])
             part = pages[start : start + COPIES]
-            pages_N = np.asarray(part + [0] * (COPIES - len(part)), np.int32)
-            found.append(self._programs["read", COPIES](self._cache, self._put(pages_N)))
-            jax.tree.map(lambda x: x.copy_to_host_async(), found[-1])
+            page_N = np.asarray([*part, *[0] * (COPIES - len(part))], np.int32)
+            copies = self._programs["read", COPIES](self._cache, self._put(page_N))[: len(part)]
+            jax.tree.map(lambda x: x.copy_to_host_async(), copies)
+            found += copies
         return found
 
     @staticmethod
-    def to_host(copies: list[Any]) -> list[Any]:
-        """Waits for `read_pages`' copies; what they take on the device is free then."""
-        return jax.device_get(copies)
+    def to_host(copies: Sequence[Any]) -> list[Any]:
+        """Waits for copies of `read_pages`; what they take on the device is free then."""
+        return jax.device_get(list(copies))
 
-    def write_pages(self, copies: list[Any], pages: list[int], first: int, count: int) -> None:
-        """Of `copies`, the pages from the `first` to before the `count`-th are written to those of `pages`."""
-        for start in range(first - first % COPIES, count, COPIES):
-            wanted = range(start, start + COPIES)
-            to_N = np.asarray([pages[at] if first <= at < count else self._num_pages for at in wanted], np.int32)
-            block = jax.device_put(copies[start // COPIES], self._made.cache_place())
-            self._cache = self._programs["write", COPIES](self._cache, block, self._put(to_N))
+    def write_pages(self, copies: Sequence[Any], pages: Sequence[int]) -> None:
+        """What `read_pages` gave is written to these pages, after all steps that were sent."""
+        for start in range(0, len(pages), COPIES):
+            if start and start % MOST_COPIED == 0:
+                jax.block_until_ready(self._cache)
+            part = list(copies[start : start + COPIES])
+            to_N = np.full(COPIES, self._num_pages, np.int32)  # past the end: not written
+            to_N[: len(part)] = pages[start : start + COPIES]
+            part = jax.device_put(part + part[-1:] * (COPIES - len(part)), self._made.cache_place())
+            self._cache = self._programs["write", COPIES](self._cache, part, self._put(to_N))
 
     def page_seconds(self) -> float:
         """That a page takes to be copied to the host or back, on an idle device."""
         for _ in range(2):  # the first touches new memory
             start = time.perf_counter()
             copies = self.to_host(self.read_pages([0] * COPIES))
-            self.write_pages(copies, [self._num_pages] * COPIES, 0, COPIES)
+            self.write_pages(copies, [self._num_pages] * COPIES)
             jax.block_until_ready(self._cache)
             seconds = time.perf_counter() - start
         return seconds / (2 * COPIES)
@@ -299,7 +308,7 @@ class Runner:
         wanted += [("take", bucket) for bucket in self.buckets]
         if not all(mixer in RECURRENT for mixer in self.config.mixers):
             wanted.append(("copy", COPIES))
-        if self._swaps:
+        if self._host_cache:
             wanted += [("read", COPIES), ("write", COPIES)]
         return wanted
 

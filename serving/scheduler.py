@@ -4,7 +4,7 @@ A step mixes one token for every request that generates ("decodes") with pieces 
 the requests and says how many prompt tokens a step computes; all else is the same for all policies:
 1. If the policy would rather run the first that waits, which has no room, than the last of those that run, that one is
    preempted: it gives back pages and slot, waits again, and is later recomputed from its prompt and the tokens it has
-   already produced, which are kept. Or its pages are kept in the host's memory, where that is cheaper.
+   already produced, which are kept.
 2. In the order of their ranks, each running request with one token left to compute gets a decode row. If that needs a
    page and none is free, the last one that runs is preempted. The last one itself waits in its slot for a page: its
    pages go to those before it only when they need them.
@@ -15,7 +15,8 @@ the requests and says how many prompt tokens a step computes; all else is the sa
    nobody else is let in, and nobody where pages ran out in this step.
 
 With a prefix cache, a request begins behind the full pages that it shares with what was computed before; it gives
-back pages to the cache, from which they are taken when none is free. A preempted request finds most of its own again.
+back pages to the cache, from which they are taken when none is free, or go to the host's memory, if there is room and
+that is cheaper than to compute them again. A preempted request finds most of its own again.
 Requests added one after another with the same prompt are forks of the first (the choices of `n`): they are held back
 until that has computed the prompt, and then share its full pages; the last one, which is not full, is copied, and only
 the prompt's last token is computed again, to sample by each one's own seed.
@@ -40,7 +41,7 @@ from . import kv_policies, schedulers
 from .allocator import PageAllocator
 from .host_pages import HostPages
 from .kv_policies import Use
-from .prefix_cache import Node, PrefixCache
+from .prefix_cache import ON_HOST, Node, PrefixCache
 from .request import SCHEDULING, InvalidRequest, QueueFull, Request
 from .scheduler_config import SchedulerConfig, SchedulerStats
 from .step_plan import Entry, Sequence, StepPlan
@@ -57,20 +58,17 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig):
         self.config = config
         self.allocator = PageAllocator(config.num_pages, config.page_size)
-        name = config.prefix_cache
-        self.cache = None
-        if name is not None:
-            self.cache = PrefixCache(self.allocator, kv_policies.load(name, config.num_pages))
-        self.queried_tokens = self.cached_tokens = 0  # those of requests that were let in, and what they found
         self.times = StepTimes(step_sizes(config.max_running, config.chunk_tokens))
+        self.host_pages = HostPages(config.host_pages, config.page_size, self.times)
+        self.cache = None
+        if config.prefix_cache is not None:
+            policy = kv_policies.load(config.prefix_cache, config.num_pages + config.host_pages)
+            self.cache = PrefixCache(self.allocator, policy, self.host_pages)
+        self.queried_tokens = self.cached_tokens = 0  # those of requests that were let in, and what they found
         self.waiting = schedulers.load(config.policy, self.times, config.max_token_ms)
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self.host_pages = HostPages(config.swap_pages, config.page_size, self.times)
-        self.swaps = 0
-        # Since the last plan:
-        self._preempted: list[Sequence] = []
-        self._swapped_out: list[tuple[Sequence, list[int]]] = []
+        self._preempted: list[Sequence] = []  # since the last plan
         self._held = 0  # forks, which are neither running nor waiting
         self._original: Sequence | None = None  # the last request that is no fork
         self._sequences: dict[str, Sequence] = {}
@@ -90,7 +88,6 @@ class Scheduler:
             self.num_waiting,
             len(self.running),
             self.preemptions,
-            self.swaps,
             used,
             total,
             self.queried_tokens,
@@ -183,8 +180,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step's work, or None when there is none to do now. Every plan is to be committed, in order."""
         preempted = [sequence for sequence in self._preempted if not sequence.finished]
-        swapped_out = [(sequence, pages) for sequence, pages in self._swapped_out if not sequence.finished]
-        plan, policy = StepPlan(self._next_plan, preempted=preempted, swapped_out=swapped_out), self.waiting
+        plan, policy = StepPlan(self._next_plan, preempted=preempted), self.waiting
         if policy.moves:
             self.running.sort(key=policy.rank)
         self._give_way(plan)
@@ -199,9 +195,9 @@ class Scheduler:
         plan.chunk_tokens = sum(entry.length for entry in plan.chunks)
         policy.planned(plan)
         if not plan.decodes and not plan.chunks:
-            self._preempted, self._swapped_out = plan.preempted, plan.swapped_out
+            self._preempted = plan.preempted
             return None
-        self._preempted, self._swapped_out = [], []
+        self._preempted, plan.moves = [], self.host_pages.take_moves()
         self._next_plan += 1
         return plan
 
@@ -307,6 +303,16 @@ class Scheduler:
             self.cache.evict(short)
         return self.allocator.allocate(count, sequence.request.id)
 
+    def _take(self, sequence: Sequence, nodes: list[Node]) -> list[int]:
+        """Takes what the cache has of a request, and pages for the rest, which are returned."""
+        away = [node for node in nodes if node.page == ON_HOST]
+        if self.cache is not None:
+            self.cache.take(nodes)
+        pages = self._allocate(self._pages_at_first(sequence) - len(nodes) + len(away), sequence)
+        if self.cache is not None:
+            self.cache.bring_back(away, pages[: len(away)], sequence.request.id)
+        return pages[len(away) :]
+
     def _keep(self, sequence: Sequence) -> None:
         """Gives the cache the pages that are full by now."""
         size = self.config.page_size
@@ -345,16 +351,12 @@ class Scheduler:
             if nodes is None:
                 return
             policy.let_in(sequence)
-            pages = self._pages_at_first(sequence) - len(nodes)
             sequence.slot = heapq.heappop(self._free_slots)
-            if self.cache is not None:
-                self.cache.take(nodes)
+            own = self._take(sequence, nodes)
             sequence.nodes, sequence.found = nodes, []
-            sequence.pages = [node.page for node in nodes] + self._allocate(pages, sequence)
+            sequence.pages = [node.page for node in nodes] + own
             sequence.num_cached = self._copy_last_page(plan, sequence, nodes)
             self.cached_tokens += sequence.num_cached
-            if sequence.host_tokens:
-                self._swap_in(plan, sequence)
             sequence.num_computed = sequence.num_scheduled = sequence.num_cached
             bisect.insort(self.running, sequence, key=policy.rank)
             growing += len(sequence.pages) < sequence.max_pages
@@ -398,18 +400,7 @@ class Scheduler:
         sequence.in_flight += is_last_chunk
         return entry
 
-    def _swap_in(self, plan: StepPlan, sequence: Sequence) -> None:
-        """Takes from the host's memory what the prefix cache has not."""
-        if sequence.host_tokens > sequence.num_cached:
-            plan.swapped_in.append((sequence, len(sequence.nodes), sequence.host_pages))
-            self.host_pages.copied_back += sequence.host_pages - len(sequence.nodes)
-            sequence.num_cached = sequence.host_tokens
-        self.host_pages.give_back(sequence)
-
     def _preempt(self, plan: StepPlan, sequence: Sequence) -> None:
-        if self.host_pages.take(sequence):
-            plan.swapped_out.append((sequence, sequence.pages[: sequence.host_pages]))
-            self.swaps += 1
         self._stop_running(sequence, preempted=True)
         self._release_forks(sequence)
         sequence.preemptions += 1
@@ -419,7 +410,6 @@ class Scheduler:
 
     def _remove(self, sequence: Sequence, complete: bool) -> None:
         sequence.finished = True
-        self.host_pages.give_back(sequence)
         original = sequence.original
         if original is not None and sequence in original.forks:
             original.forks.remove(sequence)

@@ -9,7 +9,7 @@ class SchedulerConfig:
     output together, `chunk_tokens` prompt tokens a step, `max_waiting` requests in the queue. `prefix_cache`: the
     eviction policy of a prefix cache (`kv_policies`), None for none. `policy`: who goes first (`schedulers`).
     `max_token_ms`: while requests generate, prompts are cut so that a step stays within so many milliseconds, by what
-    `observe` was told. `swap_pages`: pages of preempted requests that the host's memory holds (`host_pages`)."""
+    `observe` was told. `host_pages`: pages of the prefix cache that the host's memory holds beside the device's."""
 
     max_running: int
     page_size: int
@@ -20,7 +20,7 @@ class SchedulerConfig:
     prefix_cache: str | None = None
     policy: str = "first_come"
     max_token_ms: float | None = None
-    swap_pages: int = 0
+    host_pages: int = 0
 
     def __post_init__(self) -> None:
         # A chunk of one token travels in a decode row, so the chunk region is only of use from two tokens up.
@@ -28,8 +28,10 @@ class SchedulerConfig:
             low = 2 if name in ("max_model_len", "chunk_tokens") else 1
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}; raise it")
-        if self.swap_pages < 0:
-            raise ValueError(f"swap_pages must be at least 0, got {self.swap_pages}; 0 is for none")
+        if self.host_pages < 0:
+            raise ValueError(f"host_pages must be at least 0, got {self.host_pages}; 0 is for none")
+        if self.host_pages and self.prefix_cache is None:
+            raise ValueError(f"host_pages are the prefix cache's, got {self.host_pages} without one; ask for both")
         if self.max_token_ms is not None and not self.max_token_ms > 0:
             raise ValueError(f"max_token_ms must be above 0, got {self.max_token_ms}; leave it out for no bound")
 
@@ -39,7 +41,6 @@ class SchedulerStats:
     waiting: int
     running: int
     preemptions: int
-    swaps: int
     pages_used: int
     pages_total: int
     queried_tokens: int

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from .host_pages import Moves
 from .prefix_cache import Node
 from .request import Request
 
@@ -21,7 +21,6 @@ class Sequence:
     - `num_cached`: positions that were in the prefix cache when the request was let in.
     - `nodes`: the cache's, of its first pages. `found`: while it waits, those that were there when it was last asked.
     - `in_flight`: tokens being sampled by steps that aren't committed.
-    - `host_tokens` positions are kept in `host_pages` pages of the host's memory while it waits; `host`: the engine's.
     - `forks`: requests with the same prompt, held back until it is computed. `original`: the one that it is a fork of.
     """
 
@@ -42,9 +41,6 @@ class Sequence:
     in_flight: int = 0
     preemptions: int = 0
     finished: bool = False
-    host_tokens: int = 0
-    host_pages: int = 0
-    host: Any = None
     forks: list[Sequence] = field(default_factory=list)
     original: Sequence | None = None
 
@@ -87,9 +83,7 @@ class StepPlan:
     - `chunks`: entries of length 2 and more; `chunk_tokens` of them in total, at most the configured number.
     - `admitted`: sequences that got their slot in this step (new ones, and preempted ones that come back): whatever is
       kept per slot on the device is to be set up for them. `preempted`: those that lost theirs.
-    - `swapped_out`: of those that were preempted, the ones whose pages are copied to the host's memory before all else.
-      `swapped_in`: (sequence, first, count) of those that come back: of its pages on the host, those from the `first`
-      to before the `count`-th are copied to its pages on the device.
+    - `moves`: pages to be copied to the host and back before all else.
     - `copies`: pages to be copied before the step, (from, to): the last page of a prompt, which its fork goes on in.
     """
 
@@ -99,8 +93,7 @@ class StepPlan:
     chunk_tokens: int = 0
     admitted: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
-    swapped_out: list[tuple[Sequence, list[int]]] = field(default_factory=list)
-    swapped_in: list[tuple[Sequence, int, int]] = field(default_factory=list)
+    moves: Moves = field(default_factory=Moves)
     copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property

@@ -38,7 +38,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: str | None = None
     scheduler: str | None = None
     max_token_ms: float | None = None
-    swap_bytes: int | None = None
+    host_cache_bytes: int | None = None
     plan: str | None = None
     compile_cache: str | None = None
 
@@ -157,7 +157,6 @@ class Stats(msgspec.Struct, kw_only=True):
     cached_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
-    swaps: int = 0
     host_pages_used: int = 0
     host_pages_total: int = 0
     pages_copied_out: int = 0

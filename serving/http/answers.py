@@ -42,7 +42,7 @@ _PERCENTILES = nullable(_closed(p50=NUMBER, p95=NUMBER))
 _LIMITS = ("vocab_size", "max_model_len", "max_running", "max_waiting", "cache_tokens")
 _COUNTS = (
     "running", "waiting", "pages_used", "pages_total", "prompt_tokens", "cached_tokens", "generated_tokens",
-    "preemptions", "swaps", "host_pages_used", "host_pages_total", "requests_left_out",
+    "preemptions", "host_pages_used", "host_pages_total", "requests_left_out",
 )  # fmt: skip
 LIVE = _closed(
     state=STRING,

@@ -36,8 +36,8 @@ class ServeConfig:
         generate), "prepacking" (short prompts fill steps up), "priority" (a field of requests, as is the next one's),
         "deadline" (jobs of several requests), "fair" (by tokens, between API keys), "shortest_predicted".
       max_token_ms: while requests generate, prompts are cut so that a token takes no longer, as far as is possible.
-      swap_bytes: of the host's memory, at most, for the cache of requests that had to give up their places, where to
-        copy it is quicker than to compute it again; default: none.
+      host_cache_bytes: of the host's memory, at most, for what of the prefix cache the device has no more room for, and
+        of requests that had to give up their places, where copying is quicker than computing again; default: none.
       plan: "tensor=4" cuts the model and its cache over four devices.
       compile_cache: folder that keeps compiled programs between starts.
       files: folder for uploaded files and batches; without one there are none.
@@ -71,7 +71,7 @@ class ServeConfig:
     prefix_cache: str | None = None
     scheduler: str | None = None
     max_token_ms: float | None = None
-    swap_bytes: int | None = None
+    host_cache_bytes: int | None = None
     plan: str | None = None
     compile_cache: str | None = None
     files: str | None = None

@@ -49,7 +49,6 @@ class Live:
             "cached_tokens": stats.cached_tokens,
             "generated_tokens": metrics.generated_tokens,
             "preemptions": stats.preemptions,
-            "swaps": stats.swaps,
             "host_pages_used": stats.host_pages_used,
             "host_pages_total": stats.host_pages_total,
             "first_token_seconds": percentiles(metrics.latest_first),

@@ -150,7 +150,6 @@ class _EngineCollector(Collector):
             "vllm:prefix_cache_queries": (stats.queried_tokens, "Tokens that the prefix cache was asked for."),
             "vllm:prefix_cache_hits": (stats.cached_tokens, "Tokens that the prefix cache had."),
             "vllm:num_preemptions": (stats.preemptions, "Requests put back into the queue for want of pages."),
-            "twinax_swapped_requests": (stats.swaps, "Preempted requests whose pages went to the host's memory."),
             "twinax_pages_copied_out": (stats.pages_copied_out, "Pages copied to the host's memory."),
             "twinax_pages_copied_back": (stats.pages_copied_back, "Pages copied back from the host's memory."),
             "twinax_engine_steps": (stats.steps, "Engine steps."),

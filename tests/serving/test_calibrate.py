@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tests.serving.engines import engine_of
-from tests.serving.test_engine_swaps import CONFIG
+from tests.serving.test_engine_host_pages import CONFIG
 from twinax.serving.bench.traces import poisson
 from twinax.serving.calibrate import calibrate, model_of, renamed, replay
 from twinax.serving.scheduler_config import SchedulerConfig

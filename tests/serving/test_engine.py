@@ -439,7 +439,7 @@ def test_limits_that_do_not_fit_the_model_are_refused(config, message):
         ("num_pages", 0),
         ("chunk_tokens", 1),
         ("max_token_ms", 0.0),
-        ("swap_bytes", -1),
+        ("host_cache_bytes", -1),
         ("dtype", "int8"),
         ("scheduler", "fare"),
         ("prefix_cache", "lfu"),

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from twinax.serving import kv_policies
 from twinax.serving.allocator import PageAllocator
+from twinax.serving.host_pages import HostPages
 from twinax.serving.kv_policies import Use
 from twinax.serving.offline import order, shared_tokens
 from twinax.serving.prefix_cache import PrefixCache
+from twinax.serving.step_times import StepTimes
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), max_size=12)
 
@@ -51,7 +53,8 @@ def test_a_cache_with_room_for_one_group_saves_all_that_an_endless_one_would():
 
     def saved(sequence):
         pool = PageAllocator(14, page)
-        cache, hits = PrefixCache(pool, kv_policies.load("lru", 14)), 0
+        host = HostPages(0, page, StepTimes([]))
+        cache, hits = PrefixCache(pool, kv_policies.load("lru", 14), host), 0
         for index in sequence:
             prompt, name = prompts[index], str(index)
             nodes = cache.match(prompt, "")

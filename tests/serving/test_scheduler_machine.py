@@ -31,12 +31,12 @@ STOP = 0  # one of the tokens that the simulated device samples ends a request
 
 
 def pages_of(cache):
-    """All pages of the tree."""
+    """All pages of the device in the tree."""
     todo, found = list(cache._roots.values()), []
     while todo:
         node = todo.pop()
         todo += node.children.values()
-        found += [child.page for child in node.children.values()]
+        found += [child.page for child in node.children.values() if child.page >= 0]
     return found
 
 
@@ -68,8 +68,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     scheduler_class = Scheduler
     prefix_cache = None
     policy = "first_come"
-    swap_pages = 0
-    swaps = 0
+    host_pages = 0
+    brought_back = 0
     examples_that_preempted = 0
     tokens_found = 0
     copies = 0
@@ -86,12 +86,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         crowd=st.lists(st.integers(2, 9), max_size=5),
     )
     def start(self, depth, crowd, **config):
-        more = {"prefix_cache": self.prefix_cache, "policy": self.policy, "swap_pages": self.swap_pages}
+        more = {"prefix_cache": self.prefix_cache, "policy": self.policy, "host_pages": self.host_pages}
         self.config = SchedulerConfig(**config, **more)
         self.scheduler = self.scheduler_class(self.config)
         self.depth = depth  # so many plans may be in flight
         self.in_flight = deque()
-        self.cache = {}
+        self.cache, self.host = {}, {}
         self.live = {}  # id -> Live, oldest first
         self.added = 0
         # How often later rules make a crowd by themselves hangs on which modules hypothesis finds loaded.
@@ -185,8 +185,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.live[sequence.id].computed = sequence.num_cached
             assert sequence.num_cached < len(self.live[sequence.id].tokens), "the last one is computed, to sample"
             copied = any(to in sequence.pages for _, to in plan.copies)
-            swapped = any(sequence is other for other, *_ in plan.swapped_in)
-            whole = swapped or sequence.num_cached % self.config.page_size == 0
+            whole = sequence.num_cached % self.config.page_size == 0
             assert (sequence.num_cached == len(sequence.prompt_ids) - 1 and not whole) if copied else whole
             type(self).copies += copied
             type(self).tokens_found += sequence.num_cached
@@ -220,13 +219,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         def where(entry, position):
             return entry.sequence.pages[position // page_size], position % page_size
 
-        for sequence, pages in plan.swapped_out:
-            sequence.host = [[self.cache.get((page, slot)) for slot in range(page_size)] for page in pages]
-        for sequence, first, count in plan.swapped_in:
-            for page, kept in list(zip(sequence.pages, sequence.host, strict=False))[first:count]:
-                self.cache |= {(page, slot): value for slot, value in enumerate(kept)}
-            sequence.host = None
-            type(self).swaps += 1
+        for copy, page in plan.moves.out.items():
+            self.host[copy] = [self.cache[page, slot] for slot in range(page_size)]
+        for copy, page in plan.moves.back.items():
+            self.cache |= {(page, slot): value for slot, value in enumerate(self.host.pop(copy))}
+            type(self).brought_back += 1
+        for copy in plan.moves.gone:
+            del self.host[copy]
+        if plan.moves:
+            assert len(self.host) == self.scheduler.host_pages.used
         before = dict(self.cache)
         for page, to in plan.copies:
             for slot in range(page_size):
@@ -345,8 +346,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not scheduler.waiting.moves:
             ranks = [[sequence.rank for sequence in some] for some in (running, scheduler.waiting)]
             assert ranks == [sorted(some) for some in ranks]
-        assert scheduler.host_pages.used == sum(sequence.host_pages for sequence in waiting) <= config.swap_pages
-        assert not any(sequence.host_pages for sequence in running)
+        assert scheduler.host_pages.used <= config.host_pages
         stats = scheduler.stats()
         assert (stats.running, stats.waiting) == (len(running), len(waiting))
         assert (stats.pages_used, stats.pages_total) == (len(used), config.num_pages)
@@ -393,12 +393,12 @@ def test_random_use_under_each_policy(policy, monkeypatch):
     assert machine.examples_that_preempted > 3
 
 
-@pytest.mark.parametrize("cache", [None, "lru"])
-def test_random_use_with_room_on_the_host(cache):
-    more = {"swap_pages": 8, "prefix_cache": cache, "examples_that_preempted": 0, "swaps": 0, "policy": "priority"}
-    machine = type("SwappingMachine", (SchedulerMachine,), more)
+@pytest.mark.parametrize(("cache", "host_pages"), [("lru", 30), ("cost_aware", 3)])
+def test_random_use_with_room_on_the_host(cache, host_pages):
+    more = {"host_pages": host_pages, "prefix_cache": cache, "brought_back": 0, "policy": "priority"}
+    machine = type("TwoLevelMachine", (SchedulerMachine,), more)
     run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=60))
-    assert machine.swaps > 10
+    assert machine.brought_back > 10
 
 
 # The checks must be able to fail: each scheduler below has one bug that they are to find.
@@ -437,12 +437,12 @@ class OverspendsItsBudget(Scheduler):
         super()._admit(plan, budget + 1)
 
 
-class KeepsTooFewPages(Scheduler):
-    """Of the host's, one less than the tokens fill."""
-
-    def _swap_in(self, plan, sequence):
-        super()._swap_in(plan, sequence)
-        plan.swapped_in = [(sequence, first, count - 1) for sequence, first, count in plan.swapped_in]
+class BringsTooFewPagesBack(Scheduler):
+    def schedule(self):
+        plan = super().schedule()
+        if plan is not None and plan.moves.back:
+            plan.moves.back.popitem()
+        return plan
 
 
 class LosesTokensOfPreempted(Scheduler):
@@ -478,14 +478,14 @@ class Overtakes(Scheduler):
         PreemptedGoToTheBack,
         SharesAPage,
         OverspendsItsBudget,
-        KeepsTooFewPages,
+        BringsTooFewPagesBack,
         LosesTokensOfPreempted,
         NeverReturnsSlots,
         Overtakes,
     ],
 )
 def test_a_planted_bug_is_found(buggy):
-    more = {"swap_pages": 8} if buggy is KeepsTooFewPages else {}
+    more = {"host_pages": 30, "prefix_cache": "lru"} if buggy is BringsTooFewPagesBack else {}
     machine = type("Machine", (SchedulerMachine,), {"scheduler_class": buggy, **more})
     # The first failure is enough: it is neither shrunk nor explained.
     quick = settings(SETTINGS, phases=[Phase.generate], report_multiple_bugs=False)

@@ -22,7 +22,6 @@ DASHBOARD = [
     "vllm:e2e_request_latency_seconds_count",
     "vllm:request_prompt_tokens_sum",
     "vllm:request_generation_tokens_sum",
-    "twinax_swapped_requests_total",
     "twinax_pages_copied_out_total",
     "twinax_pages_copied_back_total",
     "twinax_engine_steps_total",
@@ -62,12 +61,12 @@ def test_counts_follow_from_the_requests(server: Server, client):
 def test_what_is_said_of_pages_with_the_host():
     metrics = Metrics()
     metrics.set_model(MODEL)
-    metrics.stats = wire.Stats(swaps=3, host_pages_used=2, host_pages_total=8, pages_copied_out=9, pages_copied_back=7)
+    metrics.stats = wire.Stats(host_pages_used=2, host_pages_total=8, pages_copied_out=9, pages_copied_back=7)
     lines = [line.split() for line in metrics.render().decode().splitlines() if not line.startswith("#")]
     found = {name.partition("{")[0]: float(value) for name, value in lines}
     assert found["vllm:cpu_cache_usage_perc"] == 0.25
-    counts = [found[f"twinax_{name}_total"] for name in ("swapped_requests", "pages_copied_out", "pages_copied_back")]
-    assert counts == [3, 9, 7]
+    counts = [found[f"twinax_{name}_total"] for name in ("pages_copied_out", "pages_copied_back")]
+    assert counts == [9, 7]
 
 
 def test_an_idle_engine_sleeps(server: Server):

@@ -54,7 +54,7 @@ def folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def server(start_server: Callable[..., Server], folder: Path) -> Iterator[Server]:
-    server = start_server(model=str(folder), environment={"TWINAX_API_KEY": KEY}, swap_bytes=1 << 20)
+    server = start_server(model=str(folder), environment={"TWINAX_API_KEY": KEY}, host_cache_bytes=1 << 20)
     server.http.headers["authorization"] = f"Bearer {KEY}"
     yield server
     server.stop()
