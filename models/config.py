@@ -234,11 +234,29 @@ class DecoderConfig:
             "kv_heads": self.num_kv_heads,
             "vocab": self.vocab_size,
             "layers": self.num_layers,
+            "layer_runs": self._layer_runs(),
             "states": sum(mixer in RECURRENT for mixer in self.mixers),
+            "experts": self.moe.num_experts if self.moe else 0,
         }
-        if self.moe is None:
-            return {**sizes, "mlp": self.intermediate_size, "experts": 0}
-        return {**sizes, "experts": self.moe.num_experts, "expert_mlp": self.moe.expert_size}
+        modules = {self.feed_forward(kind) for kind in self.pattern}
+        widths = [self.intermediate_size] if "mlp" in modules else []
+        if self.moe is not None and "moe" in modules:
+            sizes["expert_mlp"] = self.moe.expert_size
+            widths += [self.moe.shared_experts * self.moe.expert_size] if self.moe.shared_experts else []
+        if widths:
+            sizes["mlp"] = math.gcd(*widths)
+        if self.latent is not None and "latent_attention" in self.mixers:
+            sizes["latent_ranks"] = math.gcd(self.latent.kv_rank, self.latent.query_rank or 0)
+        return sizes
+
+    def _layer_runs(self) -> int:
+        """How often the same kinds of layers come in the same order. Lightning attention's differ in their decays."""
+        if "lightning_attention" in self.mixers:
+            return 1
+        kinds, length = self.kinds, 1
+        while self.num_layers % length or kinds[length:] != kinds[:-length]:
+            length += 1
+        return self.num_layers // length
 
     def without_training(self) -> "DecoderConfig":
         """The same model without what only training reads, such as the load-balancing loss of a mixture."""

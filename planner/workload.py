@@ -68,21 +68,7 @@ class Workload:
     @property
     def dimensions(self) -> dict[str, int]:
         """What a plan must divide, in the words of `Plan.problems`, but the rows, which accumulation cuts first."""
-        model = self.model
-        sizes = {
-            "embed": model.hidden_size,
-            "heads": model.num_heads,
-            "kv_heads": model.num_kv_heads,
-            "vocab": model.vocab_size,
-            "layers": model.num_layers,
-            "experts": model.moe.num_experts if model.moe else 0,
-        }
-        if model.moe is None:
-            sizes["mlp"] = model.intermediate_size
-        else:
-            sizes["expert_mlp"] = model.moe.expert_size
-            if model.moe.shared_experts:
-                sizes["mlp"] = model.moe.shared_experts * model.moe.expert_size
+        sizes = self.model.dimensions
         if self.mode == "train":
             sizes["tokens"] = self.seq_len
         return sizes

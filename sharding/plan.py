@@ -138,11 +138,18 @@ class Plan:
         """Why this plan cannot cut a model or batch of these sizes; empty if it can.
 
         Args:
-            dimensions: any of "embed", "heads", "kv_heads", "mlp", "vocab", "layers", "experts" (0: dense),
-                "expert_mlp", "states" (mixers that keep a state), "rows" (of a batch, before a pipeline cuts it) and
-                "tokens" (of a row). What is left out is not checked.
+            dimensions: any of "embed", "heads", "kv_heads", "mlp", "vocab", "latent_ranks" (their common divisor),
+                "layers", "layer_runs" (how often the same kinds of layers come in the same order), "experts" (0:
+                dense), "expert_mlp", "states" (mixers that keep a state), "rows" (of a batch, before a pipeline cuts
+                it) and "tokens" (of a row). What is left out is not checked.
         """
         found = []
+        parts, layers, runs = self.stage * self.rounds, dimensions.get("layers", 0), dimensions.get("layer_runs", 0)
+        if runs % parts and layers % parts == 0:
+            found.append(
+                f"{layers} layers whose kinds repeat every {layers // runs} cannot be cut over stage x rounds = "
+                f"{parts}, as all stages hold the same kinds"
+            )
         for name, (parts, why) in self._divisors().items():
             size = dimensions.get(name)
             if size and size % parts:
@@ -165,6 +172,7 @@ class Plan:
             tokens, tokens_why = 2 * tokens, "2 (zigzag order) x sequence x tensor"
         return {
             "embed": (shared, "fsdp x expert x sequence"),
+            "latent_ranks": (shared, "fsdp x expert x sequence"),
             "heads": (heads, heads_why),
             "kv_heads": (self.tensor, "tensor"),
             "mlp": (self.tensor, "tensor"),

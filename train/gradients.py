@@ -39,7 +39,7 @@ def gradients(
     model: FunctionalDecoder, params: Params, batch: Rows, plan: Plan = ONE_DEVICE
 ) -> tuple[Params, jax.Array, jax.Array, Statistics | None]:
     """(gradient, mean loss, summed weight, router's statistics or None) over all micro-batches of [K, B, T]."""
-    moe = model.config.moe
+    moe = model.config.moe if model.config.layers_with("moe") else None  # all of whose layers may be dense
     rows = {name: _in_order(array, plan) for name, array in batch.items() if array.ndim == 3}
     one_by_one = plan.stage > 1 and plan.schedule == "1f1b"
     K = rows["tokens_BT"].shape[0]

@@ -2,16 +2,28 @@
 
 import itertools
 import math
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinax.models.config import DecoderConfig
-from twinax.models.decoder import param_axes, param_shapes
+from twinax.layers.contexts import PackedContext
+from twinax.layers.mixer_config import LatentAttentionConfig, LightningConfig, Mamba2Config
+from twinax.layers.moe_config import MoEConfig
+from twinax.models.config import DecoderConfig, LayerKind
+from twinax.models.decoder import functional, param_axes, param_shapes
 from twinax.sharding.plan import AXES, CHOICES, Plan, PlanError
-from twinax.sharding.rules import ACTIVATION_RULES, COMPUTE_RULES, PARAMETER_RULES, parameter_sharding, partition_spec
+from twinax.sharding.rules import (
+    ACTIVATION_RULES,
+    COMPUTE_RULES,
+    PARAMETER_RULES,
+    parameter_sharding,
+    partition_spec,
+    use,
+)
 
 SIZES = {"embed": 24, "heads": 6, "kv_heads": 2, "mlp": 36, "vocab": 64, "layers": 6, "rows": 12, "tokens": 24}
 
@@ -102,6 +114,62 @@ def test_what_a_plan_accepts_can_be_placed(plan):
         cut = parameter_sharding(axes, mesh, shapes[name].shape).shard_shape(shapes[name].shape)
         assert math.prod(cut) * plan.devices >= math.prod(shapes[name].shape)
         partition_spec(axes[-1:], mesh, COMPUTE_RULES, shapes[name].shape[-1:])
+
+
+LATENT = LayerKind(mixer="latent_attention")
+UNLIKE = {
+    "windows in every third layer": {"pattern": (LayerKind(window=4), LayerKind(window=4), LayerKind()), "num_layers": 6},
+    "a cut pattern": {"pattern": (LayerKind(window=4), LayerKind(), LayerKind())},
+    "a dense layer first": {
+        "pattern": (LayerKind(feed_forward="mlp"), *[LayerKind()] * 7),
+        "moe": MoEConfig(num_experts=4, experts_per_token=2, expert_size=16, shared_experts=1),
+        "intermediate_size": 98,
+    },
+    "small latents": {
+        "pattern": (LATENT,),
+        "latent": LatentAttentionConfig(query_rank=12, kv_rank=8, nope_dim=2, rope_dim=2, value_dim=4),
+    },
+    "Mamba-2 and attention": {
+        "pattern": (LayerKind(mixer="mamba2", rope=None, feed_forward=None), LayerKind()),
+        "mamba2": Mamba2Config(num_heads=8, head_dim=4, state_size=6, groups=2),
+    },
+    "lightning attention": {
+        "pattern": (LayerKind(mixer="lightning_attention", rope=None),),
+        "lightning": LightningConfig(num_heads=4, head_dim=8),
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_of_layers_that_differ_plans_are_refused_where_the_model_would_and_nowhere_else(name):
+    """What `problems` says is what comes of placing the parameters and tracing the model."""
+    config = DecoderConfig(
+        **{
+            "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_layers": 8, "num_heads": 8,
+            "num_kv_heads": 8, "head_dim": 4, "max_position_embeddings": 32, **UNLIKE[name],
+        }
+    )  # fmt: skip
+    shapes, tokens = param_shapes(config), jnp.zeros((8, 32), jnp.int32)
+    context, refused, traced = PackedContext(jnp.ones_like(tokens), tokens), 0, 0
+    for devices in (2, 4, 8):
+        for plan in Plan(microbatches=1).variants(devices):
+            problems = plan.problems({**config.dimensions, "rows": 8, "tokens": 32})
+            if any("needs a mixture" in one or "keep a state" in one for one in problems) or plan.expert * plan.data > 2:
+                continue
+            try:
+                with use(mesh := plan.mesh()):
+                    for parameter, axes in param_axes(config).items():
+                        parameter_sharding(axes, mesh, shapes[parameter].shape)
+                    if plan.stage > 1 or devices == 2:
+                        model = functional(config)
+                        jax.eval_shape(partial(model.hidden, plan=plan), shapes, tokens, context)
+                        traced += 1
+            except ValueError as error:
+                assert problems, f"{plan}: {error}"
+                refused += 1
+            else:
+                assert not problems or plan.stage == 1, f"{plan}: {problems}"
+    assert traced and refused
 
 
 def test_the_rules_name_mesh_axes_and_no_activation_collides():
