@@ -118,7 +118,7 @@ def test_what_a_plan_accepts_can_be_placed(plan):
 
 LATENT = LayerKind(mixer="latent_attention")
 UNLIKE = {
-    "windows in every third layer": {"pattern": (LayerKind(window=4), LayerKind(window=4), LayerKind()), "num_layers": 6},
+    "windows but in every third layer": {"pattern": (*[LayerKind(window=4)] * 2, LayerKind()), "num_layers": 6},
     "a cut pattern": {"pattern": (LayerKind(window=4), LayerKind(), LayerKind())},
     "a dense layer first": {
         "pattern": (LayerKind(feed_forward="mlp"), *[LayerKind()] * 7),
@@ -154,8 +154,10 @@ def test_of_layers_that_differ_plans_are_refused_where_the_model_would_and_nowhe
     for devices in (2, 4, 8):
         for plan in Plan(microbatches=1).variants(devices):
             problems = plan.problems({**config.dimensions, "rows": 8, "tokens": 32})
-            if any("needs a mixture" in one or "keep a state" in one for one in problems) or plan.expert * plan.data > 2:
+            # Of what only `problems` knows, and what brings nothing new here.
+            if any("needs a mixture" in one or "keep a state" in one for one in problems) or plan.data > 1:
                 continue
+            fails = None
             try:
                 with use(mesh := plan.mesh()):
                     for parameter, axes in param_axes(config).items():
@@ -165,10 +167,9 @@ def test_of_layers_that_differ_plans_are_refused_where_the_model_would_and_nowhe
                         jax.eval_shape(partial(model.hidden, plan=plan), shapes, tokens, context)
                         traced += 1
             except ValueError as error:
-                assert problems, f"{plan}: {error}"
+                fails = error
                 refused += 1
-            else:
-                assert not problems or plan.stage == 1, f"{plan}: {problems}"
+            assert problems if fails else not problems or plan.stage == 1, f"{plan}: {problems}, {fails}"
     assert traced and refused
 
 
