@@ -202,19 +202,26 @@ def parse(folder: Path, raw: bytes) -> Manifest:
         raise DamagedCheckpoint(f"{path} has changed since it was written: its digest does not match")
     try:
         return _parse(folder, json.loads(body + b"}"))
-    except (KeyError, TypeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} was not written by Twinax: {type(error).__name__} {error}") from error
 
 
 def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
     path = folder / NAME
     if content["format"] != FORMAT:
-        raise DamagedCheckpoint(f"{path} has format {content['format']}; this version reads {FORMAT}: upgrade twinax")
+        format = limits.shown(content["format"])
+        raise DamagedCheckpoint(f"{path} has format {format}; this version reads {FORMAT}: upgrade twinax")
     if folder.name != step_name(content["step"]) and step_of(folder.name) is not None:
         raise DamagedCheckpoint(f"{folder} holds step {content['step']}: it was renamed; give it its own name back")
     outside = [name for name in (*content["files"], *content["arrays"]) if not is_inside(name)]
     if outside:
         raise DamagedCheckpoint(f"{path} names files outside of its folder: {outside[:3]}; it is refused")
+    for name in ("model", "data", "recipe", "plan", "generation"):
+        if not isinstance(content[name], dict):
+            got = limits.shown(content[name])
+            raise DamagedCheckpoint(f"{path}: {name} is an object of keys and values; got {got}")
     limits.check_counts(path, content["model"])
     names = {f.name for f in dataclasses.fields(Description)} - {"tokenizer_files"}
     return Manifest(

@@ -25,6 +25,7 @@ from .tokenizer_files import (
     SPECIAL_MAP,
     TEMPLATE,
     TokenizerError,
+    check_spec,
     default_config,
     parse,
     read_files,
@@ -50,10 +51,7 @@ class Tokenizer:
         if MAIN not in self._files:
             raise TokenizerError(f"{where}: a tokenizer needs the file {MAIN}, but there is only {sorted(self._files)}")
         spec = parse(self._files[MAIN], f"{where}/{MAIN}")
-        if not isinstance(spec.get("model"), dict):
-            raise TokenizerError(
-                f'{where}/{MAIN}: not a tokenizer (it has no "model"); its keys are {sorted(spec)[:8]}'
-            )
+        check_spec(spec, f"{where}/{MAIN}")
         self._backend = self._make_backend()
         if CONFIG not in self._files:
             self._files[CONFIG] = default_config(spec)
@@ -118,7 +116,10 @@ class Tokenizer:
     def _make_backend(self) -> tokenizers.Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_buffer(self._files[MAIN])
-        except Exception as error:  # the library raises bare Exception
+            backend.encode("")  # what puts tokens around a text names tokens that there are
+        except BaseException as error:  # the library raises bare Exception, and its panics are not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise TokenizerError(f"{self._where}/{MAIN}: the tokenizers library cannot read it: {error}") from error
         # Settings left over from someone's training run would cut or pad texts silently.
         backend.no_truncation()
@@ -175,7 +176,7 @@ class Tokenizer:
     @cached_property
     def adds_bos(self) -> bool:
         """Whether the tokenizer itself begins every text with BOS (its post-processor does, as Llama's)."""
-        return self.bos_id is not None and self._backend.encode("a").ids[:1] == [self.bos_id]
+        return self.bos_id is not None and self._backend.encode("").ids[:1] == [self.bos_id]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -229,7 +230,7 @@ class Tokenizer:
         if self.is_bytes and not (special and any(added in text for text in texts for added in self._added_texts)):
             return [first + list(text.encode()) for text in texts]
         backend = self._backend if special else self._plain_backend
-        return [first + found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [first + ids for ids in self._ids(backend, list(texts))]
 
     def encode_bytes(self, data: Bytes | bytearray | memoryview) -> np.ndarray:
         """Ids [tokens] int32 of raw bytes, for training text: special tokens are never read out of it.
@@ -243,8 +244,13 @@ class Tokenizer:
         if self.is_bytes:
             return [np.frombuffer(data, dtype=np.uint8).astype(np.int32) for data in texts]
         decoded = [str(data, "utf-8", "replace") for data in texts]
-        encoded = self._plain_backend.encode_batch_fast(decoded, add_special_tokens=False)
-        return [np.asarray(found.ids, dtype=np.int32) for found in encoded]
+        return [np.asarray(ids, dtype=np.int32) for ids in self._ids(self._plain_backend, decoded)]
+
+    def _ids(self, backend: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
+        try:
+            return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # bare, from the library: an unknown character where the unk_token is no token
+            raise TokenizerError(f"{self._where}: the tokenizer has no ids for this text: {error}") from error
 
     # Ids to text
 

@@ -47,13 +47,43 @@ def read_files(path: Path) -> tuple[dict[str, bytes], str]:
 def parse(data: bytes, where: str) -> dict[str, Any]:
     try:
         parsed = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(
             f"{where} is not JSON ({error}); it may be truncated or not the file it should be"
         ) from error
     if not isinstance(parsed, dict):
         raise TokenizerError(f"{where} must hold a JSON object, but holds a {type(parsed).__name__}")
     return parsed
+
+
+def check_spec(spec: dict[str, Any], where: str) -> None:
+    """Raises TokenizerError for a tokenizer.json that the library takes, and should not."""
+    if not isinstance(spec.get("model"), dict):
+        raise TokenizerError(f'{where}: not a tokenizer (it has no "model"); its keys are {sorted(spec)[:8]}')
+    _check_merges(spec["model"], where)
+    steps = {part: [spec[part]] for part in ("normalizer", "pre_tokenizer", "decoder") if spec.get(part) is not None}
+    for part, todo in steps.items():
+        while todo:
+            step = todo.pop()
+            inner = step.get("decoders", []) if isinstance(step, dict) and isinstance(step.get("type"), str) else None
+            if not isinstance(inner, list):
+                raise TokenizerError(f"{where}: {part} is an object with a type, or null; it has {repr(step)[:80]}")
+            todo += inner
+
+
+def _check_merges(model: dict[str, Any], where: str) -> None:
+    """The library would end the process: it takes the prefix off what comes second in each merge without looking."""
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if not isinstance(prefix, str) or not prefix or not isinstance(merges, list):
+        return
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        second = pair[1] if isinstance(pair, list) and len(pair) == 2 else None
+        if not isinstance(second, str) or not second.startswith(prefix):
+            raise TokenizerError(
+                f"{where}: what comes second in a merge begins with the model's continuing_subword_prefix "
+                f"{prefix[:40]!r}; one is {repr(merge)[:80]}. The file is damaged"
+            )
 
 
 def _missing(folder: Path) -> str:

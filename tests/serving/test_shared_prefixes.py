@@ -5,14 +5,17 @@ from hypothesis import strategies as st
 
 from twinax.serving import kv_policies
 from twinax.serving.allocator import PageAllocator
+from twinax.serving.host_pages import HostPages
 from twinax.serving.prefix_cache import PrefixCache
 from twinax.serving.shared_prefixes import best_prefix, groups
+from twinax.serving.step_times import StepTimes
 
 
 def held(texts):
     """The pages that each of these requests holds in a cache with pages of one token."""
     pool = PageAllocator(1000, 1)
-    cache, found = PrefixCache(pool, kv_policies.load("lru", 1000)), []
+    host = HostPages(0, 1, StepTimes([]))
+    cache, found = PrefixCache(pool, kv_policies.load("lru", 1000), host), []
     for number, text in enumerate(texts):
         nodes = []
         for token in text:
