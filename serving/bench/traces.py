@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 MOONCAKE_BLOCK = 512
+MOST_TOKENS = 10_000_000  # of a prompt or an answer
 
 
 class TraceError(ValueError):
@@ -160,9 +161,9 @@ def _rows(path: Path, head: str, file: Iterable[str]) -> Iterator[Arrival | None
         for row in rows:
             yield parse(row)
             number += 1
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, csv.Error) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise TraceError(f"{path}, line {number}, is not a request of the trace's format: {reason}") from None
+        raise TraceError(f"{path}, line {number}, is not a request of the trace's format: {reason[:200]}") from None
 
 
 def _azure(row: dict[str, Any]) -> Arrival:
@@ -172,18 +173,27 @@ def _azure(row: dict[str, Any]) -> Arrival:
 
 
 def _burstgpt(row: dict[str, Any]) -> Arrival | None:
-    if int(row["Response tokens"]) == 0:
+    if _whole("a length", row["Response tokens"], MOST_TOKENS) == 0:
         return None
     return _arrival(float(row["Timestamp"]), row["Request tokens"], row["Response tokens"])
 
 
 def _mooncake(row: dict[str, Any]) -> Arrival:
-    blocks = tuple(int(block) for block in row["hash_ids"])
+    if not isinstance(row["hash_ids"], list):
+        raise ValueError("hash_ids is a list of numbers")
+    blocks = tuple(_whole("a block's number", block, 1 << 63) for block in row["hash_ids"])
     return _arrival(row["timestamp"] / 1000, row["input_length"], row["output_length"], blocks)
 
 
 def _arrival(at: float, prompt: Any, output: Any, blocks: tuple[int, ...] = ()) -> Arrival:
-    lengths = int(prompt), int(output)
-    if not math.isfinite(at) or min(lengths) < 0:
-        raise ValueError(f"time and lengths are numbers from 0 up; got {at}, {lengths[0]}, {lengths[1]}")
+    if not math.isfinite(at):
+        raise ValueError(f"a time is a finite number, got {at}")
+    lengths = [_whole("a length", length, MOST_TOKENS) for length in (prompt, output)]
     return Arrival(at, max(lengths[0], 1), max(lengths[1], 1), blocks)
+
+
+def _whole(name: str, value: Any, most: int) -> int:
+    number = int(value)
+    if isinstance(value, bool) or not 0 <= number <= most or (isinstance(value, float) and number != value):
+        raise ValueError(f"{name} is a whole number from 0 to {most:,}, got {repr(value)[:40]}")
+    return number

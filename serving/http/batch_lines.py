@@ -122,13 +122,51 @@ def _written(custom_id: str, response: dict[str, Any] | None, error: dict[str, A
     return _encoder.encode(line) + b"\n"
 
 
-def written_answers(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines that were written before this process began. One that a crash has torn is cut off, and run again."""
+class _Response(msgspec.Struct):
+    status_code: int
+    body: dict[str, Any]
+
+
+class Answer(msgspec.Struct):
+    """A line that was written."""
+
+    id: str
+    custom_id: str
+    response: _Response | None
+
+    @property
+    def is_error(self) -> bool:
+        return self.response is None or self.response.status_code != 200
+
+
+class NotAnAnswer(ValueError):
+    """A line is none of these: `line`, counted from 1, at `offset` bytes. Nothing was changed."""
+
+    def __init__(self, line: int, offset: int) -> None:
+        super().__init__(f"line {line} is no answer to a request")
+        self.line, self.offset = line, offset
+
+
+_decoder = msgspec.json.Decoder(Answer)
+_BEGIN = b'{"id":"batch_req_'
+
+
+def written_answers(path: Path) -> Iterator[Answer]:
+    """The lines that were written before this process began. One that a crash has torn is cut off, and run again.
+
+    Raises NotAnAnswer for what was never written here, before it changes the file.
+    """
     with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
         end = 0
-        for line in file:
-            if not line.endswith(b"\n"):
+        for number, line in enumerate(file, 1):
+            if line.startswith(_BEGIN) and line.endswith(b"\n"):
+                try:
+                    yield _decoder.decode(line)
+                except (msgspec.DecodeError, RecursionError):
+                    raise NotAnAnswer(number, end) from None
+            elif not (_BEGIN.startswith(line) or line.startswith(_BEGIN)):
+                raise NotAnAnswer(number, end)
+            else:
                 break
             end += len(line)
-            yield msgspec.json.decode(line)
         file.truncate(end)

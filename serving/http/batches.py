@@ -11,13 +11,14 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import msgspec
 
 from . import records
-from .batch_lines import LineError, answer_line, read_lines, unanswered_line, written_answers
+from .batch_lines import Answer, LineError, NotAnAnswer, answer_line, read_lines, unanswered_line, written_answers
 from .batch_work import run_lines
 from .errors import ApiError, show
 from .file_store import FileStore, StoredFile
@@ -73,10 +74,10 @@ class Progress:
         self.done: set[str] = set()
         self.completed = self.failed = 0
         self._tokens = {"input": 0, "cached": 0, "output": 0}
-        for line in written_answers(self.output_path):
-            self._count(line["custom_id"], line["response"]["body"])
-        for line in written_answers(self.error_path):
-            self._count(line["custom_id"], None)
+        for path in (self.output_path, self.error_path):
+            for answer in _written_before(path):
+                body = None if answer.response is None or answer.is_error else answer.response.body
+                self._count(answer.custom_id, body)
         self._files: dict[Path, BinaryIO] = {}
 
     def answered(self, custom_id: str, status: int, body: dict[str, Any]) -> None:
@@ -124,6 +125,15 @@ class Progress:
         self._tokens["output"] += used.get("completion_tokens", used.get("output_tokens", 0))
         details = used.get("prompt_tokens_details", used.get("input_tokens_details")) or {}
         self._tokens["cached"] += details.get("cached_tokens", 0)
+
+
+def _written_before(path: Path) -> Iterator[Answer]:
+    """What an earlier server has written, up to where the disk has damaged it: the rest is answered again."""
+    try:
+        yield from written_answers(path)
+    except NotAnAnswer as error:
+        print(f"{path}: {error}; it and what follows it are answered again", file=sys.stderr, flush=True)
+        os.truncate(path, error.offset)
 
 
 class Batches:
@@ -251,7 +261,7 @@ class Batches:
                 message = f"The server failed on this batch: {_first(error)!r}."
                 batch.ending, batch.errors = "failed", [LineError("server_error", message)]
             self._finish(batch)
-        except OSError as error:  # a full disk, say: the next server goes on, this one does not try for ever
+        except Exception as error:  # a full disk, say: the next server goes on, this one does not try for ever
             print(f"batch {batch.id} can't be written down: {error}", file=sys.stderr, flush=True)
             batch.status = "failed"
 

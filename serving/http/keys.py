@@ -25,7 +25,11 @@ def read_keys(path: str | Path) -> dict[str, str]:
     Raises ValueError, with the line's number and never with a key, and OSError.
     """
     keys: dict[str, str] = {}
-    for number, line in enumerate(Path(path).expanduser().read_text("utf-8").splitlines(), 1):
+    try:
+        lines = Path(path).expanduser().read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8, and is not at byte {error.start}; write it anew") from None
+    for number, line in enumerate(lines, 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue

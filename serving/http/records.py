@@ -35,9 +35,12 @@ def read_all(folder: Path, prefix: str, kind: type[T]) -> Iterator[tuple[str, T]
     for path in sorted(folder.glob("*.json")):
         if re.fullmatch(re.escape(prefix) + "[0-9a-f]{32}", path.stem):
             try:
-                yield path.stem, msgspec.json.decode(path.read_bytes(), type=kind)
-            except msgspec.DecodeError as error:
+                record = msgspec.json.decode(path.read_bytes(), type=kind)
+            except (msgspec.DecodeError, RecursionError) as error:
                 raise ValueError(f"{path} is not a record of this server ({error}); move it away") from None
+            if record.id != path.stem:
+                raise ValueError(f"{path} is the record of {record.id[:80]!r}; give it its own name, or move it away")
+            yield record.id, record
 
 
 def write(path: Path, record: msgspec.Struct) -> None:

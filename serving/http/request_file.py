@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .batch_lines import LineError, Place, answer_line, read_lines, written_answers
+from .batch_lines import LineError, NotAnAnswer, Place, answer_line, read_lines, written_answers
 from .batch_work import ENDPOINTS, run_lines
 from .config import ServeConfig
 from .engine_client import EngineClient, describe
@@ -53,12 +53,16 @@ def plan_file(source: Path, answers: Path, most_line_bytes: int) -> Work:
     places, errors = read_lines(source, endpoint, most_line_bytes)
     if errors:
         raise BadFile(source, errors)
-    done = {line["custom_id"]: line["response"]["status_code"] for line in written_answers(answers)}
+    try:
+        done = {answer.custom_id: answer.is_error for answer in written_answers(answers)}
+    except NotAnAnswer as error:
+        message = "It is no answer to a request, and nothing here is written over; choose another --output."
+        raise BadFile(answers, [LineError("other_file", message, error.line)]) from None
     if strangers := done.keys() - {place.custom_id for place in places}:
         message = f"It answers {min(strangers)!r}, which {source} does not ask for; choose another --output."
         raise BadFile(answers, [LineError("other_file", message)])
     left = [place for place in places if place.custom_id not in done]
-    return Work(endpoint, model, places, left, sum(status != 200 for status in done.values()))
+    return Work(endpoint, model, places, left, sum(done.values()))
 
 
 def _first_line(source: Path, most_line_bytes: int) -> tuple[str, str | None]:

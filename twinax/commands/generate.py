@@ -32,8 +32,8 @@ USAGE = """twinax generate PATH PROMPT [--max-tokens N] [--temperature X] [--see
        twinax generate PATH --input FILE --output FILE [--max-running N] ..."""
 # Of the server's settings, those that a file of requests goes with.
 FOR_FILES = (
-    "max_running", "max_model_len", "page_size", "num_pages", "cache_bytes", "chunk_tokens",
-    "prefix_cache", "plan", "compile_cache",
+    "max_running", "max_model_len", "page_size", "num_pages", "cache_bytes", "host_cache_bytes",
+    "chunk_tokens", "prefix_cache", "plan", "compile_cache",
 )  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """Traces: the three formats as their publishers write them, scaling, and traffic made up."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +62,10 @@ def test_mooncake_keeps_its_blocks_and_only_so_many_requests_are_read(tmp_path: 
     assert len(read_trace(path, requests=1).arrivals) == 1
 
 
+def mooncake(**changed: Any) -> str:
+    return json.dumps({"timestamp": 1, "input_length": 2, "output_length": 3, "hash_ids": [0]} | changed) + "\n"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -67,9 +73,18 @@ def test_mooncake_keeps_its_blocks_and_only_so_many_requests_are_read(tmp_path: 
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "holds no request"),
         (AZURE + "yesterday,1,2\n", "line 5"),
         (AZURE + "2023-11-16 18:17:05,1\n", "line 5"),
-        (AZURE + "2023-11-16 18:17:05,-1,3\n", "line 5.*from 0 up"),
+        (AZURE + "2023-11-16 18:17:05,-1,3\n", "line 5.*from 0 to 10,000,000, got '-1'"),
+        (AZURE + f"2023-11-16 18:17:05,{10**12},3\n", "line 5.*from 0 to 10,000,000"),
+        (AZURE + f'2023-11-16 18:17:05,"{"1" * 200_000}",3\n', "line 5.*field larger than"),
         (MOONCAKE + '{"timestamp": 1, "input_length": 2, "output_length": 3}\n', "line 3.*hash_ids"),
         (MOONCAKE + "nonsense\n", "line 3"),
+        (MOONCAKE + mooncake(timestamp=10**400), "line 3.*too large"),
+        (MOONCAKE + mooncake(timestamp=float("inf")), "line 3.*a time is a finite number"),
+        (MOONCAKE + mooncake(input_length=1.5), "line 3.*a length is a whole number.*got 1.5"),
+        (MOONCAKE + mooncake(output_length=True), "line 3.*a length is a whole number.*got True"),
+        (MOONCAKE + mooncake(hash_ids="12"), "line 3.*hash_ids is a list"),
+        (MOONCAKE + mooncake(hash_ids=[-1]), "line 3.*a block's number.*got -1"),
+        (MOONCAKE + "[" * 100_000, "line 3.*recursion"),
     ],
 )
 def test_what_is_no_trace_is_said_with_its_line(tmp_path: Path, text: str, says: str):

@@ -8,10 +8,11 @@ import time
 import pytest
 
 from twinax.serving.http import records
-from twinax.serving.http.batch_lines import read_body, read_lines
+from twinax.serving.http.batch_lines import answer_line, read_body, read_lines
 from twinax.serving.http.batches import Batch, Progress
 from twinax.serving.http.errors import ApiError
 from twinax.serving.http.file_store import FileStore, StoredFile
+from twinax.serving.http.request_file import BadFile, plan_file
 
 
 def store(folder, **limits) -> FileStore:
@@ -106,6 +107,52 @@ def test_a_line_that_a_crash_has_torn_is_run_again(tmp_path):
     again.answered("d", 200, {})
     again.close()
     assert [json.loads(line)["custom_id"] for line in again.output_path.read_text().splitlines()] == ["a", "d"]
+
+
+def test_answers_that_the_disk_has_damaged_are_given_again(tmp_path, capfd):
+    batch = Batch("batch_x", "ann", "/v1/completions", "file-x", "24h", 0, 1, "file-o", "file-e")
+    progress = Progress(tmp_path, batch)
+    for name in "abc":
+        progress.answered(name, 200, {})
+    progress.close()
+    lines = progress.output_path.read_bytes().splitlines(keepends=True)
+    progress.output_path.write_bytes(lines[0] + lines[1].replace(b"custom_id", b"\0" * 9) + lines[2])
+    assert Progress(tmp_path, batch).done == {"a"}
+    assert progress.output_path.read_bytes() == lines[0]
+    assert "line 2 is no answer" in capfd.readouterr().err
+
+
+JUNK = [b"notes", b"notes\n", b"\n", b"5\n", b"[" * 100_000, b'{"id":"batch_req_1"}\n', b"\xff\n", b'{"id": "batch']
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
+def test_a_file_of_something_else_is_not_written_over(tmp_path, junk):
+    source, other = tmp_path / "requests.jsonl", tmp_path / "other"
+    url = "/v1/completions"
+    line = {"custom_id": "a", "method": "POST", "url": url, "body": {"model": "m", "prompt": "x"}}
+    source.write_text(json.dumps(line) + "\n")
+    for before in (b"", answer_line("a", 200, {})):
+        other.write_bytes(before + junk)
+        with pytest.raises(BadFile, match=f"line {2 if before else 1}: It is no answer.*choose another --output"):
+            plan_file(source, other, 1000)
+        assert other.read_bytes() == before + junk
+    with pytest.raises(BadFile, match="no answer"):
+        plan_file(source, source, 1000)
+    other.write_bytes(answer_line("a", 500, {}) + b'{"id":"batch_')  # which a crash has torn
+    work = plan_file(source, other, 1000)
+    assert (work.left, work.failed) == ([], 1) and other.read_bytes().count(b"\n") == 1
+
+
+@pytest.mark.parametrize("junk", [b"", b"[" * 100_000, b"{}", b'{"id": 5}', None])
+def test_a_record_that_is_none_is_named(tmp_path, junk):
+    file = add(store(tmp_path))
+    path = tmp_path / f"{file.id}.json"
+    if junk is None:
+        path = path.rename(tmp_path / f"file-{'0' * 32}.json")
+    else:
+        path.write_bytes(junk)
+    with pytest.raises(ValueError, match=f"{path.name}.*move it away"):
+        store(tmp_path)
 
 
 def test_lines_are_found_again_and_long_ones_are_refused(tmp_path):

@@ -39,6 +39,12 @@ def test_bad_files_are_refused_and_no_key_is_shown(tmp_path, text, says):
     assert "sk-" not in str(caught.value)
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "keys").write_bytes(b"ann sk-\xff")
+    with pytest.raises(ValueError, match=r"keys must be text in UTF-8, and is not at byte 7"):
+        read_keys(tmp_path / "keys")
+
+
 def test_the_servers_own_key_stands_beside_them(tmp_path, monkeypatch):
     path = str(written(tmp_path, FILE))
     monkeypatch.delenv("TWINAX_API_KEY", raising=False)
