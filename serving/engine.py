@@ -70,6 +70,7 @@ class Engine:
         self.loaded, self.config, self.tokenizer = loaded, config, loaded.tokenizer
         model = loaded.config
         sizes = EngineSizes.of(model, config)
+        self.runner = runner or runner_of(model, config)
         self.max_model_len = sizes.max_model_len
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -85,7 +86,6 @@ class Engine:
                 host_pages=sizes.host_pages,
             )
         )
-        self.runner = runner or runner_of(model, config)
         self.runner.use_params(loaded.params)
         self.grammars = Grammars(self.tokenizer, model.vocab_size, self._eos_ids())
         self._live: dict[str, Live] = {}

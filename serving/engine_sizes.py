@@ -1,6 +1,7 @@
 """What an engine's config comes to for a model, and the runner of these sizes. No weights are needed to know them."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +60,29 @@ class EngineSizes:
         return cls(longest, pages, num_pages, config.host_cache_bytes // one if one and keeps_prefixes(model) else 0)
 
 
+def check_memory(model: DecoderConfig, config: EngineConfig, sizes: EngineSizes) -> None:
+    """Raises ValueError where the caches alone take more than this machine has: better than to be killed for it."""
+    one = page_bytes(model, config.page_size, cache_dtype_of(config))
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    mesh = mesh_of(config.plan, model)
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    there = sum(limit or 0 for limit in limits) or host
+    for name, pages, room, where in (
+        ("num_pages", sizes.num_pages, there, "its devices have" if any(limits) else "this machine has"),
+        ("host_cache_bytes", sizes.host_pages, host, "this machine has"),
+    ):
+        if pages * one > room:
+            raise ValueError(
+                f"A cache of {pages:,} pages of {config.page_size} tokens takes {pages * one:,} bytes, and {where} "
+                f"{room:,}; lower {name}{' or cache_bytes' if name == 'num_pages' else ''}."
+            )
+
+
 def runner_of(model: DecoderConfig, config: EngineConfig) -> Runner:
     """What runs the steps of such an engine, without weights so far."""
     sizes = EngineSizes.of(model, config)
+    check_memory(model, config, sizes)
     return Runner(
         model,
         slots=config.max_running,

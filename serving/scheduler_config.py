@@ -2,6 +2,17 @@
 
 from dataclasses import dataclass
 
+# A chunk of one token travels in a decode row, so the chunk region is only of use from two tokens up. Pages and
+# positions are int32 on the device; what a step computes is padded to these sizes, and compiled for them.
+_BOUNDS = {
+    "max_running": (1, 1 << 14),
+    "page_size": (1, 1 << 20),
+    "num_pages": (1, (1 << 31) - 1),
+    "max_model_len": (2, (1 << 31) - 1),
+    "chunk_tokens": (2, 1 << 20),
+    "max_waiting": (1, (1 << 31) - 1),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -23,11 +34,11 @@ class SchedulerConfig:
     host_pages: int = 0
 
     def __post_init__(self) -> None:
-        # A chunk of one token travels in a decode row, so the chunk region is only of use from two tokens up.
-        for name in ("max_running", "page_size", "num_pages", "max_model_len", "chunk_tokens", "max_waiting"):
-            low = 2 if name in ("max_model_len", "chunk_tokens") else 1
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}; raise it")
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                bound = f"least {least}, got {value}; raise" if value < least else f"most {most}, got {value}; lower"
+                raise ValueError(f"{name} must be at {bound} it")
         if self.host_pages < 0:
             raise ValueError(f"host_pages must be at least 0, got {self.host_pages}; 0 is for none")
         if self.host_pages and self.prefix_cache is None:

@@ -140,6 +140,25 @@ def spell(hint: Any, text: str) -> str:
     return text
 
 
+def is_wide(hint: Any, text: str) -> bool:
+    """Whether a number is asked for, and the text is a whole one of more than 64 bits, which nothing has a use for."""
+    if not {int, float} & set(_members(hint)) or not re.fullmatch(r"[+-]?\d{19,}", text.strip()):
+        return False
+    return len(text) > 1000 or not -(2**63) <= int(text) < 2**63
+
+
+def wants_text(hint: Any, value: Any) -> bool:
+    """Whether nothing but a text will do, and the value, from a file, is not even null where that is allowed."""
+    options = set(_members(hint))
+    return options <= {str, type(None)} and not (value is None and type(None) in options)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
+
+
 def nearest(word: str, known: Iterable[str]) -> list[str]:
     """Those of `known` that `word` was most likely meant to be, best first; a right last component counts, too."""
     known = list(known)

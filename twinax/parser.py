@@ -8,7 +8,20 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from .overrides import Leaf, UsageError, describe, did_you_mean, existing, leaves, metavar, parsed_as, spell
+from .overrides import (
+    Leaf,
+    UsageError,
+    describe,
+    did_you_mean,
+    existing,
+    is_wide,
+    leaves,
+    metavar,
+    parsed_as,
+    shown,
+    spell,
+    wants_text,
+)
 
 
 class _Formatter(jsonargparse.DefaultHelpFormatter):
@@ -25,9 +38,9 @@ class _Formatter(jsonargparse.DefaultHelpFormatter):
         default = action.default
         flag = action.nargs == 0
         if action.option_strings and default not in (None, "", (), argparse.SUPPRESS) and not flag:
-            shown = ",".join(map(str, default)) if isinstance(default, tuple | list) else str(default)
-            shown = shown.lower() if isinstance(default, bool) else shown
-            text += f" (default: {shown})".replace("%", "%%")
+            said = ",".join(map(str, default)) if isinstance(default, tuple | list) else str(default)
+            said = said.lower() if isinstance(default, bool) else said
+            text += f" (default: {said})".replace("%", "%%")
         return text
 
 
@@ -35,16 +48,18 @@ def read_settings(path: str, cls: type, skip: tuple[str, ...] = ()) -> dict[str,
     """Settings of a dataclass from a JSON file, checked as on the command line. Raises UsageError."""
     try:
         found = json.loads(existing(path, "The file of settings").read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON that can be read: {error}.") from None
     if not isinstance(found, dict):
         raise UsageError(f"{path} holds a JSON object with a value for each setting, not {type(found).__name__}.")
     parser = Parser("settings", "")
     parser.add_dataclass(cls, skip=skip)
-    known = [leaf.path for leaf in parser.leaves.values()]
-    for name in found:
-        if name not in known:
-            raise UsageError(f"{path} has the unknown setting {name!r}.{did_you_mean(name, known)}")
+    types = {leaf.path: leaf.type for leaf in parser.leaves.values()}
+    for name, value in found.items():
+        if name not in types:
+            raise UsageError(f"{path} has the unknown setting {name!r}.{did_you_mean(name, types)}")
+        if not isinstance(value, str) and wants_text(types[name], value):
+            raise UsageError(f"{path}: {name} takes {describe(types[name])}; got {shown(value)}.")
     try:
         options, given = parser.parse(
             [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in found.items()]
@@ -116,6 +131,8 @@ class Parser(jsonargparse.ArgumentParser):
                     raise UsageError(f"{flag} takes {describe(leaf.type)}, but no value was given.")
                 else:
                     value = queue.pop(0)
+            if is_wide(leaf.type, value):
+                raise UsageError(f"{flag} takes {describe(leaf.type)}, and no more than 64 bits; got {shown(value)}.")
             spelled.append(f"{flag}={spell(leaf.type, value)}")
         return spelled, given
 
@@ -147,12 +164,12 @@ class Parser(jsonargparse.ArgumentParser):
         return message[:1].upper() + message[1:] + ("" if message.endswith(".") else ".")
 
     def _wrong_value(self, key: str, reason: str) -> str:
-        shown = re.search(r"(?:Got|Given) value: *(\S.*)", reason)
-        value = shown[1].strip() if shown else "nothing"
+        given = re.search(r"(?:Got|Given) value: *(\S.*)", reason)
+        value = given[1].strip() if given else "nothing"
         action = next((action for action in self._actions if action.dest == key), None)
         flag = action.option_strings[0] if action and action.option_strings else key.upper()
         leaf = self.leaves.get(flag)
         hint = leaf.type if leaf else getattr(action, "_typehint", None) or getattr(action, "type", None)
         choices = [str(choice) for choice in getattr(hint, "__args__", ()) if isinstance(choice, str)]
         near = did_you_mean(value, choices) if choices else ""
-        return f"{flag} takes {describe(hint)}; got {value!r}.{near}"
+        return f"{flag} takes {describe(hint)}; got {shown(value)}.{near}"

@@ -291,7 +291,7 @@ def _cells(how: str, trial: Trial) -> list[str]:
 def _object(name: str, text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise ValueError(f'{name} is a JSON object such as {{"max_running": 8}}; got {text!r}')

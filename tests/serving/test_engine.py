@@ -422,6 +422,8 @@ def test_grammars_that_cannot_be_used_are_refused(engine, grammar, message):
     [
         ({"max_model_len": 161}, "context of 160"),
         ({"cache_bytes": 1000}, "must hold one request"),
+        ({"num_pages": 2**31 - 1}, r"this machine has [\d,]+; lower num_pages or cache_bytes"),
+        ({"host_cache_bytes": 2**60}, r"this machine has [\d,]+; lower host_cache_bytes"),
     ],
 )
 def test_limits_that_do_not_fit_the_model_are_refused(config, message):
@@ -438,6 +440,10 @@ def test_limits_that_do_not_fit_the_model_are_refused(config, message):
         ("page_size", 0),
         ("num_pages", 0),
         ("chunk_tokens", 1),
+        ("max_running", 2**14 + 1),
+        ("num_pages", 2**31),
+        ("page_size", 10**20),
+        ("chunk_tokens", 10**9),
         ("max_token_ms", 0.0),
         ("host_cache_bytes", -1),
         ("dtype", "int8"),
