@@ -48,9 +48,11 @@ def use_compile_cache(folder: str | None) -> Path | None:
     path = Path(folder) if folder else base / "twinax" / "compiled"
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except OSError as error:
         if folder:
-            raise
+            raise ValueError(
+                f"compile_cache can't be kept in {folder}: {error.strerror}; choose another folder, or '' for none"
+            ) from None
         return None  # no home to write to: every start compiles, and nothing else changes
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

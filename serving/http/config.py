@@ -90,6 +90,12 @@ class ServeConfig:
             raise ValueError(f"port must be between 0 and 65535 (0 picks a free one), got {self.port}")
         if self.log_level not in _LOG_LEVELS:
             raise ValueError(f"log_level must be one of {', '.join(_LOG_LEVELS)}, got {self.log_level!r}")
+        if not self.host:
+            raise ValueError("host must be an address to listen on, got ''; all of this machine's are 0.0.0.0 or ::")
+        if self.served_model_name is not None and not (self.served_model_name and self.served_model_name.isprintable()):
+            raise ValueError(
+                f"served_model_name must be a name that can be printed, got {self.served_model_name!r}; choose another"
+            )
         for name in ("max_body_bytes", "max_file_bytes", "max_files"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -103,7 +109,7 @@ class ServeConfig:
         self.tenants()
 
     def tenants(self) -> dict[str, str]:
-        """API keys by tenant, "" for the one without a name; none: the server is open. Raises ValueError, OSError."""
+        """API keys by tenant, "" for the one without a name; none: the server is open. Raises ValueError."""
         from .keys import check_key, read_keys
 
         keys = {} if self.api_keys is None else read_keys(self.api_keys)
@@ -121,5 +127,6 @@ class ServeConfig:
             return self.served_model_name
         folder = Path(self.model).expanduser().resolve()
         if re.fullmatch(r"step_\d+", folder.name):
-            return f"{folder.parent.name}-{folder.name}"
-        return folder.name or "model"
+            folder = folder.with_name(f"{folder.parent.name}-{folder.name}")
+        # Not all names of folders are UTF-8.
+        return folder.name.encode("utf-8", "replace").decode() or "model"

@@ -41,8 +41,8 @@ def keep(service: Service, config: ServeConfig) -> Kept | None:
     folder = Path(config.files).expanduser()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(f"files must be a folder, and {folder} is none; choose another") from None
+    except OSError as error:
+        raise ValueError(f"files can't be kept in {folder}: {error.strerror}; choose another folder") from None
     records.lock(folder)  # held until this process ends
     files = FileStore(folder / "files", max_bytes=config.max_file_bytes, max_files=config.max_files)
     return Kept(files, Batches(service, files, folder / "batches"))

@@ -22,11 +22,13 @@ def check_key(name: str, key: str) -> None:
 def read_keys(path: str | Path) -> dict[str, str]:
     """Keys by tenant, from a file with a line `NAME KEY` for each; empty lines and those that begin with # say nothing.
 
-    Raises ValueError, with the line's number and never with a key, and OSError.
+    Raises ValueError, with the line's number and never with a key.
     """
     keys: dict[str, str] = {}
     try:
         lines = Path(path).expanduser().read_text("utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"api_keys can't be read from {path}: {error.strerror}; name the file of the keys") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be text in UTF-8, and is not at byte {error.start}; write it anew") from None
     for number, line in enumerate(lines, 1):

@@ -58,10 +58,11 @@ def listen(host: str, port: int, stall_seconds: float = 60.0) -> socket.socket:
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except socket.gaierror as error:
-        raise OSError(f"can't listen on host {host!r}: {error.strerror}; use 127.0.0.1, 0.0.0.0 or ::") from None
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no name"
+        raise OSError(f"can't listen on host {host!r}: {reason}; use 127.0.0.1, 0.0.0.0 or ::") from None
     sock = socket.socket(family, kind, proto)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

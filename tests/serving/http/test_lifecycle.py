@@ -87,6 +87,10 @@ def test_a_host_that_is_not_here(host):
         ("api_key", ""),
         ("api_key", " key"),
         ("api_key", "ключ"),
+        ("host", ""),
+        ("served_model_name", ""),
+        ("served_model_name", "a\udced"),
+        ("api_keys", "/proc/nowhere"),
     ],
 )
 def test_bad_settings(field, value):
@@ -98,7 +102,17 @@ def test_a_folder_for_files_that_is_a_file(start_server, tmp_path):
     (tmp_path / "file").touch()
     server = start_server(ready=False, files=str(tmp_path / "file"))
     assert server.process.wait(timeout=60) == 1
-    assert "twinax: error: files must be a folder" in server.output()
+    assert "twinax: error: files can't be kept in" in server.output()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [("host", "a\udced", "can't listen on host"), ("compile_cache", "/dev/null", "compile_cache can't be kept in")],
+)
+def test_what_the_machine_refuses_is_one_message(start_server, field, value, says):
+    server = start_server(ready=False, **{field: value})
+    assert server.process.wait(timeout=60) == 1
+    assert f"twinax: error: {says}" in server.output() and "Traceback" not in server.output()
 
 
 def test_a_scheduler_between_keys_that_are_not_there(start_server):
@@ -118,6 +132,7 @@ def test_model_names(tmp_path):
     assert ServeConfig(model=str(tmp_path / "runs" / "demo")).model_id == "demo"
     assert ServeConfig(model=str(tmp_path / "demo" / "step_00000010")).model_id == "demo-step_00000010"
     assert ServeConfig(model="x", served_model_name="org/name").model_id == "org/name"
+    assert ServeConfig(model=str(tmp_path / "d\udced")).model_id == "d?"
 
 
 def test_an_engine_that_can_not_start_is_one_message(start_server):
